@@ -1,0 +1,1 @@
+"""AetherOS: an auditable, sandboxed substrate for AI work on Linux."""

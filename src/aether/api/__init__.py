@@ -1,0 +1,1 @@
+"""The operations table and its spellings."""

@@ -1,0 +1,107 @@
+"""What a cell is asked to be, what it used, how its executable ended, what the kernel enforced."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from aether.contract import limits
+
+Level = Literal["process", "cell"]
+Requirement = Literal[
+    "process", "cell", "userns", "netns", "pidns", "mountns", "seccomp", "landlock", "cgroup-memory", "cgroup-cpu",
+    "cgroup-pids",
+]  # fmt: skip
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Bounds of a cell. Bytes, thousandths of a CPU, counts; `timeout_ms` is wall time from the start."""
+
+    memory_bytes: int = limits.MEMORY_BYTES_DEFAULT
+    cpu_millis: int = limits.CPU_MILLIS_DEFAULT
+    pids: int = limits.PIDS_DEFAULT
+    tmp_bytes: int = limits.TMP_BYTES_DEFAULT
+    nofile: int = limits.NOFILE_DEFAULT
+    file_bytes: int = limits.FILE_BYTES_DEFAULT
+    timeout_ms: int = limits.TIMEOUT_MS_DEFAULT
+    grace_ms: int = limits.STOP_GRACE_MS_DEFAULT
+
+
+class InputFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A file to place at `path` (relative to /work): an artifact's digest. `mode` is 0o644 or 0o755."""
+
+    path: str
+    artifact: str
+    executable: bool = False
+
+
+class CellSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The isolation a job gets. `argv[0]` is looked up in the cell's PATH; `cwd` is inside the cell.
+
+    `readonly_dirs` are host directories shown read-only at `/mnt/<name>` (only the authority fills them:
+    model packages, for instance). `channel` gives the executable a connected SOCK_STREAM socket as fd 3.
+    `require` lists levels and mechanisms without which the cell must not start.
+    """
+
+    argv: tuple[str, ...]
+    env: dict[str, str] = {}
+    cwd: str = "/work"
+    limits: Limits = Limits()
+    require: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    readonly_dirs: dict[str, str] = {}
+    channel: bool = False
+
+
+class ExitStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How an executable ended: exactly one of `code` and `signal` is set, or both are null when unknown."""
+
+    code: int | None = None
+    signal: int | None = None
+    oom_killed: bool = False
+    timed_out: bool = False
+    reason: str | None = None
+    """`spawner-died`, `killed` (stop), ... when the end was not the executable's own."""
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What was used; null where nothing measured it. `basis` is `measured` or `apportioned` per figure."""
+
+    wall_us: int | None = None
+    cpu_user_us: int | None = None
+    cpu_system_us: int | None = None
+    memory_peak_bytes: int | None = None
+    io_read_bytes: int | None = None
+    io_write_bytes: int | None = None
+    pids_peak: int | None = None
+    oom_kills: int | None = None
+    throttled_us: int | None = None
+    stdout_bytes: int | None = None
+    stderr_bytes: int | None = None
+    output_dropped_bytes: int | None = None
+    batch_size: int | None = None
+    basis: dict[str, str] = {}
+
+
+class SandboxReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The sandbox as the kernel enforced it (read back, not as asked); logged by digest.
+
+    `enforced` maps a mechanism to what was seen; `missing` maps a mechanism to the reason it is absent.
+    """
+
+    level: str
+    executor: str
+    enforced: dict[str, Any]
+    missing: dict[str, str]
+    uid: int | None = None
+    plan_digest: str | None = None
+
+
+class ExecEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """The end of an executable as the supervisor hands it on."""
+
+    cell_id: str
+    exec_id: str
+    exit: ExitStatus
+    usage: Usage

@@ -1,0 +1,248 @@
+"""The job: the request, its states, its view, and the errors it can end with.
+
+States and their names on `/v1/tasks` are one table, STATUS_NAMES. A request is parsed once into these
+frozen types; nothing inside the roles reads a dict again.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Any, Final, Literal, TypeVar
+
+import msgspec
+
+from aether.contract import limits
+from aether.contract.cells import InputFile, Limits, Usage
+from aether.contract.errors import AetherError, ErrorBody
+
+SCHEMA_VERSION: Final = "1.0"
+T = TypeVar("T")
+
+Kind = Literal["command", "model"]
+ModelOp = Literal["predict_next_state", "encode_state", "score_sequence"]
+MODEL_OPS: Final = ("predict_next_state", "encode_state", "score_sequence")
+Effect = Literal["pure", "cell", "read", "control"]
+"""Effect class of an operation or job: `pure` leaves nothing but its answer, `cell` starts a cell."""
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"
+    WAITING_APPROVAL = "waiting_approval"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+
+
+TERMINAL: Final = frozenset(
+    {JobState.SUCCEEDED, JobState.FAILED, JobState.TIMED_OUT, JobState.CANCELLED, JobState.LOST}
+)
+STATUS_NAMES: Final = {
+    JobState.QUEUED: "PENDING",
+    JobState.WAITING_APPROVAL: "PENDING",
+    JobState.RUNNING: "RUNNING",
+    JobState.SUCCEEDED: "OK",
+    JobState.FAILED: "ERROR",
+    JobState.TIMED_OUT: "TIMEOUT",
+    JobState.CANCELLED: "CANCELED",
+    JobState.LOST: "ERROR",
+}
+
+
+class CommandParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`params` of a command job. `outputs` are globs relative to the work directory."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str] = {}
+    cwd: str = "/work"
+    limits: Limits = Limits()
+    outputs: tuple[str, ...] = ()
+    require: tuple[str, ...] = ()
+
+
+class CommandInputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`inputs` of a command job: files to place in the work directory, by artifact digest."""
+
+    files: tuple[InputFile, ...] = ()
+
+
+class ModelParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`params` of a model job: `model` is `id` or `id@version`; the rest belongs to the operation."""
+
+    model: str
+    horizons_s: tuple[float, ...] | None = None
+
+
+class JobRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of `POST /v0/jobs`. `params` and `inputs` are parsed by `parse_request` for their kind."""
+
+    kind: Kind
+    op: str
+    params: dict[str, Any]
+    inputs: dict[str, Any] = {}
+    labels: tuple[str, ...] = ()
+    schema_version: str = SCHEMA_VERSION
+
+
+class ArtifactRef(msgspec.Struct, frozen=True, kw_only=True):
+    """An output of a job: `name` is its path in the work directory."""
+
+    name: str
+    digest: str
+    size_bytes: int
+    media_type: str = "application/octet-stream"
+
+
+class JobView(msgspec.Struct, frozen=True, kw_only=True):
+    """A job as every interface shows it; what does not apply is null. Times are RFC 3339 UTC."""
+
+    job_id: str
+    request_id: str
+    kind: str
+    op: str
+    state: JobState
+    tenant_id: str
+    node_id: str
+    principal: str
+    attempt: int
+    labels: tuple[str, ...]
+    schema_version: str
+    input_hash: str
+    model_id: str | None = None
+    model_version: str | None = None
+    created_at: str
+    started_at: str | None = None
+    finished_at: str | None = None
+    exit_code: int | None = None
+    signal: int | None = None
+    error: ErrorBody | None = None
+    result_digest: str | None = None
+    result_bytes: int | None = None
+    artifacts: tuple[ArtifactRef, ...] = ()
+    usage: Usage | None = None
+    cell_id: str | None = None
+    exec_id: str | None = None
+    intent_index: int | None = None
+    outcome_index: int | None = None
+    argv: tuple[str, ...] | None = None
+
+
+_LABEL: Final = re.compile(limits.LABEL_PATTERN)
+_SAFE_PART: Final = re.compile(r"[^\x00-\x1f\x7f/]+")
+_ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def parse_command(request: JobRequest) -> tuple[CommandParams, CommandInputs]:
+    """The typed parameters of a command job; raises AetherError BAD_FIELD naming the field."""
+    if request.op != "run":
+        raise AetherError("BAD_FIELD", f"cannot run a command job: op {request.op!r} is not 'run'")
+    params = _convert(request.params, CommandParams, "params")
+    inputs = _convert(request.inputs, CommandInputs, "inputs")
+    _check_argv(params)
+    _check_env(params.env)
+    _check_limits(params.limits)
+    _check_paths(params, inputs)
+    return params, inputs
+
+
+def parse_model(request: JobRequest) -> ModelParams:
+    """The typed parameters of a model job; its inputs are the runtime's to check. Raises BAD_FIELD."""
+    if request.op not in MODEL_OPS:
+        raise AetherError("BAD_FIELD", f"cannot run a model job: op {request.op!r} is none of {', '.join(MODEL_OPS)}")
+    params = _convert(request.params, ModelParams, "params")
+    if not params.model or len(params.model) > 128:
+        raise AetherError("BAD_FIELD", "cannot run a model job: params.model is empty or too long")
+    return params
+
+
+def check_labels(labels: tuple[str, ...]) -> None:
+    """Labels are few, short and lower case; raises BAD_FIELD."""
+    if len(labels) > limits.LABELS_MAX:
+        raise AetherError("BAD_FIELD", f"cannot accept {len(labels)} labels: the bound is {limits.LABELS_MAX}")
+    for label in labels:
+        if _LABEL.fullmatch(label) is None:
+            raise AetherError("BAD_FIELD", f"cannot accept label {label[:80]!r}: it must match {limits.LABEL_PATTERN}")
+
+
+def check_relative_path(path: str, what: str) -> None:
+    """A relative path below the work directory without `.`/`..`/control characters; raises BAD_FIELD."""
+    parts = path.split("/")
+    bad = (
+        not path
+        or len(path.encode("utf-8", "surrogatepass")) > limits.PATH_BYTES_MAX
+        or any(part in ("", ".", "..") or len(part.encode("utf-8", "surrogatepass")) > 255 for part in parts)
+        or any(_SAFE_PART.fullmatch(part) is None for part in parts)
+    )
+    if bad:
+        raise AetherError("BAD_FIELD", f"cannot accept {what} {path[:80]!r}: not a plain relative path")
+
+
+def _convert(value: Any, to: type[T], what: str) -> T:
+    try:
+        return msgspec.convert(value, to)
+    except msgspec.ValidationError as error:
+        raise AetherError("BAD_FIELD", f"cannot read {what}: {error}") from error
+
+
+def _check_argv(params: CommandParams) -> None:
+    argv = params.argv
+    if not argv or not argv[0]:
+        raise AetherError("BAD_FIELD", "cannot run a command job: params.argv is empty")
+    if len(argv) > limits.ARGV_ITEMS_MAX or sum(len(a.encode()) + 1 for a in argv) > limits.ARGV_BYTES_MAX:
+        raise AetherError("BAD_FIELD", "cannot run a command job: params.argv is too long")
+    if any("\0" in a for a in argv):
+        raise AetherError("BAD_FIELD", "cannot run a command job: params.argv holds a NUL character")
+
+
+def _check_env(env: dict[str, str]) -> None:
+    if (
+        len(env) > limits.ENV_ITEMS_MAX
+        or sum(len(k) + len(v.encode()) + 2 for k, v in env.items()) > limits.ENV_BYTES_MAX
+    ):
+        raise AetherError("BAD_FIELD", "cannot run a command job: params.env is too large")
+    for name, value in env.items():
+        if _ENV_NAME.fullmatch(name) is None or "\0" in value:
+            raise AetherError("BAD_FIELD", f"cannot run a command job: params.env has a bad entry {name[:80]!r}")
+
+
+def _check_limits(asked: Limits) -> None:
+    bounds = {
+        "memory_bytes": (limits.MEMORY_BYTES_MIN, 1 << 50),
+        "cpu_millis": (limits.CPU_MILLIS_MIN, 1_024_000),
+        "pids": (1, limits.PIDS_MAX),
+        "tmp_bytes": (0, 1 << 40),
+        "nofile": (16, 1 << 20),
+        "file_bytes": (0, 1 << 50),
+        "timeout_ms": (1, limits.TIMEOUT_MS_MAX),
+        "grace_ms": (0, limits.STOP_GRACE_MS_MAX),
+    }
+    for name, (low, high) in bounds.items():
+        value = getattr(asked, name)
+        if not low <= value <= high:
+            raise AetherError("BAD_FIELD", f"cannot accept limits.{name} = {value}: not within {low}..{high}")
+
+
+def _check_paths(params: CommandParams, inputs: CommandInputs) -> None:
+    if len(inputs.files) > limits.INPUT_FILES_MAX:
+        raise AetherError(
+            "BAD_FIELD", f"cannot accept {len(inputs.files)} input files: the bound is {limits.INPUT_FILES_MAX}"
+        )
+    seen: set[str] = set()
+    for file in inputs.files:
+        check_relative_path(file.path, "input file")
+        if file.path in seen:
+            raise AetherError("BAD_FIELD", f"cannot accept input file {file.path[:80]!r} twice")
+        seen.add(file.path)
+    if len(params.outputs) > limits.OUTPUT_GLOBS_MAX:
+        raise AetherError(
+            "BAD_FIELD", f"cannot accept {len(params.outputs)} outputs: the bound is {limits.OUTPUT_GLOBS_MAX}"
+        )
+    for glob in params.outputs:
+        check_relative_path(glob, "output")
+    cwd = params.cwd
+    inside = cwd == "/work" or cwd.startswith("/work/")
+    if not inside or any(part in ("", ".", "..") for part in cwd[1:].split("/")) or "\0" in cwd:
+        raise AetherError("BAD_FIELD", f"cannot accept cwd {cwd[:80]!r}: it must be /work or below")

@@ -1,0 +1,103 @@
+"""Every bound that more than one part relies on, in one place; units last in names.
+
+A bound is a promise to an honest client (documented in SPECIFICATION.md) and the answer to a hostile one.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+
+# Between roles
+PROTOCOL_VERSION: Final = 1
+FRAME_BYTES_MAX: Final = 256 * KIB
+"""Larger data crosses as a descriptor (SCM_RIGHTS), never inside a frame."""
+LINK_CALLS_IN_FLIGHT_MAX: Final = 1024
+LINK_WRITE_BUFFER_BYTES_MAX: Final = 4 * MIB
+SPAWNER_MESSAGE_BYTES_MAX: Final = 160 * KIB
+"""One SOCK_SEQPACKET message; the kernel's default wmem_max of 212,992 bytes bounds it."""
+
+# At the edge
+HTTP_BODY_BYTES_MAX: Final = 192 * KIB
+"""A JSON request body: must fit in a frame after re-encoding. Larger inputs are uploaded as artifacts."""
+HTTP_HEADER_BYTES_MAX: Final = 32 * KIB
+HTTP_HEADER_TIMEOUT_S: Final = 10.0
+HTTP_BODY_IDLE_TIMEOUT_S: Final = 15.0
+HTTP_WRITE_IDLE_TIMEOUT_S: Final = 30.0
+HTTP_CONNECTIONS_MAX: Final = 1024
+HTTP_CONNECTIONS_PER_UID_MAX: Final = 512
+WAIT_S_MAX: Final = 60.0
+UPLOAD_BYTES_MAX: Final = 1 * GIB
+PAGE_ITEMS_MAX: Final = 500
+PAGE_ITEMS_DEFAULT: Final = 50
+JSON_DEPTH_MAX: Final = 32
+
+# Jobs
+ARGV_ITEMS_MAX: Final = 256
+ARGV_BYTES_MAX: Final = 64 * KIB
+ENV_ITEMS_MAX: Final = 128
+ENV_BYTES_MAX: Final = 32 * KIB
+INPUT_FILES_MAX: Final = 1024
+INPUT_INLINE_BYTES_MAX: Final = 128 * KIB
+OUTPUT_GLOBS_MAX: Final = 32
+OUTPUT_FILES_MAX: Final = 1024
+OUTPUT_BYTES_MAX: Final = 1 * GIB
+PATH_BYTES_MAX: Final = 1024
+LABELS_MAX: Final = 16
+LABEL_PATTERN: Final = r"^[a-z0-9]([a-z0-9._/-]{0,62}[a-z0-9])?$"
+TIMEOUT_MS_DEFAULT: Final = 600_000
+TIMEOUT_MS_MAX: Final = 7 * 24 * 3600 * 1000
+STOP_GRACE_MS_DEFAULT: Final = 2_000
+STOP_GRACE_MS_MAX: Final = 60_000
+JOBS_OPEN_MAX: Final = 10_000
+"""Jobs accepted and not yet terminal; above it the answer is 429."""
+IDEMPOTENCY_WINDOW_S: Final = 900
+IDEMPOTENCY_KEY_CHARS_MAX: Final = 128
+RESULT_INLINE_BYTES_MAX: Final = 64 * KIB
+"""A result up to this size is answered inline and kept in the blob table; a larger one is a file."""
+
+# Cells
+MEMORY_BYTES_DEFAULT: Final = 512 * MIB
+MEMORY_BYTES_MIN: Final = 4 * MIB
+CPU_MILLIS_DEFAULT: Final = 1_000
+"""Thousandths of one CPU."""
+CPU_MILLIS_MIN: Final = 10
+PIDS_DEFAULT: Final = 128
+PIDS_MAX: Final = 32_768
+NOFILE_DEFAULT: Final = 1_024
+FILE_BYTES_DEFAULT: Final = 4 * GIB
+TMP_BYTES_DEFAULT: Final = 64 * MIB
+CELLS_LIVE_MAX: Final = 2_000
+EXECUTABLES_PER_CELL_MAX: Final = 64
+CELL_UID_BASE: Final = 0x7000_0000
+CELL_UID_BLOCK: Final = 65_536
+"""Each cell owns one block of uids; above the ranges of subuid and systemd-nspawn."""
+CELL_UID_SLOTS: Final = 4_096
+DAEMON_UID_BASE: Final = 0x6FFF_F000
+"""aetherd +1, aurorad +2, keeper +3; their shared group is DAEMON_UID_BASE itself."""
+
+# Logs of executables
+LOG_HEAD_BYTES_MAX: Final = 1 * MIB
+LOG_TAIL_BYTES_MAX: Final = 4 * MIB
+LOG_RATE_BYTES_PER_S: Final = 8 * MIB
+LOG_BURST_BYTES: Final = 4 * MIB
+LOG_READ_BYTES_MAX: Final = 64 * KIB
+
+# Audit
+RECORD_BYTES_MAX: Final = 65_535
+"""C2SP tlog-tiles: an entry bundle holds entries with a 16-bit length."""
+SEGMENT_BYTES_MAX: Final = 64 * MIB
+CHECKPOINT_INTERVAL_S: Final = 1.0
+TILE_WIDTH: Final = 256
+DISK_FREE_BYTES_MIN: Final = 64 * MIB
+"""Admission stops (507) below this plus the room of every open outcome."""
+OUTCOME_BYTES_RESERVED: Final = 16 * KIB
+
+# Models
+MODEL_PACKAGE_BYTES_MAX: Final = 512 * MIB
+MODEL_BATCH_MAX: Final = 64
+MODEL_BATCH_WAIT_US_MAX: Final = 2_000
+MODEL_JOBS_IN_FLIGHT_MAX: Final = 512

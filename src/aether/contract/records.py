@@ -1,0 +1,144 @@
+"""Audit records: one shape for all, so that readers need one parser; what does not apply is null.
+
+A record commits to documents that repeat (policy, sandbox report, plan) by digest and to personal data by
+salted digest only. It holds no floats: amounts are integers, times are RFC 3339 text. Its canonical JSON is
+one entry of the log; `log_index` is that entry's index.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+from aether.contract.cells import ExitStatus, Usage
+from aether.contract.errors import ErrorBody
+from aether.contract.jobs import ArtifactRef
+
+RECORD_SCHEMA_VERSION: Final = "1.0"
+
+RecordType = Literal[
+    "node.started",
+    "node.stopped",
+    "ticket.minted",
+    "policy.loaded",
+    "access.denied",
+    "document.stored",
+    "job.intent",
+    "job.started",
+    "job.stop",
+    "job.outcome",
+]
+
+
+class TicketRef(msgspec.Struct, frozen=True, kw_only=True):
+    """The capability that was shown: the ids of its links, root first. Never the ticket's text or tail."""
+
+    kid: str
+    role: str
+    link_ids: tuple[str, ...]
+    implicit: bool
+
+
+class PolicyRef(msgspec.Struct, frozen=True, kw_only=True):
+    """The decision: the digest of the policy set and the ids of the policies that decided."""
+
+    digest: str
+    decision: Literal["allow", "deny"]
+    determining: tuple[str, ...]
+
+
+class BudgetRef(msgspec.Struct, frozen=True, kw_only=True):
+    """A movement on the accounts of every link: `ops` reserved by an intent, spent by an outcome.
+
+    CPU is integer milliseconds. `reservation_id` joins the two.
+    """
+
+    reservation_id: str
+    accounts: tuple[str, ...]
+    ops: int
+    cpu_ms: int
+    settled: bool
+
+
+class CodeRef(msgspec.Struct, frozen=True, kw_only=True):
+    """What ran: a model package's digest, or the digest of the cell plan of a command."""
+
+    model_digest: str | None = None
+    plan_digest: str | None = None
+    sandbox_digest: str | None = None
+    route: str | None = None
+    engine: str | None = None
+    rung: str | None = None
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """One audit entry. `detail` is a short flat map of text for what only one type needs."""
+
+    schema_version: str = RECORD_SCHEMA_VERSION
+    type: RecordType
+    log_index: int
+    time: str
+    node_id: str
+    tenant_id: str | None = None
+    principal: str | None = None
+    request_id: str | None = None
+    traceparent: str | None = None
+    operation: str | None = None
+    effect: str | None = None
+    job_id: str | None = None
+    attempt: int | None = None
+    kind: str | None = None
+    op: str | None = None
+    model_id: str | None = None
+    model_version: str | None = None
+    input_hash: str | None = None
+    idempotency_hash: str | None = None
+    labels: tuple[str, ...] = ()
+    ticket: TicketRef | None = None
+    policy: PolicyRef | None = None
+    budget: BudgetRef | None = None
+    code: CodeRef | None = None
+    cell_id: str | None = None
+    state: str | None = None
+    exit: ExitStatus | None = None
+    error: ErrorBody | None = None
+    usage: Usage | None = None
+    result_digest: str | None = None
+    result_bytes: int | None = None
+    artifacts: tuple[ArtifactRef, ...] = ()
+    created_at: str | None = None
+    started_at: str | None = None
+    finished_at: str | None = None
+    timings_us: dict[str, int] = {}
+    detail: dict[str, str] = {}
+
+
+class InclusionProof(msgspec.Struct, frozen=True, kw_only=True):
+    """RFC 6962 audit path of entry `log_index` in the tree of the receipt's checkpoint; base64 hashes."""
+
+    log_index: int
+    hashes: tuple[str, ...]
+
+
+class ReceiptEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One record of the job: `entry` is the exact canonical JSON text that was logged."""
+
+    entry: str
+    proof: InclusionProof
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """The joined proof of one job; a view computed from records. Verifies offline with the public key.
+
+    `documents` maps a digest to the canonical JSON text it stands for (sandbox report, plan, policy set).
+    `verdict` is a signed note by the authority: it verified the ticket whose link ids the intent names.
+    """
+
+    receipt_version: str
+    job_id: str
+    origin: str
+    entries: tuple[ReceiptEntry, ...]
+    documents: dict[str, str]
+    verdict: str
+    checkpoint: str

@@ -1,0 +1,1 @@
+"""The churn: jobs, engines, artifacts."""

@@ -1,0 +1,1 @@
+"""The job machine, its store and queue."""

@@ -1,0 +1,1 @@
+"""The privileged launcher; standard library only."""

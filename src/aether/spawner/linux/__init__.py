@@ -1,0 +1,1 @@
+"""Kernel mechanisms of the launcher."""

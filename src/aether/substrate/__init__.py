@@ -1,0 +1,1 @@
+"""The authority: access, audit, cells, metering."""

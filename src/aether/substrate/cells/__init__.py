@@ -1,0 +1,1 @@
+"""Cells: spec, plan, supervisor, drivers."""

@@ -1,0 +1,1 @@
+"""Usage of jobs, from what the kernel counted."""

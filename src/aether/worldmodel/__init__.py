@@ -1,0 +1,1 @@
+"""Source of the CfC-JEPA world model package: data, training, calibration, export, validation, report."""
