@@ -1,0 +1,99 @@
+"""Where things are: the state directory and its layout (DESIGN: models/ cache/ artifacts/ logs/ db/ keys/ run/)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+SYSTEM_STATE: Final = Path("/var/lib/aether/aurora")
+
+
+def state_dir(env: Mapping[str, str], uid: int, home: Path) -> Path:
+    """`$AETHER_STATE`, else /var/lib/aether/aurora for root, else ~/.local/state/aether."""
+    if chosen := env.get("AETHER_STATE"):
+        return Path(chosen).absolute()
+    return SYSTEM_STATE if uid == 0 else home / ".local/state/aether"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The paths below one state directory. Directories are 0750, sockets 0660, keys 0600."""
+
+    root: Path
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def api_socket(self) -> Path:
+        """HTTP/JSON for clients."""
+        return self.run / "aetherd.sock"
+
+    @property
+    def authority_socket(self) -> Path:
+        """Framed link for aurorad."""
+        return self.run / "authority.sock"
+
+    @property
+    def spawner_socket(self) -> Path:
+        return self.run / "spawner.sock"
+
+    @property
+    def instance_file(self) -> Path:
+        """JSON written by the supervisor while an instance is up: pid, start time, version."""
+        return self.run / "instance.json"
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def trusted_keys(self) -> Path:
+        """PEM public keys whose signatures on model packages are accepted."""
+        return self.root / "keys/models"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
+    def audit(self) -> Path:
+        return self.root / "logs/audit"
+
+    @property
+    def job_logs(self) -> Path:
+        return self.root / "logs/jobs"
+
+    @property
+    def daemon_logs(self) -> Path:
+        return self.root / "logs/daemon"
+
+    @property
+    def db(self) -> Path:
+        return self.root / "db"
+
+    @property
+    def keys(self) -> Path:
+        return self.root / "keys"
+
+    @property
+    def audit_public_key(self) -> Path:
+        """The verifier key (vkey text of the signed-note format) of the audit log."""
+        return self.root / "keys/audit.pub"
+
+    @property
+    def policy(self) -> Path:
+        return self.root / "policy/policy.cedar"
+
+    @property
+    def cells(self) -> Path:
+        """Work directories of cells; owned by the spawner."""
+        return self.root / "cells"
+
+    @property
+    def spool(self) -> Path:
+        """Uploads on their way in; emptied at start."""
+        return self.root / "cache/spool"
