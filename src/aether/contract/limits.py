@@ -54,7 +54,9 @@ STOP_GRACE_MS_DEFAULT: Final = 2_000
 STOP_GRACE_MS_MAX: Final = 60_000
 JOBS_OPEN_MAX: Final = 10_000
 """Jobs accepted and not yet terminal; above it the answer is 429."""
-IDEMPOTENCY_WINDOW_S: Final = 900
+IDEMPOTENCY_WINDOW_S: Final = 300
+IDEMPOTENCY_KEYS_MAX: Final = 500_000
+"""Keys remembered within the window (about 200 bytes each); above it keyed submissions get 429."""
 IDEMPOTENCY_KEY_CHARS_MAX: Final = 128
 RESULT_INLINE_BYTES_MAX: Final = 64 * KIB
 """A result up to this size is answered inline and kept in the blob table; a larger one is a file."""

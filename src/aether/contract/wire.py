@@ -2,7 +2,8 @@
 
 `[REQUEST, id, verb, body]`, `[REPLY, id, null, body]`, `[ERROR, id, null, ErrorBody]`, `[EVENT, 0, verb, body]`.
 The first call on a connection is `hello`; different protocol versions refuse each other. aurorad connects
-to aetherd. Descriptors cross on a SEQPACKET side connection and are named in bodies by integer tokens.
+to aetherd. Descriptors cross on a SEQPACKET side socket, which the listener hands over as the first byte's
+SCM_RIGHTS, and are named in bodies by integer tokens.
 
 A verb that changes something carries the key that makes it idempotent: job id and attempt.
 """
@@ -22,13 +23,12 @@ REQUEST, REPLY, ERROR, EVENT = 0, 1, 2, 3
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
-    """Version handshake. `link_id` joins the side connection for descriptors to the main one."""
+    """Version handshake: the first call on a link, both ways."""
 
     role: str
     protocol_version: int
     version: str
     node_id: str = ""
-    link_id: str = ""
 
 
 class Empty(msgspec.Struct, frozen=True):
@@ -279,7 +279,8 @@ class CellExited(msgspec.Struct, frozen=True, kw_only=True):
 class JobFinish(msgspec.Struct, frozen=True, kw_only=True):
     """`job.finish`: what aurorad made of the end; aetherd adds what it measured, records and settles.
 
-    Answered by JobOutcome once the record is durable. Idempotent per job and attempt.
+    Answered by JobOutcome once the record is durable. Idempotent per job and attempt. `exit` and the usage of
+    a cell are aetherd's own; the fields from `model_id` on are for jobs that an engine answered.
     """
 
     grant: Grant
@@ -289,6 +290,11 @@ class JobFinish(msgspec.Struct, frozen=True, kw_only=True):
     result_digest: str | None = None
     result_bytes: int | None = None
     artifacts: tuple[ArtifactRef, ...] = ()
+    model_id: str | None = None
+    model_version: str | None = None
+    code: CodeRef | None = None
+    usage: Usage | None = None
+    timings_us: dict[str, int] = {}
 
 
 class WorkerLaunch(msgspec.Struct, frozen=True, kw_only=True):

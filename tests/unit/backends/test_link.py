@@ -1,0 +1,157 @@
+"""The link: calls both ways, errors, events, descriptors, bounds, a peer that goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from aether.backends.link import UnixLink, connect, pair, peer_uid, serve
+from aether.contract.errors import AetherError
+
+
+class Text(msgspec.Struct, frozen=True):
+    text: str
+    token: int = 0
+
+
+class Desk:
+    """Handlers of one end."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.link: UnixLink | None = None
+
+    async def echo(self, body: Text) -> Text:
+        return Text(body.text.upper())
+
+    async def refuse(self, body: Text) -> Text:
+        raise AetherError("BUSY", "cannot serve: busy", retry_after_s=2)
+
+    async def broken(self, body: Text) -> Text:
+        raise RuntimeError("a bug")
+
+    async def hang(self, body: Text) -> Text:
+        await asyncio.sleep(3600)
+        return body
+
+    async def read(self, body: Text) -> Text:
+        assert self.link is not None
+        fd = await self.link.take_fd(body.token)
+        with open(fd, "rb") as file:
+            return Text(file.read().decode())
+
+    def note(self, body: Text) -> None:
+        self.events.append(body.text)
+
+    def make(self, side: socket.socket) -> UnixLink:
+        verbs = {name: (Text, getattr(self, name)) for name in ("echo", "refuse", "broken", "hang", "read")}
+        self.link = UnixLink(side, verbs, {"note": (Text, self.note)})
+        return self.link
+
+
+async def make_pair() -> tuple[UnixLink, UnixLink, Desk]:
+    desk = Desk()
+    ours, theirs = await pair(Desk().make, desk.make)
+    return ours, theirs, desk
+
+
+def test_calls_both_ways_and_errors() -> None:
+    async def main() -> None:
+        ours, theirs, _ = await make_pair()
+        assert await ours.call("echo", Text("a"), Text) == Text("A")
+        assert await theirs.call("echo", Text("b"), Text) == Text("B")
+        answers = await asyncio.gather(*(ours.call("echo", Text(str(i)), Text) for i in range(500)))
+        assert [a.text for a in answers] == [str(i) for i in range(500)]
+        for verb, code in (("refuse", "BUSY"), ("broken", "INTERNAL"), ("nothing", "PROTOCOL")):
+            with pytest.raises(AetherError) as caught:
+                await ours.call(verb, Text(""), Text)
+            assert caught.value.code == code
+        ours.close()
+        theirs.close()
+
+    asyncio.run(main())
+
+
+def test_events_keep_their_order_before_a_call() -> None:
+    async def main() -> None:
+        ours, theirs, desk = await make_pair()
+        for i in range(10):
+            ours.notify("note", Text(str(i)))
+        await ours.call("echo", Text("x"), Text)
+        assert desk.events == [str(i) for i in range(10)]
+        ours.close()
+        theirs.close()
+
+    asyncio.run(main())
+
+
+def test_descriptor_crosses(tmp_path: Path) -> None:
+    async def main() -> None:
+        ours, theirs, _ = await make_pair()
+        path = tmp_path / "f"
+        path.write_text("inside")
+        fd = os.open(path, os.O_RDONLY)
+        token = await ours.send_fd(fd)
+        os.close(fd)
+        assert (await ours.call("read", Text("", token), Text)).text == "inside"
+        ours.close()
+        theirs.close()
+
+    asyncio.run(main())
+
+
+def test_lost_peer_fails_pending_calls() -> None:
+    async def main() -> None:
+        ours, theirs, _ = await make_pair()
+        hanging = asyncio.create_task(ours.call("hang", Text(""), Text))
+        await ours.call("echo", Text(""), Text)
+        theirs.close()
+        with pytest.raises(AetherError) as caught:
+            await hanging
+        assert caught.value.code == "UNAVAILABLE"
+        with pytest.raises(AetherError):
+            await ours.call("echo", Text(""), Text)
+        assert ours.closed
+
+    asyncio.run(main())
+
+
+def test_oversized_frame_closes_the_link() -> None:
+    async def main() -> None:
+        ours, theirs, _ = await make_pair()
+        with pytest.raises(AetherError) as caught:
+            await ours.call("echo", Text("x" * 300_000), Text)
+        assert caught.value.code == "TOO_LARGE"
+        assert await ours.call("echo", Text("still"), Text) == Text("STILL")
+        assert ours._transport is not None
+        ours._transport.write(b"\xff\xff\xff\xff")
+        for _ in range(100):
+            if ours.closed and theirs.closed:
+                break
+            await asyncio.sleep(0.01)
+        assert theirs.closed
+        ours.close()
+
+    asyncio.run(main())
+
+
+def test_listen_connect_and_refusal(tmp_path: Path) -> None:
+    async def main() -> None:
+        path = tmp_path / "s"
+        stop = await serve(path, 0o600, lambda sock: peer_uid(sock) == os.getuid(), Desk().make)
+        link = await connect(path, Desk().make)
+        assert await link.call("echo", Text("hi"), Text) == Text("HI")
+        assert path.stat().st_mode & 0o777 == 0o600
+        link.close()
+        stop()
+        stop = await serve(path, 0o600, lambda sock: False, Desk().make)
+        with pytest.raises(AetherError):
+            await connect(path, Desk().make)
+        stop()
+
+    asyncio.run(main())
