@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 PARENT_PREFIX = "aether-"
@@ -114,6 +115,11 @@ class CgroupDriver(Protocol):
         """Remove the parents."""
 
 
+def parent_of(base: str, instance: str) -> str:
+    """The directory that holds the cells of `instance` below `base`."""
+    return f"{base.rstrip('/')}/{PARENT_PREFIX}{instance}"
+
+
 class Tree:
     """Files of one cgroup hierarchy below a parent directory; the only place that touches cgroupfs."""
 
@@ -125,8 +131,7 @@ class Tree:
 
     def open(self) -> None:
         """Make the parent directory if need be and hold it."""
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(self.path, 0o755)
+        Path(self.path).mkdir(0o755, exist_ok=True)
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -134,7 +139,7 @@ class Tree:
             os.close(self._fd)
             self._fd = -1
         with contextlib.suppress(OSError):
-            os.rmdir(self.path)
+            Path(self.path).rmdir()
 
     def mkdir(self, name: str) -> None:
         os.mkdir(name, 0o755, dir_fd=self._fd)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
-from aether.spawner.linux.cgroup import CPU_PERIOD_US, PARENT_PREFIX, CgroupHandle, CgroupLimits, CgroupUsage, Tree
+from aether.spawner.linux.cgroup import CPU_PERIOD_US, CgroupHandle, CgroupLimits, CgroupUsage, Tree, parent_of
 from aether.spawner.linux.cgroup_v2 import CgroupV2, remove_all
 
 CONTROLLERS = ("memory", "cpu", "pids")
@@ -51,12 +52,12 @@ class CgroupV1:
         self.instance = instance
         self.bases = {name: bases[name] for name in CONTROLLERS if name in bases}
         self.v2 = CgroupV2(v2_base, instance, wanted=()) if v2_base else None
-        self.freezer = Tree(os.path.join(bases["freezer"], PARENT_PREFIX + instance)) if (
-            self.v2 is None and "freezer" in bases
-        ) else None
+        self.freezer: Tree | None = None
+        if self.v2 is None and "freezer" in bases:
+            self.freezer = Tree(parent_of(bases["freezer"], instance))
         parents: dict[str, Tree] = {}
         for base in self.bases.values():
-            parents.setdefault(base, Tree(os.path.join(base, PARENT_PREFIX + instance)))
+            parents.setdefault(base, Tree(parent_of(base, instance)))
         self._of = {name: parents[base] for name, base in self.bases.items()}
         self._trees = list(parents.values()) + ([self.freezer] if self.freezer else [])
         self.missing = {"io_weight": "the v1 blkio controller does not see buffered writes"}
@@ -124,7 +125,7 @@ class CgroupV1:
         name = handle.name
         unified = self.v2.usage(handle) if self.v2 is not None else CgroupUsage()
         sources = dict(unified.sources)
-        memory, pids, cpu = (self._of.get(controller) for controller in CONTROLLERS[:1] + ("pids", "cpu"))
+        memory, pids, cpu = (self._of.get(controller) for controller in ("memory", "pids", "cpu"))
         peak = memory.number(f"{name}/memory.max_usage_in_bytes") if memory else None
         pids_peak = pids.number(f"{name}/pids.peak") if pids else None
         throttled = cpu.table(f"{name}/cpu.stat").get("throttled_time") if cpu else None
@@ -179,10 +180,10 @@ class CgroupV1:
     def sweep(self, instance: str) -> int:
         swept = self.v2.sweep(instance) if self.v2 is not None else 0
         for own in self._trees:
-            path = os.path.join(os.path.dirname(own.path), PARENT_PREFIX + instance)
-            if not os.path.isdir(path):
+            path = Path(parent_of(str(Path(own.path).parent), instance))
+            if not path.is_dir():
                 continue
-            tree = Tree(path)
+            tree = Tree(str(path))
             tree.open()
 
             def kill(name: str, tree: Tree = tree) -> None:

@@ -14,9 +14,10 @@ import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
-from aether.spawner.linux.cgroup import CPU_PERIOD_US, PARENT_PREFIX, CgroupHandle, CgroupLimits, CgroupUsage, Tree
+from aether.spawner.linux.cgroup import CPU_PERIOD_US, CgroupHandle, CgroupLimits, CgroupUsage, Tree, parent_of
 
 WANTED = ("cpu", "memory", "pids", "io")
 _LIMIT_CONTROLLER = {
@@ -45,9 +46,7 @@ def limit_files(limits: CgroupLimits) -> list[tuple[str, str, str, str]]:
         if value is not None
     ]
     if limits.cpu_millis is not None:
-        files.append(
-            ("cpu_millis", "cpu", "cpu.max", f"{limits.cpu_millis * CPU_PERIOD_US // 1000} {CPU_PERIOD_US}")
-        )
+        files.append(("cpu_millis", "cpu", "cpu.max", f"{limits.cpu_millis * CPU_PERIOD_US // 1000} {CPU_PERIOD_US}"))
     return files
 
 
@@ -62,7 +61,7 @@ class CgroupV2:
         self.wanted = wanted
         self.controllers: tuple[str, ...] = ()
         self.missing: dict[str, str] = {}
-        self.tree = Tree(os.path.join(base, PARENT_PREFIX + instance))
+        self.tree = Tree(parent_of(base, instance))
         self._roles: Tree | None = None
 
     def probe(self) -> dict[str, Any]:
@@ -78,7 +77,7 @@ class CgroupV2:
         self.tree.open()
         if not self.wanted:
             return
-        offered = self._words(os.path.join(self.base, "cgroup.controllers"))
+        offered = self._words(f"{self.base}/cgroup.controllers")
         for name, controller in _LIMIT_CONTROLLER.items():
             if controller in self.wanted and controller not in offered:
                 self.missing[name] = f"the controller {controller} is not available in {self.base}"
@@ -93,7 +92,7 @@ class CgroupV2:
     def _enable(self, controller: str) -> bool:
         """Pass `controller` down to the cells; on refusal the reason goes to `missing`."""
         try:
-            if controller not in self._words(os.path.join(self.base, "cgroup.subtree_control")):
+            if controller not in self._words(f"{self.base}/cgroup.subtree_control"):
                 self._enable_in_base(controller)
             self.tree.write("cgroup.subtree_control", f"+{controller}")
         except OSError as error:
@@ -104,7 +103,7 @@ class CgroupV2:
         return True
 
     def _enable_in_base(self, controller: str) -> None:
-        control = os.path.join(self.base, "cgroup.subtree_control")
+        control = f"{self.base}/cgroup.subtree_control"
         for attempt in (0, 1):
             try:
                 with open(control, "w") as file:
@@ -123,7 +122,7 @@ class CgroupV2:
         for name in ("user.delegate", "trusted.delegate"):
             with contextlib.suppress(OSError):
                 delegated = delegated or os.getxattr(self.base, name) == b"1"
-        pids = self._words(os.path.join(self.base, "cgroup.procs")) if delegated else [str(os.getpid())]
+        pids = self._words(f"{self.base}/cgroup.procs") if delegated else [str(os.getpid())]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 self._roles.write("cgroup.procs", pid)
@@ -218,15 +217,15 @@ class CgroupV2:
         return True
 
     def sweep(self, instance: str) -> int:
-        path = os.path.join(self.base, PARENT_PREFIX + instance)
+        path = parent_of(self.base, instance)
         swept = 0
-        if os.path.isdir(path):
+        if Path(path).is_dir():
             left = CgroupV2(self.base, instance, wanted=())
             left.tree.open()
             swept = remove_all(left.tree, left._kill)
             left.close()
         with contextlib.suppress(OSError):  # busy while its roles live, which is then right
-            os.rmdir(path + "-roles")
+            Path(path + "-roles").rmdir()
         return swept
 
     def close(self) -> None:
