@@ -25,9 +25,7 @@ def open_beneath(directory: int, path: str, flags: int, mode: int = 0) -> int:
     raw = os.fsencode(path)
     how = _HOW.pack(flags | os.O_CLOEXEC, mode, _RESOLVE)
     while True:
-        fd = _libc.syscall(
-            ctypes.c_long(_SYS_OPENAT2), ctypes.c_long(directory), raw, how, ctypes.c_long(_HOW.size)
-        )
+        fd = _libc.syscall(ctypes.c_long(_SYS_OPENAT2), ctypes.c_long(directory), raw, how, ctypes.c_long(_HOW.size))
         if fd >= 0:
             return int(fd)
         code = ctypes.get_errno()

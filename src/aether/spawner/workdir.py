@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from aether.spawner.beneath import open_beneath, safe_path
@@ -22,6 +24,7 @@ ENTRIES_MAX = 200_000
 """Directory entries looked at by one collection, so that a tree of empty directories ends too."""
 DEPTH_MAX = 64
 REFUSED_MAX = 256
+FLAT_ENTRIES_MAX = 32
 COPY_CHUNK_BYTES = 1 << 20
 _FICLONE = 0x40049409
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
@@ -48,7 +51,7 @@ class WorkRoot:
     """The directory that holds this instance's work directories."""
 
     def __init__(self, path: str) -> None:
-        os.makedirs(path, 0o700, exist_ok=True)
+        Path(path).mkdir(0o700, parents=True, exist_ok=True)
         self.path = path
         self._fd = os.open(path, _DIRECTORY | os.O_CLOEXEC)
 
@@ -58,7 +61,7 @@ class WorkRoot:
             os.mkdir(cell_id, 0o700, dir_fd=self._fd)
             if owner.changes:
                 os.chown(cell_id, owner.uid, owner.gid, dir_fd=self._fd, follow_symlinks=False)
-        return os.path.join(self.path, cell_id)
+        return f"{self.path}/{cell_id}"
 
     def open(self, cell_id: str) -> int:
         """A descriptor of a cell's directory, the caller's to close; raises WorkError when there is none."""
@@ -67,6 +70,31 @@ class WorkRoot:
         except OSError as error:
             raise WorkError(f"the cell has no work directory: {error.strerror}") from error
 
+    def fileno(self) -> int:
+        return self._fd
+
+    def remove_flat(self, cell_id: str) -> bool:
+        """Remove a directory with at most FLAT_ENTRIES_MAX files and no directory; False when it is not so."""
+        try:
+            directory = open_beneath(self._fd, cell_id, _DIRECTORY)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        try:
+            with os.scandir(directory) as entries:
+                names = [entry.name for entry in itertools.islice(entries, FLAT_ENTRIES_MAX + 1)]
+            if len(names) > FLAT_ENTRIES_MAX:
+                return False
+            for name in names:
+                os.unlink(name, dir_fd=directory)
+            os.rmdir(cell_id, dir_fd=self._fd)
+        except OSError:
+            return False
+        finally:
+            os.close(directory)
+        return True
+
     def remove(self, cell_id: str) -> None:
         """Remove a cell's directory however deep it is; a missing one is a removed one."""
         remove_tree(self._fd, cell_id)
@@ -74,7 +102,7 @@ class WorkRoot:
     def close(self) -> None:
         os.close(self._fd)
         with contextlib.suppress(OSError):
-            os.rmdir(self.path)
+            Path(self.path).rmdir()
 
 
 def place(directory: int, path: str, source: int, *, mode: int, owner: Owner, bytes_max: int) -> int:
@@ -153,7 +181,8 @@ def _regex(parts: list[str]) -> str:
 
 
 def _part(part: str) -> str:
-    out, at = [], 0
+    out: list[str] = []
+    at = 0
     while at < len(part):
         char = part[at]
         close = part.find("]", at + 2) if char == "[" else -1
@@ -290,7 +319,7 @@ def remove_tree(parent: int, name: str) -> None:
         os.mkdir(trash, 0o700, dir_fd=parent)
     top = open_beneath(parent, trash, _DIRECTORY)
     try:
-        pending = os.listdir(top)
+        pending = [entry.name for entry in os.scandir(top)]
         moved = max((int(number) for number in pending), default=0)
         if _raise_up(parent, name, top, moved + 1):
             moved += 1

@@ -1,0 +1,156 @@
+"""What the spawner knows of each cell and executable, and how it is told: plain state, no effects.
+
+A cell is `starting` until PID 1 says ready, `running`, then `gone` once PID 1 is reaped and its cgroup is empty;
+`cell.free` forgets it. An executable is `starting`, `running`, then `ended` once its exit is known *and* its
+output is kept; it stays listed until `exit.ack` or `cell.free`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from aether.spawner.linux.cgroup import CgroupHandle, CgroupUsage
+from aether.spawner.loop import Timer
+from aether.spawner.workdir import Owner
+
+
+@dataclass(slots=True)
+class Exec:
+    """One executable. `exit` is `{code, signal, reason}`; `output` what the keeper kept."""
+
+    exec_id: str
+    key: str
+    grace_ms: int
+    logged: bool
+    started_ns: int
+    started_wall_us: int
+    state: str = "starting"
+    pid: int | None = None
+    oom_kills_before: int = 0
+    exit: dict[str, Any] | None = None
+    rusage: dict[str, int] | None = None
+    output: dict[str, Any] | None = None
+    output_final: bool = False
+    wall_us: int | None = None
+    timed_out: bool = False
+    oom: bool = False
+    usage: dict[str, Any] | None = None
+    acked: bool = False
+    waiting: list[Any] = field(default_factory=list)
+    timers: list[Timer] = field(default_factory=list)
+
+    def cancel_timers(self) -> None:
+        for timer in self.timers:
+            timer.cancel()
+        self.timers.clear()
+
+    def view(self) -> dict[str, Any]:
+        """The executable as `cell.list`, replies and `exec.exited` show it."""
+        return {
+            "exec": self.exec_id,
+            "state": self.state,
+            "started_wall_us": self.started_wall_us,
+            "code": self.exit["code"] if self.exit else None,
+            "signal": self.exit["signal"] if self.exit else None,
+            "reason": self.exit["reason"] if self.exit else None,
+            "oom": self.oom,
+            "timed_out": self.timed_out,
+            "usage": self.usage,
+        }
+
+
+@dataclass(slots=True)
+class Cell:
+    """One cell. `once`: it ends with its first executable. `reason` says who ended it, when not itself."""
+
+    cell_id: str
+    key: str
+    once: bool
+    grace_ms: int
+    owner: Owner
+    uid_block: range
+    cgroup: CgroupHandle
+    has_work: bool
+    started_ns: int
+    started_wall_us: int
+    state: str = "starting"
+    pid: int = -1
+    pidfd: int = -1
+    launched: Any = None
+    report: dict[str, Any] = field(default_factory=dict)
+    execs: dict[str, Exec] = field(default_factory=dict)
+    reason: str | None = None
+    usage: dict[str, Any] | None = None
+    io: tuple[int, int] | None = None
+    timers: list[Timer] = field(default_factory=list)
+    waiting_start: list[Any] = field(default_factory=list)
+    waiting_gone: list[Any] = field(default_factory=list)
+
+    def cancel_timers(self) -> None:
+        for timer in self.timers:
+            timer.cancel()
+        self.timers.clear()
+
+    def running(self) -> list[Exec]:
+        return [each for each in self.execs.values() if each.state != "ended"]
+
+    def view(self) -> dict[str, Any]:
+        """The cell as `cell.list` and replies show it."""
+        return {
+            "cell": self.cell_id,
+            "state": self.state,
+            "started_wall_us": self.started_wall_us,
+            "reason": self.reason,
+            "report": self.report,
+            "usage": self.usage,
+            "execs": [each.view() for each in self.execs.values() if not each.acked],
+        }
+
+
+def usage_view(
+    counted: CgroupUsage, *, wall_us: int, io: tuple[int, int] | None, rusage: dict[str, int] | None
+) -> dict[str, Any]:
+    """Usage as JSON: what a cgroup counted, else what the kernel told PID 1, each with its source; else null."""
+    sources = dict(counted.sources)
+    user, system, peak = counted.cpu_user_us, counted.cpu_system_us, counted.memory_peak_bytes
+    if user is None and rusage is not None:
+        user, system = rusage["utime_us"], rusage["stime_us"]
+        sources["cpu"] = "rusage"
+    if peak is None and rusage is not None:
+        peak = rusage["maxrss_kb"] * 1024
+        sources["memory_peak"] = "rusage"  # of the largest process, not of all together
+    read, written = counted.io_read_bytes, counted.io_write_bytes
+    if read is None and io is not None:
+        read, written = io
+        sources["io"] = "proc-io"
+    sources["wall"] = "monotonic"
+    return {
+        "wall_us": wall_us,
+        "cpu_user_us": user,
+        "cpu_system_us": system,
+        "memory_peak_bytes": peak,
+        "memory_bytes": counted.memory_bytes,
+        "pids_peak": counted.pids_peak,
+        "io_read_bytes": read,
+        "io_write_bytes": written,
+        "oom_kills": counted.oom_kills,
+        "throttled_us": counted.throttled_us,
+        "sources": sources,
+    }
+
+
+def proc_io(pid: int) -> tuple[int, int] | None:
+    """Bytes that PID 1's reaped descendants read and wrote on storage (proc(5), /proc/pid/io; wait(2) adds a
+    child's account to its parent's). None when the kernel does not count or PID 1 is gone."""
+    try:
+        with open(f"/proc/{pid}/io") as file:
+            rows = dict(line.split(": ") for line in file.read().splitlines())
+        return int(rows["read_bytes"]), int(rows["write_bytes"])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def now_wall_us() -> int:
+    return time.time_ns() // 1000

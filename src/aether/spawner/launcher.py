@@ -1,0 +1,157 @@
+"""Between the executor that starts PID 1 and the lifecycle: PID 1's messages as facts and readable reasons."""
+
+from __future__ import annotations
+
+import errno as errnos
+import os
+import socket
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from aether.contract.cellplan import NAMESPACES, ExecSpec, Plan, describe
+from aether.spawner.linux import initwire
+from aether.spawner.linux.executor import Attach, Executor, LaunchError
+
+
+class LaunchFailedError(Exception):
+    """PID 1 could not be started; `remedy` says what helps."""
+
+    def __init__(self, why: str, remedy: str) -> None:
+        super().__init__(why)
+        self.remedy = remedy
+
+
+@dataclass(frozen=True, slots=True)
+class InitEvent:
+    """One message of PID 1: `kind` is ready, step_failed, started, exec_failed or exited."""
+
+    kind: str
+    exec_id: str = ""
+    report: dict[str, Any] = field(default_factory=dict)
+    why: str = ""
+    remedy: str = ""
+    pid: int | None = None
+    code: int | None = None
+    signal: int | None = None
+    rusage: dict[str, int] | None = None
+
+
+class Running:
+    """A cell's PID 1: its pid, pidfd and control socket. `pidfd` is the caller's to close."""
+
+    def __init__(self, pid: int, pidfd: int, control: socket.socket, plan: Plan, executor: str) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.closed = False
+        self._control = control
+        self._plan = plan
+        self._executor = executor
+
+    def fileno(self) -> int:
+        return self._control.fileno()
+
+    def events(self) -> list[InitEvent]:
+        """What has arrived; sets `closed` at PID 1's end."""
+        found: list[InitEvent] = []
+        while not self.closed:
+            try:
+                event = initwire.receive(self._control)
+            except BlockingIOError:
+                break
+            except (OSError, initwire.WireError):
+                event = None
+            if event is None:
+                self.closed = True
+            else:
+                found.append(self._read(event))
+        return found
+
+    def _read(self, event: initwire.Event) -> InitEvent:
+        match event:
+            case initwire.Ready():
+                seen = {name: event.namespaces.get(name) or None for name in NAMESPACES}
+                new = {name: seen[name] for name in NAMESPACES if seen[name] and seen[name] != _HOST[name]}
+                report = {
+                    "executor": self._executor,
+                    "level": self._plan.level,
+                    "namespaces": new,
+                    "landlock_abi": event.landlock_abi if self._plan.landlock is not None else 0,
+                    "setup_us": event.setup_us,
+                    "seccomp_profile": self._plan.seccomp_profile,
+                }
+                return InitEvent("ready", report=report)
+            case initwire.StepFailed():
+                why = f"cannot start the cell: {step_text(self._plan, event.step)}: {os.strerror(event.errno)}"
+                return InitEvent("step_failed", why=why, remedy="run `aether doctor` to see what this host allows")
+            case initwire.Started():
+                return InitEvent("started", event.exec_id, pid=event.pid, report=asdict(event.enforced))
+            case initwire.ExecFailed():
+                why = f"cannot start {event.exec_id}: {event.step}: {os.strerror(event.errno)}"
+                return InitEvent("exec_failed", event.exec_id, why=why, remedy=_exec_remedy(event))
+            case initwire.Exited():
+                rusage = {"utime_us": event.utime_us, "stime_us": event.stime_us, "maxrss_kb": event.maxrss_kb}
+                return InitEvent("exited", event.exec_id, code=event.code, signal=event.signal, rusage=rusage)
+
+    def start(self, spec: ExecSpec, fds: tuple[int, ...]) -> None:
+        initwire.send_exec(self._control, spec, fds)
+
+    def signal(self, exec_id: str, signo: int) -> None:
+        initwire.send_signal(self._control, exec_id, signo)
+
+    def close(self) -> None:
+        self._control.close()
+
+
+class Launcher:
+    """An executor, and what the host's own namespaces are, so that a report can tell new from shared."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    @property
+    def name(self) -> str:
+        return self._executor.name
+
+    def launch(
+        self, plan: Plan, attach_fds: tuple[int, ...], v2_fd: int | None, spec: ExecSpec | None, fds: tuple[int, ...]
+    ) -> Running:
+        """Raises LaunchFailedError."""
+        try:
+            launched = self._executor.launch(plan, Attach(attach_fds, v2_fd), spec, fds)
+        except LaunchError as error:
+            raise LaunchFailedError(str(error), error.remedy) from error
+        except OSError as error:
+            raise LaunchFailedError(f"cannot start the cell: {error.strerror}", "") from error
+        return Running(launched.pid, launched.pidfd, launched.control, plan, self._executor.name)
+
+    def close(self) -> None:
+        self._executor.close()
+
+
+def step_text(plan: Plan, step: int) -> str:
+    """A failed operation in the words of `aether cell explain`."""
+    marks = [line for line in describe(plan) if line.startswith(f"{step}. ")]
+    return marks[0].partition(". ")[2] if marks else f"operation {step}"
+
+
+def _exec_remedy(event: initwire.ExecFailed) -> str:
+    if event.step == "exec" and event.errno == errnos.ENOENT:
+        return "name a program that exists inside the cell; see `aether cell explain`"
+    if event.step == "exec" and event.errno == errnos.EACCES:
+        return "make the file executable (its mode, and the file system it lies on)"
+    if event.step == "cwd":
+        return "name a directory that exists inside the cell"
+    return ""
+
+
+def _own_namespaces() -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name in NAMESPACES:
+        try:
+            found[name] = os.stat(f"/proc/self/ns/{name}").st_ino  # noqa: PTH116
+        except OSError:
+            found[name] = 0
+    return found
+
+
+_HOST = _own_namespaces()

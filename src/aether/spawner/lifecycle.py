@@ -1,0 +1,453 @@
+"""Cells from launch to end: the spawner is the parent of every PID 1 and keeps exits until acknowledged.
+
+Ends. An executable's exit arrives from PID 1; its event is sent once the keeper has its output (all bytes written
+before the exit lie in the pipe, so one flush answers for them), or after OUTPUT_WAIT_S. A cell ends when PID 1 is
+reaped: the kernel then has killed and reaped everything in its pid namespace (pid_namespaces(7)); the cgroup is
+checked on top and killed again until it is empty. Executables that PID 1 did not report end with SIGKILL.
+
+Deadlines are kept here and hold while aetherd is dead: SIGTERM, grace, then the whole cell is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from aether.contract import limits
+from aether.contract.cellplan import Plan
+from aether.spawner.cells import Cell, Exec, now_wall_us, proc_io, usage_view
+from aether.spawner.keeperlink import KeeperLink
+from aether.spawner.launcher import InitEvent, Launcher, LaunchFailedError
+from aether.spawner.linux.cgroup import CgroupDriver, CgroupLimits
+from aether.spawner.loop import Loop
+from aether.spawner.protocol import RefusedError
+from aether.spawner.rules import owner_of
+from aether.spawner.wiring import Wired
+
+OUTPUT_WAIT_S = 2.0
+EMPTY_WAIT_S = 5.0
+EMPTY_POLL_S = 0.002
+START_WAIT_S = 10.0
+"""PID 1 answers within this time or the cell is killed."""
+FREED_KEPT_MAX = 4096
+
+
+class Reply(Protocol):
+    """Answers one request, once; a client that has gone is no error."""
+
+    def ok(self, value: dict[str, Any], fds: tuple[int, ...] = ()) -> None: ...
+
+    def refuse(self, refused: RefusedError) -> None: ...
+
+
+class Lifecycle:
+    """All cells. Methods raise RefusedError before they change anything."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        cgroups: CgroupDriver,
+        launcher: Launcher,
+        emit: Callable[[str, dict[str, Any]], None],
+        discard: Callable[[str, Callable[[], None]], None],
+    ) -> None:
+        self.cells: dict[str, Cell] = {}
+        self.keeper: KeeperLink | None = None
+        self._loop = loop
+        self._cgroups = cgroups
+        self._launcher = launcher
+        self._emit = emit
+        self._discard = discard
+        self._blocks: dict[int, str] = {}
+        self._of_exec: dict[str, Cell] = {}
+        self._freed: OrderedDict[str, None] = OrderedDict()
+
+    # ---- starting
+
+    def find(self, cell_id: str) -> Cell:
+        cell = self.cells.get(cell_id)
+        if cell is None:
+            raise RefusedError("NO_SUCH_CELL", f"cannot find cell {cell_id}")
+        return cell
+
+    def repeated(self, cell_id: str, key: str, reply: Reply) -> bool:
+        """Whether cell.create was seen before; then it is answered with what exists."""
+        if cell_id in self._freed:
+            raise RefusedError("GONE", f"cannot create cell {cell_id}: it existed and was freed")
+        cell = self.cells.get(cell_id)
+        if cell is None:
+            return False
+        if cell.key != key:
+            raise RefusedError("IDEMPOTENCY_CONFLICT", f"cannot create cell {cell_id}: it exists under another key")
+        if cell.state == "starting":
+            cell.waiting_start.append(reply)
+        else:
+            reply.ok(cell.view())
+        return True
+
+    def admit(self, plan: Plan, key: str, args: dict[str, Any], wired: Wired | None, reply: Reply) -> Cell:
+        """Make room for a cell: its id, its block of uids, its cgroup. `reply` is answered by what follows."""
+        if len(self.cells) >= limits.CELLS_LIVE_MAX:
+            raise RefusedError("CELL_LIMIT", f"cannot create a cell: {limits.CELLS_LIVE_MAX} exist")
+        ids = plan.id_map
+        holder = self._blocks.get(ids.host_uid)
+        if ids.count > 1 and holder is not None:
+            raise RefusedError("BAD_PLAN", f"cannot use the uid block {ids.host_uid}: cell {holder} holds it")
+        if wired is not None and wired.spec.exec_id in self._of_exec:
+            raise RefusedError("IDEMPOTENCY_CONFLICT", f"cannot start {wired.spec.exec_id}: the id is in use")
+        try:
+            cgroup = self._cgroups.create(plan.cell_id, CgroupLimits(**args["limits"]))
+        except OSError as error:
+            raise RefusedError("CELL_FAILED", f"cannot make the cell's cgroup: {error.strerror}") from error
+        cell = Cell(
+            plan.cell_id,
+            key,
+            args["once"],
+            args["grace_ms"],
+            owner_of(ids),
+            range(ids.host_uid, ids.host_uid + ids.count),
+            cgroup,
+            args["work"] or bool(args["files"]),
+            self._now_ns(),
+            now_wall_us(),
+        )
+        cell.waiting_start.append(reply)
+        self.cells[cell.cell_id] = cell
+        if ids.count > 1:
+            self._blocks[ids.host_uid] = cell.cell_id
+        return cell
+
+    def launch(self, cell: Cell, plan: Plan, args: dict[str, Any], wired: Wired | None) -> None:
+        """Start PID 1 and, in the same breath, the first executable. The cell's replies are answered once it runs."""
+        if cell.reason is not None:
+            self.abandon(cell, wired, RefusedError("CELL_FAILED", f"cannot start the cell: {cell.reason} meanwhile"))
+            return
+        executable = self._register(cell, cell.key, args["exec"], wired) if wired else None
+        try:
+            launched = self._launcher.launch(
+                plan,
+                cell.cgroup.attach_fds,
+                cell.cgroup.v2_fd,
+                wired.spec if wired else None,
+                wired.fds if wired else (),
+            )
+        except LaunchFailedError as failure:
+            self.abandon(cell, None, RefusedError("CELL_FAILED", str(failure), failure.remedy))
+            return
+        finally:
+            if wired:
+                wired.close()
+            cell.cgroup.close_attach()
+        cell.launched, cell.pid, cell.pidfd = launched, launched.pid, launched.pidfd
+        self._loop.add(launched.fileno(), lambda _: self._on_init(cell))
+        self._loop.add(launched.pidfd, lambda _: self._on_pid1_end(cell))
+        cell.timers.append(self._loop.after(START_WAIT_S, lambda: self._start_expired(cell)))
+        if args["wall_ms_max"] is not None:
+            expire = self._loop.after(args["wall_ms_max"] / 1000, lambda: self._cell_expired(cell))
+            cell.timers.append(expire)
+        if executable is not None:
+            self._set_deadline(cell, executable, args["exec"])
+
+    def start(self, cell: Cell, key: str, args: dict[str, Any], wired: Wired, reply: Reply) -> None:
+        """exec.start: one more executable in a running cell."""
+        if cell.state != "running":
+            raise RefusedError("NO_SUCH_CELL", f"cannot start an executable: cell {cell.cell_id} is {cell.state}")
+        if len(cell.execs) >= limits.EXECUTABLES_PER_CELL_MAX:
+            raise RefusedError("CELL_LIMIT", f"cannot start an executable: cell {cell.cell_id} has had its share")
+        if wired.spec.exec_id in self._of_exec:
+            raise RefusedError("IDEMPOTENCY_CONFLICT", f"cannot start {wired.spec.exec_id}: the id is in use")
+        executable = self._register(cell, key, args, wired)
+        executable.waiting.append(reply)
+        try:
+            cell.launched.start(wired.spec, wired.fds)
+        except OSError as error:
+            self._end(cell, executable, None, None, f"cannot reach PID 1: {error.strerror}")
+        finally:
+            wired.close()
+        self._set_deadline(cell, executable, args)
+
+    def repeated_exec(self, cell: Cell, exec_id: str, key: str, reply: Reply) -> bool:
+        executable = cell.execs.get(exec_id)
+        if executable is None:
+            return False
+        if executable.key != key:
+            raise RefusedError("IDEMPOTENCY_CONFLICT", f"cannot start {exec_id}: it exists under another key")
+        if executable.state == "starting":
+            executable.waiting.append(reply)
+        else:
+            reply.ok(executable.view())
+        return True
+
+    def _register(self, cell: Cell, key: str, args: dict[str, Any], wired: Wired) -> Exec:
+        exec_id = wired.spec.exec_id
+        executable = Exec(exec_id, key, args["grace_ms"], bool(wired.logs), self._now_ns(), now_wall_us())
+        executable.oom_kills_before = self._cgroups.usage(cell.cgroup).oom_kills or 0 if cell.execs else 0
+        cell.execs[exec_id] = executable
+        self._of_exec[exec_id] = cell
+        if wired.logs and self.keeper is not None:
+            message = {"op": "watch", "cell": cell.cell_id, "exec": exec_id, "streams": list(wired.logs)}
+            self.keeper.watch(message | args["log"], tuple(wired.logs.values()))
+            wired.logs = {}
+        return executable
+
+    def _set_deadline(self, cell: Cell, executable: Exec, args: dict[str, Any]) -> None:
+        if args["wall_ms_max"] is not None and executable.state != "ended":
+            delay_s = args["wall_ms_max"] / 1000
+            executable.timers.append(self._loop.after(delay_s, lambda: self._exec_expired(cell, executable)))
+
+    # ---- what PID 1 says
+
+    def _on_init(self, cell: Cell) -> None:
+        try:
+            events: list[InitEvent] = cell.launched.events()
+        except OSError:
+            events = []  # its end shows on the pidfd
+        for event in events:
+            self._on_event(cell, event)
+        if cell.launched is not None and cell.launched.closed:
+            self._loop.remove(cell.launched.fileno())
+            self.kill(cell, None)
+
+    def _on_event(self, cell: Cell, event: InitEvent) -> None:
+        executable = cell.execs.get(event.exec_id) if event.exec_id else None
+        if event.kind == "ready":
+            cell.report = {**event.report, "limits": dict(cell.cgroup.enforced)}
+            if not cell.execs:
+                self._cell_started(cell)
+        elif event.kind == "step_failed":
+            self.abandon(cell, None, RefusedError("CELL_FAILED", event.why, event.remedy))
+        elif executable is None:
+            return
+        elif event.kind == "started":
+            executable.state, executable.pid = "running", event.pid
+            cell.report.setdefault("process", event.report)
+            self._cell_started(cell)
+            for reply in executable.waiting:
+                reply.ok(executable.view())
+            executable.waiting.clear()
+        elif event.kind == "exec_failed":
+            self._exec_failed(cell, executable, event)
+        elif event.kind == "exited":
+            executable.rusage = event.rusage
+            self._end(cell, executable, event.code, event.signal, None)
+
+    def _cell_started(self, cell: Cell) -> None:
+        if cell.state == "starting":
+            cell.state = "running"
+            cell.timers[0].cancel()
+            for reply in cell.waiting_start:
+                reply.ok(cell.view())
+            cell.waiting_start.clear()
+
+    def _exec_failed(self, cell: Cell, executable: Exec, event: InitEvent) -> None:
+        refused = RefusedError("CELL_FAILED", event.why, event.remedy)
+        for reply in executable.waiting:
+            reply.refuse(refused)
+        executable.waiting.clear()
+        if cell.state == "starting":
+            self.abandon(cell, None, refused)
+        else:
+            self._forget_exec(cell, executable)
+
+    def _forget_exec(self, cell: Cell, executable: Exec) -> None:
+        executable.cancel_timers()
+        cell.execs.pop(executable.exec_id, None)
+        self._of_exec.pop(executable.exec_id, None)
+
+    def abandon(self, cell: Cell, wired: Wired | None, refused: RefusedError) -> None:
+        """A launch that failed leaves nothing: the cell is killed and forgotten, its client told why."""
+        if wired is not None:
+            wired.close()
+        for reply in cell.waiting_start:
+            reply.refuse(refused)
+        cell.waiting_start.clear()
+        for executable in list(cell.execs.values()):
+            self._forget_exec(cell, executable)
+        cell.reason = "launch-failed"
+        if cell.launched is None:
+            self._settle(cell)
+        else:
+            self.kill(cell, "launch-failed")
+
+    # ---- ends
+
+    def _end(self, cell: Cell, executable: Exec, code: int | None, signo: int | None, reason: str | None) -> None:
+        """The executable is over; tell it once its output is kept."""
+        if executable.exit is not None:
+            return
+        executable.cancel_timers()
+        executable.wall_us = (self._now_ns() - executable.started_ns) // 1000
+        if cell.pidfd >= 0:
+            cell.io = proc_io(cell.pid) or cell.io
+        counted = self._cgroups.usage(cell.cgroup)
+        executable.oom = (counted.oom_kills or 0) > executable.oom_kills_before
+        if signo is not None and reason is None:
+            reason = cell.reason
+        executable.exit = {"code": code, "signal": signo, "reason": reason}
+        executable.usage = usage_view(counted, wall_us=executable.wall_us, io=cell.io, rusage=executable.rusage)
+        if cell.once and cell.pidfd >= 0:
+            self.kill(cell, None)
+        if executable.logged and not executable.output_final and self.keeper is not None:
+            self.keeper.flush(executable.exec_id)
+            executable.timers.append(self._loop.after(OUTPUT_WAIT_S, lambda: self._tell(cell, executable)))
+        else:
+            self._tell(cell, executable)
+
+    def on_output(self, exec_id: str, output: dict[str, Any], final: bool) -> None:
+        """The keeper's word: what it keeps of an executable's output so far; `final` when all writers are gone."""
+        cell = self._of_exec.get(exec_id)
+        if cell is None:
+            return
+        executable = cell.execs[exec_id]
+        executable.output = output
+        executable.output_final = final
+        if executable.exit is not None:
+            self._tell(cell, executable)
+
+    def _tell(self, cell: Cell, executable: Exec) -> None:
+        if executable.state == "ended" or executable.usage is None:
+            return
+        executable.cancel_timers()
+        executable.state = "ended"
+        output = executable.output or {}
+        for name in ("stdout", "stderr"):
+            executable.usage[f"{name}_bytes"] = output.get(name, {}).get("bytes")
+        dropped = [stream["dropped"] for stream in output.values()]
+        executable.usage["output_dropped_bytes"] = sum(dropped) if output else None
+        for reply in executable.waiting:
+            reply.ok(executable.view())
+        executable.waiting.clear()
+        self._emit("exec.exited", {"cell": cell.cell_id, **executable.view()})
+        if cell.state == "emptied":
+            self._gone(cell)
+
+    def _on_pid1_end(self, cell: Cell) -> None:
+        """PID 1 is dead and with it its pid namespace; hear its last words, then settle."""
+        self._on_init(cell)
+        self._loop.remove(cell.pidfd)
+        self._loop.remove(cell.launched.fileno())
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, cell.pidfd, os.WEXITED)
+        cell.launched.close()
+        os.close(cell.pidfd)
+        cell.pidfd = -1
+        self._settle(cell)
+
+    def _settle(self, cell: Cell, until_s: float | None = None) -> None:
+        """Wait until the cgroup is empty, killing on; then the cell is gone."""
+        until_s = until_s or self._loop.clock_s() + EMPTY_WAIT_S
+        cell.cancel_timers()
+        if self._cgroups.procs(cell.cgroup) and self._loop.clock_s() < until_s:
+            self._cgroups.kill(cell.cgroup)
+            self._loop.after(EMPTY_POLL_S, lambda: self._settle(cell, until_s))
+            return
+        counted = self._cgroups.usage(cell.cgroup)
+        wall_us = (self._now_ns() - cell.started_ns) // 1000
+        cell.usage = usage_view(counted, wall_us=wall_us, io=cell.io, rusage=None)
+        cell.state = "emptied"
+        for executable in cell.running():
+            self._end(cell, executable, None, signal.SIGKILL, cell.reason or "cell-died")
+        self._gone(cell)
+
+    def _gone(self, cell: Cell) -> None:
+        """Once every executable is told."""
+        if cell.running():
+            return
+        self._remove_cgroup(cell)
+        cell.state = "gone"
+        failed = cell.reason == "launch-failed" and not cell.execs
+        if failed:
+            self._discard(cell.cell_id, lambda: self._forget(cell))
+        else:
+            self._emit("cell.gone", {"cell": cell.cell_id, "reason": cell.reason, "usage": cell.usage})
+        waiting, cell.waiting_gone = cell.waiting_gone, []
+        for call in waiting:
+            call()
+
+    def _remove_cgroup(self, cell: Cell, tries: int = 200) -> None:
+        """The kernel lets go of a dead process's cgroup a little after its parent may reap it."""
+        if not self._cgroups.remove(cell.cgroup) and tries > 0:
+            self._loop.after(0.01, lambda: self._remove_cgroup(cell, tries - 1))
+
+    def _forget(self, cell: Cell) -> None:
+        self.cells.pop(cell.cell_id, None)
+        for exec_id in cell.execs:
+            self._of_exec.pop(exec_id, None)
+        if self._blocks.get(cell.uid_block.start) == cell.cell_id:
+            del self._blocks[cell.uid_block.start]
+
+    # ---- orders
+
+    def kill(self, cell: Cell, reason: str | None, then: Callable[[], None] | None = None) -> None:
+        """SIGKILL to PID 1, then to the cgroup; `then` is called once the cell is empty."""
+        if cell.state == "gone":
+            if then is not None:
+                then()
+            return
+        if then is not None:
+            cell.waiting_gone.append(then)
+        cell.reason = cell.reason or reason
+        if cell.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(cell.pidfd, signal.SIGKILL)
+            self._cgroups.kill(cell.cgroup)
+
+    def stop(self, cell: Cell, reason: str, grace_ms: int) -> None:
+        """SIGTERM to every executable, and after the grace the end of the cell."""
+        if cell.state in ("gone", "emptied"):
+            return
+        cell.reason = cell.reason or reason
+        for executable in cell.running():
+            self.signal(cell, executable, signal.SIGTERM)
+        cell.timers.append(self._loop.after(grace_ms / 1000, lambda: self.kill(cell, reason)))
+        with contextlib.suppress(OSError):
+            self._cgroups.freeze(cell.cgroup, False)
+
+    def signal(self, cell: Cell, executable: Exec, signo: int) -> None:
+        if executable.state == "ended" or cell.launched is None:
+            return
+        with contextlib.suppress(OSError):
+            cell.launched.signal(executable.exec_id, signo)
+
+    def _exec_expired(self, cell: Cell, executable: Exec) -> None:
+        executable.timed_out = True
+        self.signal(cell, executable, signal.SIGTERM)
+        grace_s = executable.grace_ms / 1000
+        executable.timers.append(self._loop.after(grace_s, lambda: self.kill(cell, "timed-out")))
+
+    def _cell_expired(self, cell: Cell) -> None:
+        for executable in cell.running():
+            executable.timed_out = True
+        self.stop(cell, "timed-out", cell.grace_ms)
+
+    def _start_expired(self, cell: Cell) -> None:
+        self.abandon(
+            cell, None, RefusedError("CELL_FAILED", f"cannot start the cell: no answer in {START_WAIT_S:.0f} s")
+        )
+
+    def usage(self, cell: Cell) -> dict[str, Any]:
+        """Counters now; the last ones of a cell that is gone."""
+        if cell.usage is not None:
+            return cell.usage
+        cell.io = proc_io(cell.pid) or cell.io
+        wall_us = (self._now_ns() - cell.started_ns) // 1000
+        return usage_view(self._cgroups.usage(cell.cgroup), wall_us=wall_us, io=cell.io, rusage=None)
+
+    def acknowledge(self, cell: Cell, exec_id: str) -> None:
+        executable = cell.execs.get(exec_id)
+        if executable is not None and executable.state == "ended":
+            executable.acked = True
+
+    def free(self, cell: Cell) -> None:
+        """Forget a cell that is gone; its id is not used again."""
+        self._forget(cell)
+        self._freed[cell.cell_id] = None
+        if len(self._freed) > FREED_KEPT_MAX:
+            self._freed.popitem(last=False)
+
+    def _now_ns(self) -> int:
+        return int(self._loop.clock_s() * 1e9)

@@ -1,0 +1,201 @@
+"""The operations of the spawner, each a thin step from a read request to the lifecycle or the work directories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from aether.spawner.beneath import safe_path
+from aether.spawner.cells import Cell
+from aether.spawner.channel import Message
+from aether.spawner.lifecycle import Lifecycle
+from aether.spawner.linux.cgroup import CgroupDriver, CgroupLimits
+from aether.spawner.offload import json_memfd
+from aether.spawner.protocol import PROTOCOL_VERSION, RefusedError, Request
+from aether.spawner.rules import Rules, check_owner, exec_spec
+from aether.spawner.server import Answer
+from aether.spawner.wiring import Wired
+from aether.spawner.workops import WorkOps
+
+Facts = Callable[[], dict[str, Any]]
+
+
+class Operations:
+    """Handlers raise RefusedError; what they own of a request's descriptors they close."""
+
+    def __init__(
+        self, lifecycle: Lifecycle, cgroups: CgroupDriver, work: WorkOps, rules: Rules, facts: Facts, probe: Facts
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._cgroups = cgroups
+        self._work = work
+        self._rules = rules
+        self._facts = facts
+        self._probe = probe
+        self._handlers: dict[str, Callable[[Request, Message, Answer], None]] = {
+            "hello": self._hello,
+            "probe": lambda _, __, answer: answer.ok({"fd": 0}, (json_memfd(self._probe()),)),
+            "cell.create": self._create,
+            "exec.start": self._start,
+            "exec.signal": self._signal,
+            "cell.stop": self._stop,
+            "cell.kill": self._kill,
+            "cell.freeze": self._freeze,
+            "cell.limit": self._limit,
+            "cell.usage": lambda request, _, answer: answer.ok(self._lifecycle.usage(self._cell(request))),
+            "cell.list": self._list,
+            "cell.free": self._free,
+            "exit.ack": self._ack,
+            "work.prepare": self._prepare,
+            "work.collect": self._collect,
+            "work.open": self._open,
+        }
+
+    def handle(self, request: Request, message: Message, answer: Answer) -> None:
+        self._handlers[request.op](request, message, answer)
+
+    def _cell(self, request: Request) -> Cell:
+        return self._lifecycle.find(request.args["cell"])
+
+    def _hello(self, request: Request, _: Message, answer: Answer) -> None:
+        theirs = request.args["protocol_version"]
+        if theirs != PROTOCOL_VERSION:
+            why = f"cannot serve protocol {theirs}: this spawner speaks {PROTOCOL_VERSION}"
+            raise RefusedError("VERSION_MISMATCH", why)
+        answer.connection.events = request.args["events"]
+        answer.ok({"protocol_version": PROTOCOL_VERSION, **self._facts()})
+
+    def _create(self, request: Request, message: Message, answer: Answer) -> None:
+        args, count = request.args, len(request.args["files"])
+        wired: Wired | None = None
+        try:
+            plan = self._rules.plan(args["plan"])
+            if self._lifecycle.repeated(plan.cell_id, request.key, answer):
+                message.close()
+                return
+            if args["exec"] is not None:
+                spec = exec_spec(args["exec"]["spec"], args["exec"]["stdio"])
+                wired = Wired(spec, args["exec"]["stdio"], message.fds[count:])
+            elif len(message.fds) != count:
+                raise RefusedError("PROTOCOL", "cannot create a cell: it takes one descriptor per file")
+            cell = self._lifecycle.admit(plan, request.key, args, wired, answer)
+        except BaseException:
+            message.close()
+            if wired is not None:
+                wired.close()
+            raise
+        if wired is not None:
+            wired.own()
+        self._work.adopted(cell.cell_id)
+        files, sources = args["files"], message.fds[:count]
+        if not cell.has_work:
+            self._lifecycle.launch(cell, plan, args, wired)
+            return
+        self._work.fill(
+            cell.cell_id,
+            cell.owner,
+            sources,
+            files,
+            lambda: self._lifecycle.launch(cell, plan, args, wired),
+            lambda refused: self._lifecycle.abandon(cell, wired, refused),
+        )
+
+    def _start(self, request: Request, message: Message, answer: Answer) -> None:
+        args = request.args["exec"]
+        wired: Wired | None = None
+        try:
+            cell = self._cell(request)
+            spec = exec_spec(args["spec"], args["stdio"])
+            if self._lifecycle.repeated_exec(cell, spec.exec_id, request.key, answer):
+                message.close()
+                return
+            wired = Wired(spec, args["stdio"], message.fds)
+            self._lifecycle.start(cell, request.key, args, wired, answer)
+            message.close()
+        except BaseException:
+            message.close()
+            if wired is not None:
+                wired.close()
+            raise
+
+    def _signal(self, request: Request, _: Message, answer: Answer) -> None:
+        cell, exec_id = self._cell(request), request.args["exec"]
+        executable = cell.execs.get(exec_id)
+        if executable is None:
+            raise RefusedError("NOT_FOUND", f"cannot signal {exec_id}: cell {cell.cell_id} has no such executable")
+        self._lifecycle.signal(cell, executable, request.args["signo"])
+        answer.ok({})
+
+    def _stop(self, request: Request, _: Message, answer: Answer) -> None:
+        self._lifecycle.stop(self._cell(request), "killed", request.args["grace_ms"])
+        answer.ok({})
+
+    def _kill(self, request: Request, _: Message, answer: Answer) -> None:
+        cell = self._cell(request)
+        self._lifecycle.kill(cell, "killed", lambda: answer.ok(cell.view()))
+
+    def _freeze(self, request: Request, _: Message, answer: Answer) -> None:
+        self._cgroups.freeze(self._cell(request).cgroup, request.args["frozen"])
+        answer.ok({})
+
+    def _limit(self, request: Request, _: Message, answer: Answer) -> None:
+        cell = self._cell(request)
+        self._cgroups.set_limits(cell.cgroup, CgroupLimits(**request.args["limits"]))
+        answer.ok({"limits": dict(cell.cgroup.enforced)})
+
+    def _list(self, _: Request, __: Message, answer: Answer) -> None:
+        cells = [cell.view() for cell in self._lifecycle.cells.values()]
+        answer.ok({"fd": 0}, (json_memfd({"cells": cells}),))
+
+    def _ack(self, request: Request, _: Message, answer: Answer) -> None:
+        cell = self._lifecycle.cells.get(request.args["cell"])
+        if cell is not None:
+            self._lifecycle.acknowledge(cell, request.args["exec"])
+        answer.ok({})
+
+    def _free(self, request: Request, _: Message, answer: Answer) -> None:
+        cell_id = request.args["cell"]
+        cell = self._lifecycle.cells.get(cell_id)
+        if cell is None:
+            self._work.discard_prepared(cell_id, lambda: answer.ok({}))
+            return
+        if cell_id in self._work.busy:
+            raise RefusedError("BUSY", f"cannot free cell {cell_id}: its work directory is in use")
+        self._lifecycle.kill(cell, "killed", lambda: self._freed(cell, answer))
+
+    def _freed(self, cell: Cell, answer: Answer) -> None:
+        def forget() -> None:
+            self._lifecycle.free(cell)
+            answer.ok({})
+
+        if cell.has_work:
+            self._work.remove(cell.cell_id, forget)
+        else:
+            forget()
+
+    def _prepare(self, request: Request, message: Message, answer: Answer) -> None:
+        args = request.args
+        cell_id = args["cell"]
+        try:
+            owner = check_owner(args["owner"])
+            if cell_id in self._lifecycle.cells:
+                raise RefusedError("IDEMPOTENCY_CONFLICT", f"cannot prepare {cell_id}: the cell exists")
+            if len(message.fds) != len(args["files"]):
+                raise RefusedError("PROTOCOL", f"cannot prepare {cell_id}: it takes one descriptor per file")
+            self._work.note_prepared(cell_id, owner)
+        except RefusedError:
+            message.close()
+            raise
+        self._work.fill(cell_id, owner, message.fds, args["files"], lambda: answer.ok({}), answer.refuse)
+
+    def _collect(self, request: Request, _: Message, answer: Answer) -> None:
+        cell, args = self._cell(request), request.args
+        for glob in args["globs"]:
+            if not safe_path(glob):
+                raise RefusedError("OUTPUT_REFUSED", f"cannot collect {glob[:80]!r}: it is not a plain relative path")
+        self._work.collect(cell.cell_id, cell.owner, args, answer)
+
+    def _open(self, request: Request, _: Message, answer: Answer) -> None:
+        cell = self._cell(request)
+        fd, size = self._work.open(cell.cell_id, cell.owner, request.args["path"])
+        answer.ok({"fd": 0, "size_bytes": size}, (fd,))

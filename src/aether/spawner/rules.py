@@ -1,0 +1,122 @@
+"""What the spawner lets a plan ask for, beyond its being well formed: whose ids, which host paths.
+
+- Ids: as root, one whole block of the range for cells, which no other live cell holds; else the spawner's own uid.
+- `bind_rw` shows the cell's own work directory and nothing else.
+- Below the state directory only the roots given at start and the cell's own work directory may be shown, and
+  nothing that contains the state directory.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from aether.contract import limits
+from aether.contract.cellplan import (
+    BindRo,
+    BindRw,
+    ExecSpec,
+    IdMap,
+    Plan,
+    PlanError,
+    is_beneath,
+    parse_exec,
+    parse_plan,
+)
+from aether.spawner.protocol import RefusedError
+from aether.spawner.workdir import Owner
+
+DEVICES = frozenset({"/dev/fuse", "/dev/kvm", "/dev/net/tun"})
+GPU_PREFIXES = ("/dev/nvidia", "/dev/dri/", "/dev/kfd", "/dev/accel/")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """`roots`: host directories that cells may see; `state`: ours; `work`: where work directories are."""
+
+    roots: tuple[str, ...]
+    state: str
+    work: str
+    devices: frozenset[str] = frozenset()
+
+    def plan(self, value: Any) -> Plan:
+        """A plan that may be carried out; raises RefusedError BAD_PLAN."""
+        try:
+            plan = parse_plan(value, source_roots=(*self.roots, self.work), devices=self.devices)
+        except PlanError as error:
+            raise RefusedError("BAD_PLAN", str(error)) from error
+        check_ids(plan.id_map)
+        own = f"{self.work}/{plan.cell_id}"
+        for step in plan.steps:
+            if isinstance(step, BindRw) and not is_beneath(step.source, own):
+                raise _refused(step.source, "only the cell's own work directory may be shown read-write")
+            if isinstance(step, BindRo):
+                self._check_source(step.source, own)
+        return plan
+
+    def _check_source(self, source: str, own: str) -> None:
+        if is_beneath(self.state, source):
+            raise _refused(source, "it contains the state directory")
+        if is_beneath(source, self.state) and not is_beneath(source, own):
+            inside = [root for root in self.roots if is_beneath(root, self.state)]
+            if not any(is_beneath(source, root) for root in inside):
+                raise _refused(source, "it lies in the state directory")
+
+
+def exec_spec(value: Any, stdio: list[str]) -> ExecSpec:
+    """The executable of a request, `log` shown as the descriptor it becomes; raises RefusedError BAD_PLAN."""
+    if not isinstance(value, dict) or "stdio" in value or stdio[0] == "log":
+        raise RefusedError("BAD_PLAN", "cannot use the executable: stdio is given beside it, and stdin is no log")
+    try:
+        return parse_exec({**value, "stdio": ["null" if kind == "null" else "fd" for kind in stdio]})
+    except PlanError as error:
+        raise RefusedError("BAD_PLAN", str(error)) from error
+
+
+def check_ids(ids: IdMap) -> None:
+    """As root a block of the cells' range, aligned to it; else exactly this user. Raises RefusedError BAD_PLAN."""
+    if os.geteuid() != 0:
+        if ids.count != 1 or ids.host_uid != os.geteuid() or ids.host_gid != os.getegid():
+            raise RefusedError("BAD_PLAN", "cannot use the id map: without root a cell has the spawner's own ids")
+        return
+    for first in (ids.host_uid, ids.host_gid):
+        offset = first - limits.CELL_UID_BASE
+        aligned = offset >= 0 and offset % limits.CELL_UID_BLOCK == 0
+        if not aligned or offset // limits.CELL_UID_BLOCK >= limits.CELL_UID_SLOTS:
+            raise RefusedError("BAD_PLAN", f"cannot use the id map: {first} does not begin a block of the cells' range")
+    if ids.count > limits.CELL_UID_BLOCK:
+        raise RefusedError("BAD_PLAN", "cannot use the id map: it is larger than a block")
+
+
+def check_owner(owner: dict[str, int]) -> Owner:
+    """The owner of a directory prepared before its cell: within one block, as for a plan. Raises RefusedError."""
+    uids = range(owner["uid_first"], owner["uid_first"] + owner["uid_count"])
+    check_ids(IdMap(uids.start, owner["gid"] if len(uids) == 1 else uids.start, len(uids)))
+    if owner["uid"] not in uids or (len(uids) > 1 and owner["gid"] not in uids):
+        raise RefusedError("BAD_PLAN", "cannot use the owner: it lies outside its block")
+    return Owner(owner["uid"], owner["gid"], uids)
+
+
+def owner_of(ids: IdMap) -> Owner:
+    """Who the cell's executables are on the host."""
+    if ids.count == 1:
+        return Owner(ids.host_uid, ids.host_gid, range(ids.host_uid, ids.host_uid + 1))
+    return Owner(ids.host_uid + ids.job_uid, ids.host_gid + ids.job_gid, range(ids.host_uid, ids.host_uid + ids.count))
+
+
+def host_devices() -> frozenset[str]:
+    """Device nodes that a plan may show: a short list and the GPUs of this host."""
+    found = {path for path in DEVICES if os.path.exists(path)}  # noqa: PTH110
+    for prefix in GPU_PREFIXES:
+        directory, _, name = prefix.rpartition("/")
+        try:
+            with os.scandir(directory) as entries:
+                found.update(e.path for e in entries if e.name.startswith(name) and not e.is_dir())
+        except OSError:
+            continue
+    return frozenset(found)
+
+
+def _refused(source: str, why: str) -> RefusedError:
+    return RefusedError("BAD_PLAN", f"cannot show {source[:200]}: {why}")
