@@ -1,0 +1,60 @@
+# The two commands are `make demo` and `make test`; `make help` lists the rest.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { command -v $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+SEED ?= 7
+KILLS ?= 200
+SECONDS_LONG ?= 60
+
+.PHONY: help setup native demo test lint crash bench train-demo docs fuzz clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready native ## Make .venv with everything the demo needs
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "cannot set up: no Python 3.11 or newer found (apt-get install python3.11-venv, or uv python install 3.12)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment: apt-get install python3-venv"; exit 1; }
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+native: ## Build the static cell init, when there is a C compiler
+	@if command -v cc >/dev/null 2>&1; then $(MAKE) -s -C src/aether/spawner/native; \
+	else echo "no C compiler: cells use the portable executor (slower); apt-get install gcc libc6-dev"; fi
+
+demo: setup ## The main job on real input: intruder, model, proof
+	@$(BIN)/python -m examples.demo
+
+test: setup $(VENV)/.dev ## Everything that CI runs, with its summary line last
+	$(BIN)/python -m pytest
+
+lint: setup $(VENV)/.dev ## ruff and mypy --strict
+	$(BIN)/ruff check src tests bench examples tools
+	$(BIN)/ruff format --check src tests bench examples tools
+	$(BIN)/mypy
+
+crash: setup $(VENV)/.dev ## Kill roles at random points under load: make crash SEED=7 KILLS=200
+	$(BIN)/python -m tests.simulation.crash --seed $(SEED) --kills $(KILLS)
+
+bench: setup $(VENV)/.dev ## Every benchmark; tables on the screen, JSON in bench/out/
+	$(BIN)/python -m bench.run --seconds $(SECONDS_LONG)
+
+train-demo: setup ## Train the pendulum package again (minutes; extra `train`)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train]'
+	$(BIN)/python -m aether.worldmodel.train --seed $(SEED) --out build/pendulum
+
+docs: setup ## Write the generated pages again
+	$(BIN)/python -m aether.api.docs
+
+clean: ## Remove what setup made
+	rm -rf $(VENV) build dist src/*.egg-info src/aether/spawner/native/aether-init

@@ -1,0 +1,50 @@
+"""The sample model package that comes with AetherOS: copied into a new state directory once.
+
+In a checkout it lies in `packages/`, in an installed wheel in `aether/samples/`. Its public key becomes a
+trusted key; a state directory that already has models is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import aether
+from aether.contract.paths import Layout
+from aether.daemons.accounts import Accounts
+
+
+def source() -> Path | None:
+    """Where the samples are; None when this installation has none."""
+    package = Path(aether.__file__).parent
+    for candidate in (package / "samples", package.parents[1] / "packages"):
+        if (candidate / "keys").is_dir():
+            return candidate
+    return None
+
+
+def install(layout: Layout, who: Accounts) -> None:
+    """Copies packages and keys; every copy is complete or absent (rename)."""
+    found = source()
+    if found is None or any(layout.models.iterdir()):
+        return
+    for key in sorted((found / "keys").glob("*.pub")):
+        _copy_file(key, layout.trusted_keys / key.name, who)
+    for manifest in sorted(found.glob("*/*/manifest.json")):
+        version = manifest.parent
+        target = layout.models / version.parent.name / version.name
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(version, partial)
+        for path in (target.parent, partial, *partial.rglob("*")):
+            os.chown(path, who.spawner, who.gid)
+            path.chmod(0o750 if path.is_dir() else 0o640)
+        partial.rename(target)
+
+
+def _copy_file(source_file: Path, target: Path, who: Accounts) -> None:
+    shutil.copyfile(source_file, target)
+    os.chown(target, who.spawner, who.gid)
+    target.chmod(0o640)

@@ -1,0 +1,174 @@
+"""`aether up`: starts the roles, starts them again when they die, stops them in order.
+
+Roles: spawner (with its keeper), aetherd, aurorad, each a child process with a log under `logs/daemon/`.
+aetherd and aurorad may die and return while cells live; when the spawner dies its cells die with it. A role
+that keeps dying is restarted with growing pauses, never given up on: the API answers 503 meanwhile.
+
+Lifetime: holds the lock on `run/supervisor.lock`; ends on SIGTERM or SIGINT after stopping aurorad, aetherd
+and the spawner (which kills its cells), in that order. The roles die with it (PDEATHSIG).
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Final
+
+from aether.contract.errors import AetherError
+from aether.contract.paths import Layout, state_dir
+from aether.daemons import control, samples
+from aether.daemons.accounts import Accounts, accounts, prepare
+
+_RESTART_PAUSE_S: Final = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 5.0)
+_STEADY_S: Final = 10.0
+_STOP_GRACE_S: Final = 5.0
+ROLES: Final = ("spawner", "aetherd", "aurorad")
+
+
+@dataclass(slots=True)
+class Role:
+    """A role's process and its restarts."""
+
+    name: str
+    argv: list[str]
+    process: subprocess.Popen[bytes] | None = None
+    pidfd: int = -1
+    started: float = 0.0
+    failures: int = 0
+    restart_at: float | None = field(default=0.0)
+
+
+class Supervisor:
+    """The parent of the roles; `run` blocks until a signal."""
+
+    def __init__(self, layout: Layout, who: Accounts, lock: IO[bytes]) -> None:
+        self._layout = layout
+        self._lock = lock
+        self._roles = {name: Role(name, role_argv(name, layout, who)) for name in ROLES}
+        self._selector = selectors.DefaultSelector()
+        self._wake, wake_writer = socket.socketpair()
+        self._wake.setblocking(False)
+        wake_writer.setblocking(False)
+        self._wake_writer = wake_writer
+        self._stopping = False
+
+    def run(self) -> None:
+        signal.set_wakeup_fd(self._wake_writer.fileno())
+        for signo in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signo, lambda *_: setattr(self, "_stopping", True))
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._write_instance()
+        while not self._stopping:
+            self._start_due()
+            for key, _ in self._selector.select(self._pause_s()):
+                if key.fileobj is self._wake:
+                    self._wake.recv(64)
+                else:
+                    self._ended(self._roles[key.data])
+        self._stop_all()
+
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        for role in self._roles.values():
+            if role.restart_at is None or role.restart_at > now:
+                continue
+            with open(self._layout.daemon_logs / f"{role.name}.log", "ab") as log:
+                role.process = subprocess.Popen(role.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
+            role.pidfd = os.pidfd_open(role.process.pid)
+            role.started, role.restart_at = now, None
+            self._selector.register(role.pidfd, selectors.EVENT_READ, role.name)
+            self._write_instance()
+
+    def _ended(self, role: Role) -> None:
+        assert role.process is not None
+        self._selector.unregister(role.pidfd)
+        os.close(role.pidfd)
+        code = role.process.wait()
+        now = time.monotonic()
+        role.failures = 0 if now - role.started > _STEADY_S else role.failures + 1
+        pause = _RESTART_PAUSE_S[min(role.failures, len(_RESTART_PAUSE_S) - 1)]
+        role.process, role.restart_at = None, now + pause
+        print(json.dumps({"role": "supervisor", "event": "role ended", "name": role.name, "code": code}), flush=True)
+
+    def _pause_s(self) -> float | None:
+        due = [role.restart_at for role in self._roles.values() if role.restart_at is not None]
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def _stop_all(self) -> None:
+        for name in reversed(ROLES):
+            process = self._roles[name].process
+            if process is None:
+                continue
+            process.terminate()
+            try:
+                process.wait(_STOP_GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._layout.instance_file.unlink(missing_ok=True)
+
+    def _write_instance(self) -> None:
+        pids = {role.name: role.process.pid for role in self._roles.values() if role.process is not None}
+        text = json.dumps({"pid": os.getpid(), "roles": pids, "started_epoch_s": int(time.time())})
+        temporary = self._layout.instance_file.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.rename(self._layout.instance_file)
+
+
+def role_argv(name: str, layout: Layout, who: Accounts) -> list[str]:
+    """The command line of a role."""
+    python = [sys.executable, "-m"]
+    if name == "spawner":
+        roots = [str(layout.root)]
+        return [
+            *python,
+            "aether.spawner.main",
+            *("--state", str(layout.root)),
+            *("--socket", str(layout.spawner_socket)),
+            *("--peer-uid", str(who.aetherd)),
+            *("--keeper-uid", str(who.keeper), "--gid", str(who.gid)),
+            *(word for root in roots for word in ("--root", root)),
+        ]
+    uid = getattr(who, name)
+    return [*python, f"aether.daemons.{name}", "--state", str(layout.root), "--uid", str(uid), "--gid", str(who.gid)]
+
+
+def acquire(layout: Layout) -> IO[bytes]:
+    """The instance lock; raises AetherError ALREADY_RUNNING."""
+    file = open(control.lock_path(layout), "ab")  # noqa: SIM115 - held for the process's life
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise AetherError("ALREADY_RUNNING", f"cannot start an instance in {layout.root}: one is up") from None
+    return file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="aether-supervisor")
+    parser.add_argument("--state", type=Path)
+    asked = parser.parse_args()
+    layout = Layout(asked.state or state_dir(os.environ, os.getuid(), Path.home()))
+    who = accounts(os.getuid(), os.getgid())
+    try:
+        prepare(layout, who)
+        lock = acquire(layout)
+        samples.install(layout, who)
+        Supervisor(layout, who, lock).run()
+    except AetherError as error:
+        print(str(error), flush=True)
+        raise SystemExit(error.kind.exit) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Log, ledger and accounts in step: the one way to write a record.
+
+Invariant: every record goes through `write`, which assigns its index and time, appends it, and applies it to
+the ledger and the accounts in the same synchronous step. What the memory says is therefore always the fold
+of the log; durability is awaited separately, before anything leaves the boundary.
+
+At start the state is a snapshot plus the tail of the log; a snapshot ahead of the log is ignored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from aether.contract.canonical import digest_bytes
+from aether.contract.cells import ExecEnd
+from aether.contract.clock import rfc3339
+from aether.contract.jobs import JobView
+from aether.contract.records import Record
+from aether.contract.wire import JobOutcome
+from aether.substrate.access.budget import Accounts
+from aether.substrate.audit.log import AuditLog
+from aether.substrate.ledger import KeyEntry, Ledger, OpenJob
+from aether.substrate.views import final_view
+
+_PAGE: Final = 500
+_SNAPSHOT_EVERY: Final = 20_000
+_OUTCOMES_KEPT: Final = 4_096
+
+Make = Callable[[int, str], Record]
+"""Builds a record from its log index and its time."""
+
+
+class _Snapshot(msgspec.Struct):
+    applied: int
+    open: list[tuple[Record, Record | None, bool, ExecEnd | None]]
+    keys: list[tuple[str, KeyEntry]]
+    accounts: Any
+
+
+class Book:
+    """See the module head. `now_ns` is the wall clock in nanoseconds."""
+
+    def __init__(self, log: AuditLog, accounts: Accounts, snapshot_path: Path, now_ns: Callable[[], int]) -> None:
+        self.log = log
+        self.ledger = Ledger()
+        self.accounts = accounts
+        self.now_ns = now_ns
+        self._snapshot_path = snapshot_path
+        self._snapshot_at = 0
+        self._waiters: dict[str, asyncio.Future[JobOutcome]] = {}
+        self._outcomes: dict[str, JobOutcome] = {}
+
+    def __repr__(self) -> str:
+        return f"<Book {self.ledger!r} waiting={len(self._waiters)}>"
+
+    def load(self) -> int:
+        """Folds snapshot and tail; returns how many records were read."""
+        self._restore()
+        start = self.ledger.applied
+        while self.ledger.applied < self.log.size:
+            for record in self.log.read(self.ledger.applied, _PAGE):
+                self._apply(record)
+        return self.ledger.applied - start
+
+    def write(self, make: Make) -> Record:
+        """Appends and applies one record; not yet durable. Raises AetherError when it cannot be encoded."""
+        built: list[Record] = []
+
+        def build(index: int) -> Record:
+            built.append(make(index, rfc3339(self.now_ns())))
+            return built[0]
+
+        self.log.append(build)
+        self._apply(built[0])
+        return built[0]
+
+    async def durable(self, record: Record) -> None:
+        """Returns when `record` is on disk; after an outcome, those who wait for the job are told."""
+        await self.log.durable(record.log_index)
+
+    def publish(self, outcome: JobOutcome) -> None:
+        """Tells the waiters of a job whose outcome is durable."""
+        job_id = outcome.view.job_id
+        self._outcomes[job_id] = outcome
+        if len(self._outcomes) > _OUTCOMES_KEPT:
+            del self._outcomes[next(iter(self._outcomes))]
+        if (waiter := self._waiters.pop(job_id, None)) is not None and not waiter.done():
+            waiter.set_result(outcome)
+
+    async def wait(self, job_id: str, timeout_s: float) -> JobView | None:
+        """The final view of an open job once its outcome is durable; None when the time is over."""
+        if (known := self._outcomes.get(job_id)) is not None:
+            return known.view
+        if job_id not in self.ledger.open or timeout_s <= 0:
+            return None
+        waiter = self._waiters.get(job_id)
+        if waiter is None:
+            waiter = self._waiters[job_id] = asyncio.get_running_loop().create_future()
+        done, _ = await asyncio.wait({waiter}, timeout=timeout_s)
+        return waiter.result().view if done else None
+
+    def recent_outcome(self, job_id: str) -> JobOutcome | None:
+        return self._outcomes.get(job_id)
+
+    def maybe_snapshot(self) -> None:
+        """Writes a snapshot when the tail has grown; cheap otherwise."""
+        if self.log.durable_size - self._snapshot_at >= _SNAPSHOT_EVERY:
+            self.snapshot()
+
+    def snapshot(self) -> None:
+        """Writes the fold by rename. Only a fully durable state may be kept."""
+        ledger = self.ledger
+        if ledger.applied != self.log.durable_size:
+            return
+        state = _Snapshot(
+            applied=ledger.applied,
+            open=[(job.intent, job.started, job.stop_requested, job.end) for job in ledger.open.values()],
+            keys=ledger.keys(),
+            accounts=self.accounts.snapshot(),
+        )
+        body = msgspec.msgpack.encode(state)
+        temporary = self._snapshot_path.with_suffix(".tmp")
+        temporary.write_bytes(digest_bytes(body).encode() + b"\n" + body)
+        temporary.replace(self._snapshot_path)
+        self._snapshot_at = ledger.applied
+
+    def _restore(self) -> None:
+        try:
+            digest, _, body = self._snapshot_path.read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            return
+        if digest_bytes(body).encode() != digest:
+            return
+        state = msgspec.msgpack.decode(body, type=_Snapshot)
+        if state.applied > self.log.size:
+            return
+        jobs = [OpenJob(intent, started, stop, end=end) for intent, started, stop, end in state.open]
+        self.ledger.restore(state.applied, jobs, state.keys)
+        self.accounts.restore(state.accounts)
+        self._snapshot_at = state.applied
+
+    def _apply(self, record: Record) -> None:
+        self.ledger.apply(record)
+        self.accounts.apply(record)
+
+
+def outcome_of(intent: Record, outcome: Record, argv: tuple[str, ...] | None = None) -> JobOutcome:
+    """What aurorad and waiters are told of a durable outcome."""
+    return JobOutcome(view=final_view(intent, outcome, argv), log_index=outcome.log_index)

@@ -1,0 +1,240 @@
+"""What aurorad may do, each under the grant of one open job: launch its cell, stop it, collect, finish.
+
+Every verb checks the grant against the ledger again after each await. The end of an executable and what it
+used are the authority's own observations; aurorad only says what it made of them. A finished job's cell is
+freed here, so a dead aurorad leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import Final
+
+from aether.contract import ids
+from aether.contract.canonical import canonical_record
+from aether.contract.cells import CellSpec, ExecEnd, ExitStatus, InputFile, Usage
+from aether.contract.errors import AetherError
+from aether.contract.jobs import JobState
+from aether.contract.ports import Link
+from aether.contract.records import CodeRef, Record
+from aether.contract.wire import (
+    CellCollect,
+    CellExited,
+    CellFiles,
+    CellLaunch,
+    CellLaunched,
+    CellOpen,
+    CellStop,
+    Empty,
+    Grant,
+    JobFinish,
+    JobOutcome,
+    Token,
+)
+from aether.substrate import entries
+from aether.substrate.book import Book, outcome_of
+from aether.substrate.cells.supervisor import CellSupervisor, Launched
+from aether.substrate.ledger import OpenJob
+from aether.substrate.orchestra import Orchestra
+
+SPAWNER_DIED: Final = "spawner-died"
+
+
+def cell_of(job_id: str) -> str:
+    """The cell of a job; derived, so that a launch repeated after a crash finds the same cell."""
+    return ids.CELL + job_id[len(ids.JOB) :]
+
+
+def job_of(cell_id: str) -> str:
+    """The job that a cell belongs to."""
+    return ids.JOB + cell_id[len(ids.CELL) :]
+
+
+class Execution:
+    """Handlers of the verbs `cell.*` and `job.finish`."""
+
+    def __init__(self, book: Book, cells: CellSupervisor, orchestra: Orchestra) -> None:
+        self._book = book
+        self._cells = cells
+        self._orchestra = orchestra
+        self._launching: dict[str, asyncio.Lock] = {}
+        self._background: set[asyncio.Task[None]] = set()
+
+    # ---- verbs
+
+    async def launch(self, link: Link, body: CellLaunch) -> CellLaunched:
+        """`cell.launch`; repeated for the same grant it answers with the cell that is there."""
+        fds = [await link.take_fd(token) for token in body.tokens]
+        try:
+            if len(fds) != len(body.files):
+                raise AetherError("PROTOCOL", "cannot launch: one descriptor per input file is needed")
+            job = self.granted(body.grant)
+            launched, channel = await self.start(job, body.spec, list(zip(body.files, fds, strict=True)))
+            return await hand_over(link, launched, channel)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    async def stop(self, body: CellStop) -> Empty:
+        """`cell.stop`: the end arrives as an event."""
+        job = self.granted(body.grant)
+        if job.started is not None and job.end is None:
+            await self._cells.stop(cell_of(body.grant.job_id), body.grace_ms)
+        return Empty()
+
+    async def collect(self, body: CellCollect) -> CellFiles:
+        self.granted(body.grant)
+        return await self._cells.collect(cell_of(body.grant.job_id), body.globs)
+
+    async def open(self, link: Link, body: CellOpen) -> Token:
+        self.granted(body.grant)
+        fd = await self._cells.open(cell_of(body.grant.job_id), body.path)
+        try:
+            return Token(token=await link.send_fd(fd))
+        finally:
+            os.close(fd)
+
+    async def finish(self, body: JobFinish) -> JobOutcome:
+        """`job.finish`: records the outcome, settles, and answers when it is durable."""
+        job_id = body.grant.job_id
+        if (known := self._book.recent_outcome(job_id)) is not None:
+            return known
+        job = self.granted(body.grant)
+        _check_state(job, body)
+        outcome = self.conclude(job, body)
+        await self._book.durable(outcome)
+        return self.told(job, outcome)
+
+    # ---- the same steps for the authority's own use
+
+    def granted(self, grant: Grant) -> OpenJob:
+        """The open job of a grant; raises NO_GRANT for any other."""
+        job = self._book.ledger.open.get(grant.job_id)
+        if job is None or job.grant != grant:
+            raise AetherError("NO_GRANT", f"cannot act for {grant.job_id}: the grant is not live")
+        return job
+
+    async def start(
+        self, job: OpenJob, spec: CellSpec, files: Sequence[tuple[InputFile, int]]
+    ) -> tuple[CellLaunched, int | None]:
+        """Starts the job's cell once its intent is durable; records `job.started`. The caller owns the channel."""
+        grant = job.grant
+        lock = self._launching.setdefault(grant.job_id, asyncio.Lock())
+        try:
+            async with lock:
+                if job.started is not None:
+                    return _launched(job.started), None
+                await self._book.durable(job.intent)
+                self.granted(grant)
+                found = await self._cells.launch(cell_of(grant.job_id), spec, files)
+                if self._book.ledger.open.get(grant.job_id) is not job:
+                    self._discard(found)
+                    raise AetherError("NO_GRANT", f"cannot launch {grant.job_id}: it ended meanwhile")
+                return _launched(self._record_start(job, found)), found.channel_fd
+        finally:
+            if not lock.locked():
+                self._launching.pop(grant.job_id, None)
+
+    def conclude(self, job: OpenJob, finish: JobFinish) -> Record:
+        """Writes the outcome (not yet durable) and frees the cell."""
+        assert job.intent.budget is not None
+        usage = job.end.usage if job.end else finish.usage
+        settled = entries.settled(job.intent.budget, entries.cpu_ms(usage))
+        outcome = self._book.write(lambda index, time: entries.cell_outcome(job, finish, settled, index, time))
+        self.free(finish.grant.job_id)
+        return outcome
+
+    def told(self, job: OpenJob, outcome: Record) -> JobOutcome:
+        """Tells waiters and aurorad of a durable outcome."""
+        told = outcome_of(job.intent, outcome, job.argv)
+        self._book.publish(told)
+        self._book.maybe_snapshot()
+        return told
+
+    def ended(self, end: ExecEnd) -> None:
+        """An executable ended: kept with its job until it is finished, and aurorad is told."""
+        job = self._book.ledger.open.get(job_of(end.cell_id))
+        if job is None:
+            self.free(job_of(end.cell_id))
+        elif job.end is None:
+            job.end = end
+            self._orchestra.tell_exit(CellExited(job_id=job.grant.job_id, attempt=job.grant.attempt, end=end))
+
+    def vanished(self, job: OpenJob) -> None:
+        """The spawner no longer knows the job's cell: it died with the spawner."""
+        exit_status = ExitStatus(reason=SPAWNER_DIED)
+        cell_id = cell_of(job.grant.job_id)
+        self.ended(ExecEnd(cell_id=cell_id, exec_id=job.exec_id or "", exit=exit_status, usage=Usage()))
+
+    def free(self, job_id: str) -> None:
+        """Frees the job's cell in the background: kills what is left, removes cgroups and work directory."""
+        self._in_background(self._free(cell_of(job_id)))
+
+    async def drain(self) -> None:
+        """Waits for cells that are being freed."""
+        while self._background:
+            await asyncio.wait(self._background)
+
+    # ---- inside
+
+    def _record_start(self, job: OpenJob, found: Launched) -> Record:
+        log = self._book.log
+        sandbox = log.store_document(canonical_record(found.report))
+        plan = log.store_document(found.plan_text)
+        code = CodeRef(
+            plan_digest=plan, sandbox_digest=sandbox, route="local", engine=job.intent.kind, rung=found.report.level
+        )
+        cell_id = cell_of(job.grant.job_id)
+        return self._book.write(
+            lambda index, time: entries.started(job.intent, cell_id, found.exec_id, code, index, time)
+        )
+
+    def _discard(self, found: Launched) -> None:
+        if found.channel_fd is not None:
+            os.close(found.channel_fd)
+        self._in_background(self._free(found.cell_id))
+
+    async def _free(self, cell_id: str) -> None:
+        await self._cells.free(cell_id)
+
+    def _in_background(self, work: object) -> None:
+        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _launched(started: Record) -> CellLaunched:
+    assert started.cell_id is not None and started.code is not None and started.code.plan_digest is not None
+    return CellLaunched(
+        cell_id=started.cell_id,
+        exec_id=started.detail["exec_id"],
+        started_at=started.time,
+        plan_digest=started.code.plan_digest,
+    )
+
+
+async def hand_over(link: Link, launched: CellLaunched, channel: int | None) -> CellLaunched:
+    """Sends the channel's descriptor, if there is one, and names it in the answer."""
+    if channel is None:
+        return launched
+    try:
+        token = await link.send_fd(channel)
+    finally:
+        os.close(channel)
+    return CellLaunched(
+        cell_id=launched.cell_id,
+        exec_id=launched.exec_id,
+        started_at=launched.started_at,
+        plan_digest=launched.plan_digest,
+        channel=token,
+    )
+
+
+def _check_state(job: OpenJob, finish: JobFinish) -> None:
+    """aurorad cannot call a cell's failure a success."""
+    if job.intent.kind == "command" and finish.state is JobState.SUCCEEDED:
+        end = job.end
+        if end is None or end.exit.code != 0:
+            raise AetherError("PROTOCOL", f"cannot finish {finish.grant.job_id} as succeeded: its executable did not")

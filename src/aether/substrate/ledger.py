@@ -1,0 +1,126 @@
+"""The authority's memory of jobs: a fold of the audit log, never a second source of truth.
+
+`apply` is fed every record exactly once, in log order, both live and at start; the two ways give the same
+state (a test holds them together). Held: jobs with an intent and no outcome, idempotency keys within their
+window. Everything older is found in the log through the indexes that the job store keeps.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final
+
+from aether.contract.cells import ExecEnd
+from aether.contract.clock import epoch_ns
+from aether.contract.limits import IDEMPOTENCY_KEYS_MAX, IDEMPOTENCY_WINDOW_S
+from aether.contract.records import Record
+from aether.contract.wire import Grant
+
+_WINDOW_NS: Final = IDEMPOTENCY_WINDOW_S * 1_000_000_000
+
+
+@dataclass(slots=True)
+class OpenJob:
+    """An admitted job without an outcome. `end` is set once its executable ended; `argv` is known only to
+    the process that admitted it (the log does not hold it)."""
+
+    intent: Record
+    started: Record | None = None
+    stop_requested: bool = False
+    argv: tuple[str, ...] | None = None
+    end: ExecEnd | None = None
+
+    @property
+    def grant(self) -> Grant:
+        return grant_of(self.intent)
+
+    @property
+    def cell_id(self) -> str | None:
+        return self.started.cell_id if self.started else None
+
+    @property
+    def exec_id(self) -> str | None:
+        return self.started.detail.get("exec_id") if self.started else None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyEntry:
+    """What an idempotency key stands for until `expires_ns`."""
+
+    job_id: str
+    input_hash: str
+    expires_ns: int
+
+
+def grant_of(intent: Record) -> Grant:
+    """The grant of an admitted job; derived, so that it is the same after a restart."""
+    assert intent.job_id is not None and intent.attempt is not None and intent.budget is not None
+    return Grant(
+        grant_id="grant" + intent.job_id[len("job") :],
+        job_id=intent.job_id,
+        attempt=intent.attempt,
+        reservation_id=intent.budget.reservation_id,
+    )
+
+
+class Ledger:
+    """Open jobs and idempotency keys; see the module head."""
+
+    def __init__(self) -> None:
+        self.open: dict[str, OpenJob] = {}
+        self.applied = 0
+        self._keys: OrderedDict[str, KeyEntry] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"<Ledger applied={self.applied} open={len(self.open)} keys={len(self._keys)}>"
+
+    def apply(self, record: Record) -> None:
+        """Folds one record in; records come in log order, each once."""
+        if record.log_index != self.applied:
+            raise ValueError(f"record {record.log_index} applied out of order, expected {self.applied}")
+        self.applied += 1
+        job_id = record.job_id
+        if job_id is None:
+            return
+        if record.type == "job.intent":
+            self.open[job_id] = OpenJob(record)
+            self._remember(record, job_id)
+        elif record.type == "job.outcome":
+            self.open.pop(job_id, None)
+        elif (job := self.open.get(job_id)) is not None:
+            if record.type == "job.started":
+                job.started = record
+            elif record.type == "job.stop":
+                job.stop_requested = True
+
+    def remembered(self, key_hash: str, now_ns: int) -> KeyEntry | None:
+        """The job that `key_hash` already stands for, if its window is still open."""
+        self._forget(now_ns)
+        return self._keys.get(key_hash)
+
+    def has_room_for_keys(self, now_ns: int) -> bool:
+        self._forget(now_ns)
+        return len(self._keys) < IDEMPOTENCY_KEYS_MAX
+
+    def keys(self) -> list[tuple[str, KeyEntry]]:
+        """The remembered keys, oldest first; for a snapshot."""
+        return list(self._keys.items())
+
+    def restore(self, applied: int, jobs: list[OpenJob], keys: list[tuple[str, KeyEntry]]) -> None:
+        """Takes over a snapshot; only on a fresh ledger."""
+        self.applied = applied
+        self.open = {job.intent.job_id: job for job in jobs if job.intent.job_id is not None}
+        self._keys = OrderedDict(keys)
+
+    def _remember(self, record: Record, job_id: str) -> None:
+        if record.idempotency_hash is not None and record.input_hash is not None:
+            expires_ns = epoch_ns(record.time) + _WINDOW_NS
+            self._keys[record.idempotency_hash] = KeyEntry(job_id, record.input_hash, expires_ns)
+
+    def _forget(self, now_ns: int) -> None:
+        while self._keys:
+            key, entry = next(iter(self._keys.items()))
+            if entry.expires_ns > now_ns:
+                return
+            del self._keys[key]

@@ -1,0 +1,100 @@
+"""After every (re)connect of aurorad or the spawner: what the log says and what is there are brought together.
+
+The log decides. A row without an intent is dropped; an intent without a row gets the outcome ABANDONED; a
+started job whose cell is gone ended with its spawner; a cell without an open job is freed. A worker lives
+only as long as the aurorad that holds its channel.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from aether.contract.errors import AetherError
+from aether.contract.jobs import JobState
+from aether.contract.wire import JobFinish, LiveCell, LogPage, LogRead, Reconcile, Reconciled
+from aether.substrate.book import Book
+from aether.substrate.execution import Execution, cell_of, job_of
+from aether.substrate.ledger import OpenJob
+from aether.substrate.orchestra import Orchestra
+from aether.substrate.submission import abandon
+from aether.substrate.workers import WORKER_OP
+
+_PAGE_BYTES_MAX: Final = 160 * 1024
+_JOB_TYPES: Final = frozenset({"job.intent", "job.outcome"})
+
+
+class Reconciler:
+    """Handlers of `reconcile` and `log.read`, and the reaction to a spawner that (re)connected."""
+
+    def __init__(self, book: Book, orchestra: Orchestra, execution: Execution) -> None:
+        self._book = book
+        self._orchestra = orchestra
+        self._execution = execution
+
+    async def reconcile(self, body: Reconcile) -> Reconciled:
+        """`reconcile`: idempotent; after it the rows of aurorad and the open jobs of the log agree."""
+        await self._book.log.durable(self._book.log.size - 1)
+        rows = {row.job_id for row in body.open_jobs}
+        for job in list(self._book.ledger.open.values()):
+            if job.intent.op == WORKER_OP:
+                await self._end_worker(job)
+            elif job.grant.job_id not in rows:
+                await abandon(self._book, self._orchestra, job, "its row was not kept")
+        open_now = self._book.ledger.open
+        decided = self._outcomes_since(body.applied_index)
+        known = [open_now[job_id] for job_id in rows if job_id in open_now]
+        return Reconciled(
+            drop=tuple(sorted(rows - open_now.keys() - decided)),
+            grants=tuple(job.grant for job in known),
+            cells=tuple(_live(job) for job in known if job.started is not None),
+            log_size=self._book.log.durable_size,
+        )
+
+    async def read_log(self, body: LogRead) -> LogPage:
+        """`log.read`: job records from `start` on; `next_index` is where to go on."""
+        found, size = [], 0
+        index = body.start
+        while index < self._book.log.durable_size and size < _PAGE_BYTES_MAX and len(found) < body.limit:
+            for record in self._book.log.read(index, min(body.limit, 50)):
+                if size >= _PAGE_BYTES_MAX or record.log_index >= self._book.log.durable_size:
+                    break
+                index = record.log_index + 1
+                if record.type in _JOB_TYPES:
+                    found.append(record)
+                    size += len(self._book.log.entry(record.log_index))
+        return LogPage(records=tuple(found), next_index=index)
+
+    def spawner_connected(self, live: dict[str, str]) -> None:
+        """The spawner (re)connected; `live` maps its cells to the executable that each was started with."""
+        for job in list(self._book.ledger.open.values()):
+            if job.started is not None and job.end is None and cell_of(job.grant.job_id) not in live:
+                self._execution.vanished(job)
+        for cell_id in live:
+            if job_of(cell_id) not in self._book.ledger.open:
+                self._execution.free(job_of(cell_id))
+
+    async def _end_worker(self, job: OpenJob) -> None:
+        error = AetherError("CANCELLED", "cannot go on: the aurorad that held this worker went away").body()
+        finish = JobFinish(grant=job.grant, state=JobState.CANCELLED, error=error)
+        outcome = self._execution.conclude(job, finish)
+        await self._book.durable(outcome)
+        self._execution.told(job, outcome)
+
+    def _outcomes_since(self, index: int) -> set[str]:
+        found: set[str] = set()
+        while index < self._book.log.size:
+            page = self._book.log.read(index, 500)
+            found |= {record.job_id for record in page if record.type == "job.outcome" and record.job_id is not None}
+            index += len(page)
+        return found
+
+
+def _live(job: OpenJob) -> LiveCell:
+    assert job.started is not None
+    return LiveCell(
+        grant=job.grant,
+        cell_id=job.cell_id or "",
+        exec_id=job.exec_id or "",
+        started_at=job.started.time,
+        end=job.end,
+    )

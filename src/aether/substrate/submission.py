@@ -1,0 +1,214 @@
+"""Submitting a job: access -> budget -> intent and row -> 202, or the short way of a pure model job.
+
+The long way writes the intent and the job row concurrently and answers when both are durable. The short way
+(a model job whose caller waits) runs first, because it has no effect until its answer is released: decision
+and outcome go into one durable batch, and only then does the answer leave.
+
+An admitted intent whose row could not be kept gets the outcome ABANDONED at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from aether.contract import ids, limits
+from aether.contract.calls import Caller, SubmitCall, SubmittedJob
+from aether.contract.canonical import digest_bytes, input_hash
+from aether.contract.clock import rfc3339
+from aether.contract.errors import AetherError, ErrorBody
+from aether.contract.jobs import JobRequest, JobState, JobView, check_labels, parse_command, parse_model
+from aether.contract.records import BudgetRef, Record
+from aether.contract.wire import Empty, JobFinish, JobRunReply, JobSubmit
+from aether.substrate import entries
+from aether.substrate.access.access import Resource
+from aether.substrate.book import Book, outcome_of
+from aether.substrate.entries import Submission
+from aether.substrate.gate import Gate
+from aether.substrate.ledger import OpenJob, grant_of
+from aether.substrate.orchestra import Orchestra, submitted
+from aether.substrate.views import queued_view
+
+_PURE_DEADLINE_S: Final = 30.0
+
+
+class Submitter:
+    """The `job.submit` operation."""
+
+    def __init__(self, gate: Gate, book: Book, orchestra: Orchestra) -> None:
+        self._gate = gate
+        self._book = book
+        self._orchestra = orchestra
+        self._in_flight: dict[str, asyncio.Event] = {}
+
+    async def submit(self, caller: Caller, call: SubmitCall) -> SubmittedJob:
+        """Raises the AetherError of whatever refused it; nothing is charged then."""
+        submission = self._admit(caller, call.request)
+        if submission.key_hash is None:
+            return await self._run(submission, call.wait_ms)
+        return await self._once(submission, submission.key_hash, call.wait_ms)
+
+    def _admit(self, caller: Caller, request: JobRequest) -> Submission:
+        check_labels(request.labels)
+        argv, model = None, None
+        if request.kind == "command":
+            argv = parse_command(request)[0].argv
+        else:
+            model = parse_model(request).model.partition("@")[0]
+        resource = Resource(kind=request.kind, op=request.op, model=model, labels=request.labels)
+        admission = self._gate.admit(caller, "job.submit", resource)
+        principal = admission.principal
+        key_hash = None
+        if caller.idempotency_key is not None:
+            key_hash = digest_bytes(f"{principal.tenant_id}\0{principal.name}\0{caller.idempotency_key}".encode())
+        job_id = ids.new(ids.JOB)
+        return Submission(
+            job_id=job_id,
+            caller=caller,
+            request=request,
+            admission=admission,
+            budget=BudgetRef(
+                reservation_id="rsv" + job_id[len("job") :],
+                accounts=admission.ticket.link_ids,
+                ops=1,
+                cpu_ms=0,
+                settled=False,
+            ),
+            input_hash=input_hash(request.schema_version, request.kind, request.op, request.params, request.inputs),
+            key_hash=key_hash,
+            created=rfc3339(self._book.now_ns()),
+            argv=argv,
+        )
+
+    async def _once(self, submission: Submission, key_hash: str, wait_ms: int) -> SubmittedJob:
+        """One job per key: a repeat waits for the first and gets its answer, without a second charge."""
+        while (first := self._in_flight.get(key_hash)) is not None:
+            await first.wait()
+        now_ns = self._book.now_ns()
+        known = self._book.ledger.remembered(key_hash, now_ns)
+        if known is not None:
+            if known.input_hash != submission.input_hash:
+                raise AetherError(
+                    "IDEMPOTENCY_CONFLICT",
+                    f"cannot submit: the Idempotency-Key already stands for {known.job_id} with other input",
+                    details={"job_id": known.job_id},
+                )
+            return await self._answer(known.job_id, wait_ms)
+        if not self._book.ledger.has_room_for_keys(now_ns):
+            raise AetherError("BUSY", "cannot submit: too many idempotency keys in the window", retry_after_s=5)
+        done = self._in_flight[key_hash] = asyncio.Event()
+        try:
+            return await self._run(submission, wait_ms)
+        finally:
+            del self._in_flight[key_hash]
+            done.set()
+
+    async def _run(self, submission: Submission, wait_ms: int) -> SubmittedJob:
+        self._check_capacity()
+        self._book.accounts.reserve(submission.budget)
+        if submission.request.kind == "model" and wait_ms > 0:
+            return await self._run_pure(submission)
+        return await self._queue(submission, wait_ms)
+
+    def _check_capacity(self) -> None:
+        if not self._book.log.room():
+            raise AetherError("DISK_FULL", "cannot submit: the disk of the state directory is almost full")
+        if len(self._book.ledger.open) >= limits.JOBS_OPEN_MAX:
+            raise AetherError("BUSY", "cannot submit: too many jobs are open", retry_after_s=1)
+        self._orchestra.link()
+
+    def _write_intent(self, submission: Submission) -> Record:
+        return self._book.write(lambda index, time: entries.intent(self._gate.node, submission, index, time))
+
+    # ---- the long way
+
+    async def _queue(self, submission: Submission, wait_ms: int) -> SubmittedJob:
+        link = self._orchestra.link()
+        intent = self._write_intent(submission)
+        job = self._book.ledger.open[submission.job_id]
+        job.argv = submission.argv
+        view = queued_view(intent, submission.argv)
+        row = JobSubmit(grant=job.grant, request=submission.request, view=view)
+        kept, durable = await asyncio.gather(
+            link.call("job.submit", row, Empty), self._book.durable(intent), return_exceptions=True
+        )
+        if isinstance(durable, BaseException):
+            raise durable
+        if isinstance(kept, BaseException):
+            raise await self._abandoned(job, kept)
+        return await self._answer(submission.job_id, wait_ms, view)
+
+    async def _abandoned(self, job: OpenJob, cause: BaseException) -> AetherError:
+        """Ends a job whose row was not kept; returns what the caller is told."""
+        told = cause if isinstance(cause, AetherError) else AetherError("INTERNAL", f"cannot keep the job: {cause}")
+        await abandon(self._book, self._orchestra, job, told.message)
+        return AetherError(told.code, told.message, told.remedy, {"job_id": job.grant.job_id}, told.retry_after_s)
+
+    async def _answer(self, job_id: str, wait_ms: int, queued: JobView | None = None) -> SubmittedJob:
+        final = await self._book.wait(job_id, wait_ms / 1000)
+        view = final or queued or await self._orchestra.job(job_id)
+        return submitted(view, await self._orchestra.inline_result(view))
+
+    # ---- the short way
+
+    async def _run_pure(self, submission: Submission) -> SubmittedJob:
+        book, job_id = self._book, submission.job_id
+        draft = entries.intent(self._gate.node, submission, 0, submission.created)
+        row = JobSubmit(
+            grant=grant_of(draft),
+            request=submission.request,
+            view=queued_view(draft),
+            batch_key="\0".join((draft.tenant_id or "", *draft.labels)),
+        )
+        kept = self._orchestra.expect_kept(job_id)
+        try:
+            async with asyncio.timeout(_PURE_DEADLINE_S):
+                reply = await self._orchestra.link().call("job.run", row, JobRunReply)
+        except TimeoutError:
+            self._give_up(submission)
+            raise AetherError("UNAVAILABLE", "cannot run the model job: no answer from the engine") from None
+        except BaseException:
+            self._give_up(submission)
+            raise
+        # From here on the log holds the job, whatever happens to its caller.
+        intent = self._write_intent(submission)
+        settled = entries.settled(submission.budget, entries.cpu_ms(reply.usage))
+        outcome = book.write(lambda index, time: entries.pure_outcome(intent, reply, settled, index, time))
+        try:
+            await asyncio.gather(book.durable(outcome), kept)
+        finally:
+            self._orchestra.forget_kept(job_id)
+        told = outcome_of(intent, outcome)
+        book.publish(told)
+        self._orchestra.tell_outcome(told)
+        if reply.error is not None:
+            raise engine_error(reply.error, job_id)
+        return submitted(told.view, reply.result)
+
+    def _give_up(self, submission: Submission) -> None:
+        self._book.accounts.release(submission.budget)
+        self._orchestra.forget_kept(submission.job_id)
+
+
+async def abandon(book: Book, orchestra: Orchestra, job: OpenJob, why: str) -> None:
+    """Writes the outcome of a job that never started and tells everyone."""
+    finish = JobFinish(
+        grant=job.grant,
+        state=JobState.FAILED,
+        error=AetherError("ABANDONED", f"cannot start the job: {why}").body(),
+    )
+    intent = job.intent
+    assert intent.budget is not None
+    settled = entries.settled(intent.budget, 0)
+    outcome = book.write(lambda index, time: entries.cell_outcome(job, finish, settled, index, time))
+    await book.durable(outcome)
+    told = outcome_of(intent, outcome, job.argv)
+    book.publish(told)
+    orchestra.tell_outcome(told)
+
+
+def engine_error(body: ErrorBody, job_id: str) -> AetherError:
+    """The refusal of a pure job, as its caller sees it, with the job it was recorded under."""
+    error = AetherError.of(body)
+    error.details = {**error.details, "job_id": job_id}
+    return error
