@@ -24,8 +24,8 @@ from aether.contract.jobs import MODEL_OPS, SCHEMA_VERSION, CommandInputs, Comma
 JsonObject = dict[str, Any]
 _REF: Final = "#/components/schemas/{name}"
 _ARGUMENT_SCHEMAS: Final = {"job_id": params.JOB_ID_SCHEMA, "digest": params.DIGEST_SCHEMA}
-_PLAIN: Final = r"[^\u0000-\u001f\u007f/*?\[\]]"
-_GLOB: Final = rf"^{_PLAIN}{{1,64}}(/[a-z0-9]{{1,16}}){{0,4}}$"
+_PART: Final = r"[^.\u0000-\u001f\u007f/][^\u0000-\u001f\u007f/]{0,59}"
+_RELATIVE_PATH: Final = rf"^{_PART}(/{_PART}){{0,3}}$"
 _JOB_EXAMPLES: Final = {
     "command": {
         "value": {"kind": "command", "op": "run", "params": {"argv": ["echo", "hello"], "outputs": []}},
@@ -197,10 +197,10 @@ def _refine_command(schemas: Mapping[str, Any]) -> None:
         maxProperties=limits.ENV_ITEMS_MAX,
     )
     command["cwd"]["pattern"] = r"^/work(/[A-Za-z0-9_-]{1,64}){0,8}$"
-    command["outputs"].update(items={"type": "string", "pattern": _GLOB}, maxItems=limits.OUTPUT_GLOBS_MAX)
+    command["outputs"].update(items={"type": "string", "pattern": _RELATIVE_PATH}, maxItems=limits.OUTPUT_GLOBS_MAX)
     command["require"]["items"] = {"type": "string", "enum": sorted(Requirement.__args__)}  # type: ignore[attr-defined]
     file = schemas["InputFile"]["properties"]
-    file["path"].update(pattern=r"^[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64}){0,8}$")
+    file["path"].update(pattern=_RELATIVE_PATH)
     file["artifact"].update(params.DIGEST_SCHEMA)
     bounds = {
         "memory_bytes": (limits.MEMORY_BYTES_MIN, 1 << 50),

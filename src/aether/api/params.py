@@ -25,9 +25,9 @@ _UNIT_MS: Final = {"ms": 1.0, "s": 1000.0, "m": 60_000.0}
 QUERY_PARAMETERS_MAX: Final = 32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Param:
-    """One query parameter: `field` of the request it fills, its JSON Schema, and whether it repeats."""
+    """One query parameter: `field` of the request it fills, its schema, whether it repeats. Compared by identity."""
 
     name: str
     field: str
