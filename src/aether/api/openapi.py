@@ -13,8 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from aether.api import params
-from aether.api.operations import OPERATIONS, Operation
-from aether.api.reply import ErrorReply
+from aether.api.operations import OPERATIONS, ErrorReply, Operation
 from aether.contract import limits
 from aether.contract.calls import FileReply, RawReply, StreamReply
 from aether.contract.cells import Requirement

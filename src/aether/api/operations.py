@@ -19,6 +19,7 @@ import msgspec
 
 from aether.api import params
 from aether.contract import calls, limits, wire
+from aether.contract.errors import ErrorBody
 from aether.contract.jobs import Effect, JobRequest, JobView
 from aether.contract.records import Receipt
 
@@ -56,6 +57,13 @@ _MODEL_ERRORS: Final = (
     "ENGINE_DIED",
 )  # fmt: skip
 _CELL_ERRORS: Final = ("LEVEL_UNMET", "BAD_PLAN", "CELL_LIMIT", "CELL_FAILED")
+
+
+class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of every answer that is not a success."""
+
+    error: ErrorBody
+    request_id: str
 
 
 class StopBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -15,9 +15,10 @@ from typing import Any, Final
 
 import msgspec
 
+from aether.api.operations import ErrorReply
 from aether.contract import limits
 from aether.contract.calls import FileReply, RawReply, StreamReply
-from aether.contract.errors import AetherError, ErrorBody
+from aether.contract.errors import AetherError
 from aether.contract.ids import is_digest
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -28,13 +29,6 @@ RETRY_AFTER_S_DEFAULT: Final = 1
 _ENCODER: Final = msgspec.json.Encoder()
 _JSON_TYPE: Final = (b"content-type", b"application/json")
 _CLOSE: Final = (b"connection", b"close")
-
-
-class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of every answer that is not a success."""
-
-    error: ErrorBody
-    request_id: str
 
 
 async def send_bytes(send: Send, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> None:

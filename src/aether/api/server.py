@@ -39,7 +39,7 @@ from uvicorn.server import ServerState
 from aether.api.address import bind_address
 from aether.api.head import Peer
 from aether.api.http import CONNECTION_EXTENSION
-from aether.api.reply import ErrorReply
+from aether.api.operations import ErrorReply
 from aether.contract import ids, limits
 from aether.contract.errors import AetherError
 

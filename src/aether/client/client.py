@@ -1,0 +1,372 @@
+"""`Client`: every operation of the table as a typed, synchronous method.
+
+    with Client() as client:
+        job = client.run(["python3", "main.py"], files={"main.py": "main.py"}, outputs=["out.csv"])
+        data = client.artifact_bytes(job.artifacts[0].digest)
+
+The socket is that of the instance's state directory: `$AETHER_STATE`, else /var/lib/aether/aurora for root and
+~/.local/state/aether for others; the ticket is `$AETHER_TICKET` unless given. A submission carries an
+Idempotency-Key of its own, so it is repeated safely when the connection breaks. All methods raise AetherError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Final, TypeVar
+from urllib.parse import quote, urlencode
+
+import msgspec
+
+from aether.api.operations import BY_NAME
+from aether.client.inputs import gather
+from aether.client.transport import Call, Transport
+from aether.contract import calls, ids, limits, wire
+from aether.contract.cells import InputFile, Limits
+from aether.contract.errors import AetherError
+from aether.contract.jobs import TERMINAL, CommandInputs, CommandParams, JobRequest, JobState, JobView
+from aether.contract.paths import Layout, state_dir
+from aether.contract.records import Receipt
+
+T = TypeVar("T")
+TIMEOUT_S_DEFAULT: Final = 30.0
+WAIT_S_STEP: Final = 20.0
+"""One long poll; `wait` repeats it, so a restart of the node in between is survived."""
+CHUNK_BYTES: Final = 256 * limits.KIB
+
+
+class Submission(JobView, frozen=True, kw_only=True):
+    """The answer to `job.submit`; `result` is null unless the job is terminal and its result is small."""
+
+    result: Any = None
+
+
+class Client:
+    """Talks to one instance. May be used from several threads. `close` (or `with`) frees its connections."""
+
+    def __init__(
+        self,
+        socket_path: str | os.PathLike[str] | None = None,
+        *,
+        state: str | os.PathLike[str] | None = None,
+        ticket: str | None = None,
+        timeout_s: float = TIMEOUT_S_DEFAULT,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        env = os.environ if environment is None else environment
+        self.state = Path(state).absolute() if state is not None else state_dir(env, os.geteuid(), Path.home())
+        path = Path(socket_path) if socket_path is not None else Layout(self.state).api_socket
+        self._ticket = ticket if ticket is not None else env.get("AETHER_TICKET") or None
+        self._transport = Transport(path, timeout_s)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Client({str(self._transport.socket_path)!r})"
+
+    def close(self) -> None:
+        """Closes the kept connections; the client stays usable."""
+        self._transport.close()
+
+    def reachable(self) -> bool:
+        """Whether an instance listens."""
+        return self._transport.reachable()
+
+    # ---- jobs
+
+    def submit(self, request: JobRequest, *, wait_s: float = 0.0, idempotency_key: str | None = None) -> Submission:
+        """Submits a job; with `wait_s` answers when it is terminal or the time is over."""
+        headers = {"Content-Type": "application/json", "Idempotency-Key": idempotency_key or ids.new(ids.REQUEST)}
+        body = msgspec.json.encode(request)
+        return self._json("job.submit", Submission, query=_wait(wait_s), body=body, headers=headers, extra_s=wait_s)
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        files: Mapping[str, str | os.PathLike[str]] | None = None,
+        directory: str | os.PathLike[str] | None = None,
+        outputs: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        cwd: str = "/work",
+        limits: Limits | None = None,
+        require: Sequence[str] = (),
+        labels: Sequence[str] = (),
+        wait: bool = True,
+    ) -> JobView:
+        """Runs a command in a cell. `files` maps paths in the work directory to files here; `directory` is
+        copied into it whole. Returns the terminal job, or with `wait=False` the accepted one."""
+        inputs = CommandInputs(files=tuple(self.upload(files or {}, directory)))
+        params = CommandParams(
+            argv=tuple(argv),
+            env=dict(env or {}),
+            cwd=cwd,
+            limits=limits or Limits(),
+            outputs=tuple(outputs),
+            require=tuple(require),
+        )
+        request = JobRequest(
+            kind="command",
+            op="run",
+            params=msgspec.to_builtins(params),
+            inputs=msgspec.to_builtins(inputs),
+            labels=tuple(labels),
+        )
+        job = self.submit(request)
+        return self.wait(job.job_id) if wait else job
+
+    def upload(
+        self, files: Mapping[str, str | os.PathLike[str]], directory: str | os.PathLike[str] | None = None
+    ) -> Iterator[InputFile]:
+        """Uploads files and names them as a job's inputs."""
+        for local in gather(files, directory):
+            info = self.artifact_put(local.source)
+            yield InputFile(path=local.path, artifact=info.digest, executable=local.executable)
+
+    def predict(
+        self, model: str, history: Mapping[str, Any], horizons_s: Sequence[float], *, action: Any = None
+    ) -> Any:
+        """`predict_next_state`: the result for each horizon in seconds."""
+        inputs = {"history": dict(history)} if action is None else {"history": dict(history), "action": action}
+        return self.infer("predict_next_state", model, inputs, horizons_s=horizons_s)
+
+    def score(self, model: str, inputs: Mapping[str, Any]) -> Any:
+        """`score_sequence` over `{t, obs, action}`."""
+        return self.infer("score_sequence", model, inputs)
+
+    def encode(self, model: str, inputs: Mapping[str, Any]) -> Any:
+        """`encode_state` of `{obs}`."""
+        return self.infer("encode_state", model, inputs)
+
+    def infer(
+        self, op: str, model: str, inputs: Mapping[str, Any], *, horizons_s: Sequence[float] | None = None
+    ) -> Any:
+        """Runs a model job and returns its result; raises the job's error when it failed."""
+        params: dict[str, Any] = {"model": model}
+        if horizons_s is not None:
+            params["horizons_s"] = list(horizons_s)
+        request = JobRequest(kind="model", op=op, params=params, inputs=dict(inputs))
+        submitted = self.submit(request, wait_s=WAIT_S_STEP)
+        job: JobView = submitted
+        if job.state not in TERMINAL:
+            job = self.wait(job.job_id)
+        if job.state is not JobState.SUCCEEDED:
+            raise job_error(job)
+        if submitted.result is not None:
+            return submitted.result
+        return self.result(job.job_id)
+
+    def get(self, job_id: str, *, wait_s: float = 0.0) -> JobView:
+        """The job as it stands; with `wait_s` when it is terminal or the time is over."""
+        return self._json("job.get", JobView, job_id, query=_wait(wait_s), extra_s=wait_s)
+
+    def wait(self, job_id: str, timeout_s: float | None = None) -> JobView:
+        """The terminal job; after `timeout_s` the job as it stands."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left_s = WAIT_S_STEP if deadline is None else min(WAIT_S_STEP, deadline - time.monotonic())
+            job = self.get(job_id, wait_s=max(left_s, 0.0))
+            if job.state in TERMINAL or left_s <= 0:
+                return job
+
+    def list(
+        self, *, states: Iterable[JobState] = (), cursor: str | None = None, limit: int = limits.PAGE_ITEMS_DEFAULT
+    ) -> wire.JobPage:
+        """One page, newest first."""
+        query = [*(("state", JobState(state).value) for state in states), ("limit", str(limit)), ("cursor", cursor)]
+        return self._json("job.list", wire.JobPage, query=query)
+
+    def result(self, job_id: str, *, wait_s: float = 0.0) -> Any:
+        """The result of a succeeded job, decoded."""
+        return msgspec.json.decode(self.result_bytes(job_id, wait_s=wait_s))
+
+    def result_bytes(self, job_id: str, *, wait_s: float = 0.0) -> bytes:
+        """The result's JSON text."""
+        return self._send(self._call("job.result", job_id, query=_wait(wait_s), extra_s=wait_s))
+
+    def logs(self, job_id: str, *, stream: str = "all", follow: bool = False, cursor: int = 0) -> Iterator[bytes]:
+        """What the executable wrote, chunk by chunk as it comes; with `follow` until it ends."""
+        query = [("stream", stream), ("cursor", str(cursor)), ("follow", "1" if follow else "0")]
+        # A followed job may be silent as long as it runs.
+        call = self._call("job.logs", job_id, query=query, extra_s=float(limits.TIMEOUT_MS_MAX) if follow else 0.0)
+        with self._transport.open(call) as response:
+            while chunk := _read1(response):
+                yield chunk
+
+    def stop(self, job_id: str, *, grace_ms: int = limits.STOP_GRACE_MS_DEFAULT) -> JobView:
+        """Stops a job; a terminal one stays as it is."""
+        body = msgspec.json.encode({"grace_ms": grace_ms})
+        headers = {"Content-Type": "application/json"}
+        return self._json("job.stop", JobView, job_id, body=body, headers=headers, extra_s=grace_ms / 1000)
+
+    def receipt(self, job_id: str, *, wait_s: float = 0.0) -> Receipt:
+        """The job's receipt."""
+        return self._json("job.receipt", Receipt, job_id, query=_wait(wait_s), extra_s=wait_s)
+
+    def receipt_bytes(self, job_id: str, *, wait_s: float = 0.0) -> bytes:
+        """The receipt's JSON text as the authority gave it, to be kept and verified offline."""
+        return self._send(self._call("job.receipt", job_id, query=_wait(wait_s), extra_s=wait_s))
+
+    def story(self, job_id: str) -> wire.Story:
+        """What happened to the job, step by step."""
+        return self._json("job.story", wire.Story, job_id)
+
+    # ---- artifacts
+
+    def artifact_put(
+        self, source: str | os.PathLike[str] | bytes | BinaryIO, *, media_type: str = "application/octet-stream"
+    ) -> wire.ArtifactInfo:
+        """Uploads a file (path or seekable binary file) or bytes."""
+        with _opened(source) as (body, size):
+            headers = {"Content-Type": media_type, "Content-Length": str(size)}
+            return self._json("artifact.put", wire.ArtifactInfo, body=body, headers=headers)
+
+    def artifact_get(self, digest: str, out: BinaryIO) -> int:
+        """Writes an artifact to `out` as it comes; returns its size. Raises VERIFY_FAILED when its bytes do not
+        have the digest: discard what was written then."""
+        hashed, size = hashlib.sha256(), 0
+        with self._transport.open(self._call("artifact.get", digest)) as response:
+            while chunk := _read1(response):
+                hashed.update(chunk)
+                size += len(chunk)
+                out.write(chunk)
+        found = f"sha256:{hashed.hexdigest()}"
+        if found != digest:
+            raise AetherError("VERIFY_FAILED", f"cannot accept artifact {digest}: its bytes have {found}")
+        return size
+
+    def artifact_bytes(self, digest: str) -> bytes:
+        """A small artifact as bytes, verified."""
+        out = io.BytesIO()
+        self.artifact_get(digest, out)
+        return out.getvalue()
+
+    def artifact_list(
+        self, *, job_id: str | None = None, cursor: str | None = None, limit: int = limits.PAGE_ITEMS_DEFAULT
+    ) -> wire.ArtifactPage:
+        """One page of the tenant's artifacts, or of one job's."""
+        query = [("limit", str(limit)), ("cursor", cursor), ("job", job_id)]
+        return self._json("artifact.list", wire.ArtifactPage, query=query)
+
+    # ---- the node
+
+    def health(self) -> calls.Health:
+        """Versions and the state of every role."""
+        return self._json("health", calls.Health)
+
+    def metrics(self) -> str:
+        """Prometheus text."""
+        return self._send(self._call("metrics")).decode()
+
+    def models(self) -> wire.ModelList:
+        """The installed models."""
+        return self._json("model.list", wire.ModelList)
+
+    def checkpoint(self) -> str:
+        """The signed checkpoint of the audit log."""
+        return self._send(self._call("audit.checkpoint")).decode()
+
+    def explain(self, params: CommandParams) -> calls.Explanation:
+        """The plan that a command would get."""
+        body = msgspec.json.encode(calls.ExplainCall(params=params))
+        headers = {"Content-Type": "application/json"}
+        return self._json("cell.explain", calls.Explanation, body=body, headers=headers)
+
+    def doctor(self) -> calls.Doctor:
+        """What the machine can enforce."""
+        return self._json("node.doctor", calls.Doctor)
+
+    # ---- inside
+
+    def _json(self, name: str, reply: type[T], argument: str | None = None, **rest: Any) -> T:
+        body = self._send(self._call(name, argument, **rest))
+        try:
+            return msgspec.json.decode(body, type=reply)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise AetherError("PROTOCOL", f"cannot read the answer to {name}: {error}") from error
+
+    def _send(self, call: Call) -> bytes:
+        return self._transport.send(call)
+
+    def _call(
+        self,
+        operation_name: str,
+        argument: str | None = None,
+        *,
+        query: Sequence[tuple[str, str | None]] = (),
+        body: bytes | BinaryIO | None = None,
+        headers: Mapping[str, str] | None = None,
+        extra_s: float = 0.0,
+    ) -> Call:
+        operation = BY_NAME[operation_name]
+        target = operation.path
+        if operation.path_argument is not None:
+            target = target.replace("{" + operation.path_argument + "}", quote(argument or "", safe=":"))
+        asked = [(name, text) for name, text in query if text]
+        if asked:
+            target += "?" + urlencode(asked)
+        sent = {"Accept-Encoding": "identity", "X-Request-Id": ids.new(ids.REQUEST), **(headers or {})}
+        if self._ticket:
+            sent["Authorization"] = f"Bearer {self._ticket}"
+        repeatable = operation.idempotent or "Idempotency-Key" in sent
+        return Call(operation.method, target, sent, body, repeatable, self._transport.timeout_s + extra_s)
+
+
+def job_error(job: JobView) -> AetherError:
+    """The error that a job ended with."""
+    if job.error is not None:
+        return AetherError.of(job.error)
+    return AetherError("JOB_FAILED", f"cannot use the result of {job.job_id}: it is {job.state.value}")
+
+
+def _wait(wait_s: float) -> Sequence[tuple[str, str]]:
+    return [("wait", f"{int(wait_s * 1000)}ms")] if wait_s > 0 else []
+
+
+def _read1(response: HTTPResponse) -> bytes:
+    try:
+        chunk = response.read1(CHUNK_BYTES)
+    except (OSError, ValueError) as error:
+        raise AetherError("PROTOCOL", f"cannot read on: the connection ended early ({error})") from error
+    if not chunk:
+        # `read1` does not tell a short answer from a whole one; `read` does (IncompleteRead).
+        _finish(response)
+    return chunk
+
+
+def _finish(response: HTTPResponse) -> None:
+    try:
+        rest = response.read()
+    except (OSError, HTTPException) as error:
+        raise AetherError("PROTOCOL", f"cannot read on: the connection ended early ({error})") from error
+    if rest:
+        raise AetherError("PROTOCOL", "cannot read on: the connection ended early")
+
+
+@contextmanager
+def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[tuple[bytes | BinaryIO, int]]:
+    """The body to send and its size from the current position."""
+    if isinstance(source, bytes):
+        yield source, len(source)
+    elif isinstance(source, str | os.PathLike):
+        try:
+            with Path(source).open("rb") as file:
+                yield file, os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise AetherError("BAD_FIELD", f"cannot send {str(source)!r}: {error.strerror}", "name a file") from error
+    else:
+        at = source.tell()
+        size = source.seek(0, os.SEEK_END) - at
+        source.seek(at)
+        yield source, size
