@@ -1,0 +1,96 @@
+"""Masks secrets in free text before it is written to the log: the log is append-only, so a secret in it stays.
+
+Rules, applied in this order; each match becomes `[redacted]`:
+- PEM private keys, from BEGIN to END or to the end of the text;
+- tickets: `aetk1_` and what follows of its alphabet;
+- `Bearer`/`Basic` credentials;
+- API keys with a known prefix (OpenAI, Anthropic, GitHub, GitLab, Slack, AWS, Google, Hugging Face, Stripe);
+- JSON web tokens;
+- `password=`, `token=`, `secret=`, `api_key=` and the like: the value;
+- the password in `scheme://user:password@host`.
+
+A rule may mask too much, never the name of what was masked. Text is cut at TEXT_CHARS_MAX first, and characters that
+JSON cannot carry (lone surrogates, from undecodable file names) are replaced.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+import msgspec
+
+from aether.contract.errors import ErrorBody
+
+MASK: Final = "[redacted]"
+TEXT_CHARS_MAX: Final = 2_000
+ITEMS_MAX: Final = 32
+
+_RULES: Final = (
+    (re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY-----|\Z)", re.S), MASK),
+    (re.compile(r"PRIVATE\+KEY\+\S+"), MASK),
+    (re.compile(r"aetk1_[A-Za-z0-9_-]+"), MASK),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}"), rf"\1 {MASK}"),
+    (
+        re.compile(
+            r"\b(?:sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}"
+            r"|xox[a-z]-[A-Za-z0-9-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[A-Za-z0-9_-]{30,}|hf_[A-Za-z0-9]{20,}"
+            r"|[rs]k_(?:live|test)_[A-Za-z0-9]{16,})"
+        ),
+        MASK,
+    ),
+    (re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"), MASK),
+    (
+        re.compile(
+            r"""(?ix)\b([a-z0-9_-]*(?:password|passwd|secret|token|api[_-]?key|access[_-]?key)["']?\s*[=:]\s*)
+            (?!\[redacted\])("[^"]*"|'[^']*'|[^\s,;&"']+)"""
+        ),
+        rf"\1{MASK}",
+    ),
+    (re.compile(r"\b([a-z][a-z0-9+.-]{1,20}://[^\s/:@]{0,200}:)[^\s/@]{1,200}@", re.I), rf"\1{MASK}@"),
+)
+_HINT: Final = re.compile(
+    r"(?i)private|aetk1_|bearer|basic|sk-|gh[pousr]_|github_pat|glpat-|xox|AKIA|ASIA|AIza|hf_|k_live|k_test|eyJ"
+    r"|passw|secret|token|key|://"
+)
+
+
+def redact(text: str) -> str:
+    """`text` without secrets, cut and encodable."""
+    if len(text) > TEXT_CHARS_MAX:
+        text = text[:TEXT_CHARS_MAX] + "…"
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode()
+    if _HINT.search(text) is None:
+        return text
+    for pattern, replacement in _RULES:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def redact_detail(detail: dict[str, str]) -> dict[str, str]:
+    """The `detail` of a record: ASCII names, masked values, few of them."""
+    return {_name(name): redact(value) for name, value in list(detail.items())[:ITEMS_MAX]}
+
+
+def redact_error(error: ErrorBody) -> ErrorBody:
+    """An error as a record may hold it: masked text; details are text, integers, booleans or null."""
+    details = {_name(name): _plain(value) for name, value in list(error.details.items())[:ITEMS_MAX]}
+    return ErrorBody(redact(error.code), redact(error.message), redact(error.remedy), details)
+
+
+def _name(name: str) -> str:
+    return redact(name).encode("ascii", "backslashreplace").decode()[:128]
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and -(2**53) < value < 2**53:
+        return value
+    if isinstance(value, str):
+        return redact(value)
+    try:
+        return redact(msgspec.json.encode(value).decode())
+    except (TypeError, UnicodeEncodeError, ValueError):
+        return redact(repr(value))

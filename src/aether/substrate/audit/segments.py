@@ -1,0 +1,142 @@
+"""Bytes of a segment file, pure (docs/formats.md "Segments"): a header, then one frame per group commit.
+
+A frame carries its own length and CRC, so that the last write of a process that died is told apart from damage:
+see `scan`.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from aether.contract.limits import RECORD_BYTES_MAX, SEGMENT_BYTES_MAX
+
+SEGMENT_MAGIC: Final = b"AETHSEG1"
+FRAME_MAGIC: Final = b"AEF1"
+NAME_DIGITS: Final = 20
+_HEADER: Final = struct.Struct(">8sQH")
+_FRAME: Final = struct.Struct(">4sQII")
+_U32: Final = struct.Struct(">I")
+FRAME_HEADER_BYTES: Final = _FRAME.size + _U32.size
+ENTRY_HEADER_BYTES: Final = _U32.size
+
+Bytes = bytes | memoryview
+
+
+class SegmentError(Exception):
+    """A segment that does not hold, at byte `offset`; `code` is a failure name of docs/formats.md."""
+
+    def __init__(self, code: str, offset: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.offset = offset
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One group commit: entries `first_index`.. in the bytes from `offset` to `end`."""
+
+    first_index: int
+    entries: tuple[bytes, ...]
+    offset: int
+    end: int
+
+
+def name(first_index: int) -> str:
+    return f"{first_index:0{NAME_DIGITS}d}"
+
+
+def encode_header(first_index: int, origin: str) -> bytes:
+    raw = origin.encode()
+    head = _HEADER.pack(SEGMENT_MAGIC, first_index, len(raw)) + raw
+    return head + _U32.pack(zlib.crc32(head))
+
+
+def check_header(data: Bytes, first_index: int, origin: str) -> int:
+    """The offset of the first frame; raises SegmentError SEGMENT_HEADER unless the header is exactly ours."""
+    expected = encode_header(first_index, origin)
+    if bytes(data[: len(expected)]) != expected:
+        raise SegmentError("SEGMENT_HEADER", 0, f"the header is not that of entry {first_index} of {origin}")
+    if len(data) > SEGMENT_BYTES_MAX:
+        raise SegmentError("SEGMENT_HEADER", 0, f"the segment is longer than {SEGMENT_BYTES_MAX} bytes")
+    return len(expected)
+
+
+def encode_frame(first_index: int, entries: Sequence[bytes]) -> bytes:
+    parts: list[bytes] = []
+    for entry in entries:
+        parts += (_U32.pack(len(entry)), entry)
+    payload = b"".join(parts)
+    head = _FRAME.pack(FRAME_MAGIC, first_index, len(entries), len(payload))
+    return b"".join((head, _U32.pack(zlib.crc32(payload, zlib.crc32(head))), payload))
+
+
+def frame_bytes(entries: Sequence[bytes]) -> int:
+    """The length of the frame of `entries`."""
+    return FRAME_HEADER_BYTES + sum(ENTRY_HEADER_BYTES + len(entry) for entry in entries)
+
+
+def read_frame(data: Bytes, offset: int, first_index: int | None = None) -> Frame:
+    """The frame at `offset`; raises SegmentError FRAME_BAD. `first_index` None takes any."""
+    if len(data) - offset < FRAME_HEADER_BYTES:
+        raise SegmentError("FRAME_BAD", offset, "the frame's header is cut off")
+    magic, index, count, length = _FRAME.unpack_from(data, offset)
+    start = offset + FRAME_HEADER_BYTES
+    if magic != FRAME_MAGIC:
+        raise SegmentError("FRAME_BAD", offset, "no frame begins here")
+    if length > len(data) - start:
+        raise SegmentError("FRAME_BAD", offset, f"the frame of entry {index} is cut off")
+    payload = bytes(data[start : start + length])
+    (check,) = _U32.unpack_from(data, offset + _FRAME.size)
+    if zlib.crc32(payload, zlib.crc32(data[offset : offset + _FRAME.size])) != check:
+        raise SegmentError("FRAME_BAD", offset, f"the check of the frame of entry {index} does not match")
+    if first_index is not None and index != first_index:
+        raise SegmentError("FRAME_BAD", offset, f"the frame is of entry {index}, not {first_index}")
+    return Frame(index, _entries(payload, count, offset), offset, start + length)
+
+
+def scan(data: Bytes, offset: int, first_index: int) -> Iterator[Frame]:
+    """The frames from `offset` to the end; raises SegmentError FRAME_BAD at the first that is not valid."""
+    while offset < len(data):
+        frame = read_frame(data, offset, first_index)
+        yield frame
+        offset, first_index = frame.end, first_index + len(frame.entries)
+
+
+def is_torn(data: Bytes, offset: int) -> bool:
+    """Whether the invalid bytes from `offset` to the end are one interrupted write: no valid frame follows.
+
+    A later valid frame means that the earlier one was durable once (one write is in progress at a time, and
+    the next begins after its fdatasync): then it is damage.
+    """
+    rest = bytes(data[offset:])
+    at = rest.find(FRAME_MAGIC, 1)
+    while at >= 0:
+        try:
+            read_frame(rest, at)
+        except SegmentError:
+            at = rest.find(FRAME_MAGIC, at + 1)
+        else:
+            return False
+    return True
+
+
+def _entries(payload: bytes, count: int, offset: int) -> tuple[bytes, ...]:
+    entries: list[bytes] = []
+    at = 0
+    while at < len(payload):
+        if len(payload) - at < ENTRY_HEADER_BYTES:
+            raise SegmentError("FRAME_BAD", offset, "an entry's length is cut off")
+        (length,) = _U32.unpack_from(payload, at)
+        at += ENTRY_HEADER_BYTES
+        if not 0 < length <= min(RECORD_BYTES_MAX, len(payload) - at):
+            raise SegmentError("FRAME_BAD", offset, f"an entry's length of {length} does not fit")
+        entries.append(payload[at : at + length])
+        at += length
+    if len(entries) != count or not entries:
+        raise SegmentError("FRAME_BAD", offset, f"the frame holds {len(entries)} entries and announces {count}")
+    return tuple(entries)

@@ -1,0 +1,235 @@
+"""Verifies a log directory offline, with nothing but its files and the public key.
+
+Rules, as in docs/formats.md "Verifying a log"; the name in parentheses is the failure:
+- the checkpoint is there (CHECKPOINT_MISSING) unless no entry exists, is a note (NOTE_FORMAT) signed by the key (NOTE_SIGNATURE)
+  for the key's origin (CHECKPOINT_ORIGIN);
+- segments follow each other without gap or overlap (SEGMENT_MISSING), with right headers (SEGMENT_HEADER) and valid frames
+  (FRAME_BAD); one torn frame may end the log where the checkpoint does not reach;
+- each entry is canonical (ENTRY_NOT_CANONICAL), a record (ENTRY_SCHEMA), at its own index (ENTRY_INDEX);
+- the checkpoint's size is there (LOG_SHORT) and the root over it is its root (ROOT_MISMATCH);
+- tiles and bundles of that size are there (TILE_MISSING) and as computed (TILE_MISMATCH);
+- documents that records name are there (DOCUMENT_MISSING) and each has its digest (DOCUMENT_MISMATCH).
+
+A log may grow while it is verified: the checkpoint is read first, tiles only up to its size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aether.contract.canonical import digest_bytes
+from aether.substrate.audit import entry as entries
+from aether.substrate.audit import segments
+from aether.substrate.audit.documents import document_path
+from aether.substrate.audit.note import Checkpoint, NoteError, Verifier, open_checkpoint
+from aether.substrate.audit.receipt_rules import check_receipt, named_documents
+from aether.substrate.audit.recover import CHECKPOINT, SEGMENTS, list_segments, mapped
+from aether.substrate.audit.report import Findings, Problem, Report
+from aether.substrate.audit.segments import SegmentError
+from aether.substrate.audit.tiles import BUNDLES, encode_bundle, tile_path, tiles_of
+from aether.substrate.audit.tree import EMPTY_ROOT, HASH_BYTES, Frontier, leaf_hash
+
+__all__ = ["Problem", "Report", "verify_log", "verify_receipt"]
+
+
+def verify_log(directory: Path, public_key: str) -> Report:
+    """Checks the log in `directory` against the verifier key (the text of keys/audit.pub); never raises on damage.
+
+    Facts: `size` (entries read), `checkpoint_size`, `origin`, `torn_bytes`. Raises OSError when files cannot be read.
+    """
+    return _LogCheck(directory, public_key).run()
+
+
+def verify_receipt(receipt: bytes, public_key: str) -> Report:
+    """Checks a receipt's bytes against the verifier key; pure. Rules: `receipt_rules`."""
+    return check_receipt(receipt, public_key)
+
+
+class _LogCheck:
+    """One pass over a log directory."""
+
+    def __init__(self, directory: Path, public_key: str) -> None:
+        self._directory = directory
+        self._public_key = public_key
+        self._found = Findings()
+        self._frontier = Frontier(self._complete)
+        self._tiles: dict[int, bytearray] = {}
+        self._tile_numbers: dict[int, int] = {}
+        self._bundle: list[bytes] = []
+        self._checkpoint: Checkpoint | None = None
+        self._size = 0
+        self._torn_bytes = 0
+        self._documents: dict[str, int] = {}
+
+    def run(self) -> Report:
+        try:
+            verifier = Verifier.parse(self._public_key)
+        except NoteError as error:
+            self._found.add(error.code, "public key", error.reason)
+            return self._report(None)
+        self._checkpoint = self._read_checkpoint(verifier)
+        self._read_segments(verifier.name)
+        self._check_partial_tiles()
+        self._check_documents()
+        return self._report(verifier.name)
+
+    def _report(self, origin: str | None) -> Report:
+        size = self._checkpoint.size if self._checkpoint else None
+        facts = {"origin": origin, "size": self._size, "checkpoint_size": size, "torn_bytes": self._torn_bytes}
+        return self._found.report(str(self._directory), facts)
+
+    def _read_checkpoint(self, verifier: Verifier) -> Checkpoint | None:
+        path = self._directory / CHECKPOINT
+        try:
+            return open_checkpoint(path.read_bytes().decode(), verifier)
+        except FileNotFoundError:
+            if any(True for _ in list_segments(self._directory)):
+                self._found.add("CHECKPOINT_MISSING", CHECKPOINT, "the log has no checkpoint")
+        except UnicodeDecodeError:
+            self._found.add("NOTE_FORMAT", CHECKPOINT, "the checkpoint is not UTF-8")
+        except NoteError as error:
+            self._found.add(error.code, CHECKPOINT, error.reason)
+        return None
+
+    def _read_segments(self, origin: str) -> None:
+        found = list_segments(self._directory)
+        limit = self._checkpoint.size if self._checkpoint else 0
+        if limit == 0:
+            self._check_root()
+        for path in found:
+            place = f"{SEGMENTS}/{path.name}"
+            if int(path.name) != self._size:
+                self._found.add("SEGMENT_MISSING", place, f"the log before it ends at {self._size}", self._size)
+                break
+            if not self._read_segment(path, place, origin, limit, last=path is found[-1]):
+                break
+        if self._frontier.size < limit:
+            reason = f"the log has {self._frontier.size} good entries, the checkpoint {limit}"
+            self._found.add("LOG_SHORT", SEGMENTS, reason, self._frontier.size)
+
+    def _read_segment(self, path: Path, place: str, origin: str, limit: int, last: bool) -> bool:
+        with mapped(path) as data:
+            try:
+                offset = segments.check_header(data, self._size, origin)
+                for frame in segments.scan(data, offset, self._size):
+                    for entry in frame.entries:
+                        self._read_entry(entry, place, limit)
+            except SegmentError as error:
+                torn = last and error.code == "FRAME_BAD" and self._size >= limit
+                if torn and segments.is_torn(data, error.offset):
+                    self._torn_bytes = len(data) - error.offset
+                    return True
+                self._found.add(error.code, place, f"at byte {error.offset}: {error.reason}", self._size)
+                return False
+        return True
+
+    def _read_entry(self, entry: bytes, place: str, limit: int) -> None:
+        index = self._size
+        self._size += 1
+        try:
+            record = entries.decode(entry)
+        except NoteError as error:
+            self._found.add(error.code, place, error.reason, index)
+        else:
+            if record.log_index != index:
+                self._found.add("ENTRY_INDEX", place, f"the record says it is record {record.log_index}", index)
+            for digest in named_documents(record):
+                self._documents.setdefault(digest, index)
+        if index < limit:
+            self._bundle.append(entry)
+            self._frontier.append(leaf_hash(entry))
+            if len(self._bundle) == 256:
+                self._compare_bundle(index // 256, 256)
+            if self._frontier.size == limit:
+                self._check_root()
+
+    def _check_root(self) -> None:
+        if self._checkpoint is None:
+            return
+        root = self._frontier.root() if self._checkpoint.size else EMPTY_ROOT
+        if root != self._checkpoint.root:
+            reason = f"the root over {self._checkpoint.size} entries is not the one that was signed"
+            self._found.add("ROOT_MISMATCH", CHECKPOINT, reason)
+
+    # ---- tiles: compared as they fill, so that only the right edge is held
+
+    def _complete(self, level: int, digest: bytes) -> None:
+        tile_level = level // 8
+        tile = self._tiles.setdefault(tile_level, bytearray())
+        tile += digest
+        if len(tile) == 256 * HASH_BYTES:
+            number = self._tile_numbers.get(tile_level, 0)
+            self._compare_tile(tile_level, number, 256)
+            self._tile_numbers[tile_level] = number + 1
+            tile.clear()
+
+    def _check_partial_tiles(self) -> None:
+        if self._checkpoint is None or self._frontier.size != self._checkpoint.size:
+            return
+        for level, number, width in tiles_of(self._checkpoint.size):
+            if not width:
+                continue
+            if level == BUNDLES:
+                self._compare_bundle(number, width)
+            else:
+                self._compare_tile(level, number, width)
+
+    def _compare_tile(self, level: int, number: int, width: int) -> None:
+        expected = bytes(self._tiles[level])
+        path, data = self._read_tile(level, number, width)
+        if data is None or data == expected:
+            return
+        span = 256**level
+        at = next((i for i in range(width) if data[32 * i : 32 * i + 32] != expected[32 * i : 32 * i + 32]), width)
+        reason = f"its hash {at} is not that of the segments" if at < width else f"it has {len(data)} bytes"
+        self._found.add("TILE_MISMATCH", path, reason, (number * 256 + at) * span)
+
+    def _compare_bundle(self, number: int, width: int) -> None:
+        expected, self._bundle = self._bundle, []
+        path, data = self._read_tile(BUNDLES, number, width)
+        if data is None or data == encode_bundle(expected):
+            return
+        at, start = 0, 0
+        for at, entry in enumerate(expected):
+            end = start + 2 + len(entry)
+            if data[start:end] != encode_bundle([entry]):
+                break
+            start = end
+        self._found.add("TILE_MISMATCH", path, "it is not the entries of the segments", number * 256 + at)
+
+    def _read_tile(self, level: int, number: int, width: int) -> tuple[str, bytes | None]:
+        """The file, or the full tile's beginning where a log that grows has replaced the partial one."""
+        path = tile_path(level, number, width)
+        for candidate in (path, tile_path(level, number)):
+            try:
+                data = (self._directory / candidate).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            if candidate != path:
+                return candidate, _prefix(level, data, width)
+            return path, data
+        self._found.add("TILE_MISSING", path, "the checkpoint needs it", number * 256 * 256 ** max(level, 0))
+        return path, None
+
+    # ---- documents
+
+    def _check_documents(self) -> None:
+        for digest, index in self._documents.items():
+            if not (self._directory / document_path(digest)).is_file():
+                self._found.add("DOCUMENT_MISSING", document_path(digest), "a record names it", index)
+        for path in sorted((self._directory / "documents").glob("sha256/*/*")):
+            place = str(path.relative_to(self._directory))
+            if path.name.endswith(".tmp"):
+                continue
+            digest = f"sha256:{path.name}"
+            if digest_bytes(path.read_bytes()) != digest or place != document_path(digest):
+                self._found.add("DOCUMENT_MISMATCH", place, "its bytes are not those it is named by")
+
+
+def _prefix(level: int, data: bytes, width: int) -> bytes:
+    if level != BUNDLES:
+        return data[: width * HASH_BYTES]
+    end = 0
+    for _ in range(width):
+        end += 2 + int.from_bytes(data[end : end + 2], "big")
+    return data[:end]
