@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 from typing import Any, Final
 
 import msgspec
@@ -175,7 +176,7 @@ def _sequence(receipt: Receipt, records: list[Record], found: Findings) -> bool:
         and types[0] == "job.intent"
         and types[-1] == "job.outcome"
         and all(kind in _BETWEEN for kind in types[1:-1])
-        and all(a < b for a, b in zip(indexes, indexes[1:], strict=False))
+        and all(a < b for a, b in itertools.pairwise(indexes))
     )
     if not good:
         found.add("ENTRY_SEQUENCE", "entries", "they are not one intent, what followed, and one outcome, in order")

@@ -1,10 +1,10 @@
 """Verifies a log directory offline, with nothing but its files and the public key.
 
 Rules, as in docs/formats.md "Verifying a log"; the name in parentheses is the failure:
-- the checkpoint is there (CHECKPOINT_MISSING) unless no entry exists, is a note (NOTE_FORMAT) signed by the key (NOTE_SIGNATURE)
-  for the key's origin (CHECKPOINT_ORIGIN);
-- segments follow each other without gap or overlap (SEGMENT_MISSING), with right headers (SEGMENT_HEADER) and valid frames
-  (FRAME_BAD); one torn frame may end the log where the checkpoint does not reach;
+- the checkpoint is there (CHECKPOINT_MISSING), is a note (NOTE_FORMAT) signed by the key (NOTE_SIGNATURE) for the
+  key's origin (CHECKPOINT_ORIGIN);
+- segments follow each other without gap or overlap (SEGMENT_MISSING), with right headers (SEGMENT_HEADER) and valid
+  frames (FRAME_BAD); one torn frame may end the log where the checkpoint does not reach;
 - each entry is canonical (ENTRY_NOT_CANONICAL), a record (ENTRY_SCHEMA), at its own index (ENTRY_INDEX);
 - the checkpoint's size is there (LOG_SHORT) and the root over it is its root (ROOT_MISMATCH);
 - tiles and bundles of that size are there (TILE_MISSING) and as computed (TILE_MISMATCH);
@@ -83,8 +83,7 @@ class _LogCheck:
         try:
             return open_checkpoint(path.read_bytes().decode(), verifier)
         except FileNotFoundError:
-            if any(True for _ in list_segments(self._directory)):
-                self._found.add("CHECKPOINT_MISSING", CHECKPOINT, "the log has no checkpoint")
+            self._found.add("CHECKPOINT_MISSING", CHECKPOINT, "the log has no checkpoint")
         except UnicodeDecodeError:
             self._found.add("NOTE_FORMAT", CHECKPOINT, "the checkpoint is not UTF-8")
         except NoteError as error:
@@ -189,27 +188,30 @@ class _LogCheck:
         path, data = self._read_tile(BUNDLES, number, width)
         if data is None or data == encode_bundle(expected):
             return
-        at, start = 0, 0
-        for at, entry in enumerate(expected):
-            end = start + 2 + len(entry)
+        at, end = 0, 0
+        for entry in expected:
+            start, end = end, end + 2 + len(entry)
             if data[start:end] != encode_bundle([entry]):
                 break
-            start = end
+            at += 1
         self._found.add("TILE_MISMATCH", path, "it is not the entries of the segments", number * 256 + at)
 
     def _read_tile(self, level: int, number: int, width: int) -> tuple[str, bytes | None]:
-        """The file, or the full tile's beginning where a log that grows has replaced the partial one."""
-        path = tile_path(level, number, width)
-        for candidate in (path, tile_path(level, number)):
+        """The file, or the beginning of a wider one where a log that grows has replaced it."""
+        path, full = tile_path(level, number, width), tile_path(level, number)
+        wider = (f"{full}.p/{w}" for w in self._widths(f"{full}.p") if w > width)
+        for candidate in (path, full, *wider):
             try:
                 data = (self._directory / candidate).read_bytes()
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            if candidate != path:
-                return candidate, _prefix(level, data, width)
-            return path, data
+            return candidate, data if candidate == path else _prefix(level, data, width)
         self._found.add("TILE_MISSING", path, "the checkpoint needs it", number * 256 * 256 ** max(level, 0))
         return path, None
+
+    def _widths(self, partials: str) -> list[int]:
+        names = (path.name for path in (self._directory / partials).glob("*"))
+        return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
     # ---- documents
 
