@@ -1,0 +1,1 @@
+"""Doubles that keep everything in memory."""

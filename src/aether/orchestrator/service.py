@@ -1,0 +1,436 @@
+"""aurorad: keeps jobs, runs them through the authority, serves what they left.
+
+Composition: `Desk` (open jobs and their machine) over a `Store`; `Scheduler`; `CommandEngine` and `ModelEngine`;
+`ArtifactStore`. aurorad holds no authority: each cell is asked for under a grant, each outcome is the
+authority's record. It may be killed between any two steps (tests/unit/orchestrator/test_simulation.py).
+
+Lifetime: `start`, then for each connection `attach` (handshake, reconcile) until `detach`, at last `close`.
+Between connections jobs stay where they are; cells and model runtimes live on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from aether.contract import wire
+from aether.contract.canonical import digest_bytes
+from aether.contract.clock import rfc3339
+from aether.contract.errors import AetherError
+from aether.contract.jobs import JobState, JobView
+from aether.contract.limits import PROTOCOL_VERSION, RESULT_INLINE_BYTES_MAX
+from aether.contract.ports import EventHandler, Handler, Link
+from aether.contract.store import Blob, JobRow, Store, Verdict
+from aether.orchestrator.artifacts.store import ArtifactStore
+from aether.orchestrator.engines.calls import LinkLostError, insist
+from aether.orchestrator.engines.command import CommandEngine
+from aether.orchestrator.engines.model import Inference, ModelEngine
+from aether.orchestrator.engines.worker import finish_body, retire
+from aether.orchestrator.jobs import machine
+from aether.orchestrator.jobs.desk import Desk
+from aether.orchestrator.metrics import Metrics
+from aether.orchestrator.queries import Queries
+from aether.orchestrator.queue.scheduler import Scheduler
+from aether.orchestrator.reconcile import Watermark, reconcile
+
+ROLE: Final = "aurorad"
+CELLS_RUNNING_MAX: Final = 64
+RESULT_NAME: Final = "result.json"
+"""The artifact name of a result that is too large to be answered inline."""
+_UNCLAIMED_S_MAX: Final = 60.0
+_SWEEP_S: Final = 15.0
+_REFUSED_S: Final = 1.0
+_log = logging.getLogger(__name__)
+
+Handlers = Mapping[str, tuple[type[msgspec.Struct], Handler]]
+EventHandlers = Mapping[str, tuple[type[msgspec.Struct], EventHandler]]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where aurorad keeps things and how much it does at once."""
+
+    artifacts: Path
+    models: Path
+    cells_running_max: int = CELLS_RUNNING_MAX
+
+
+class Aurora:
+    """The role; see the module head."""
+
+    def __init__(self, store: Store, settings: Settings, clock_ns: Callable[[], int] = time.time_ns) -> None:
+        self._store = store
+        self._clock_ns = clock_ns
+        self._metrics = Metrics()
+        self._scheduler = Scheduler(settings.cells_running_max)
+        self._artifacts = ArtifactStore(settings.artifacts, store)
+        self._desk = Desk(store, self._scheduler, self._perform, clock_ns, self._metrics)
+        self._commands = CommandEngine(store, self._artifacts, clock_ns)
+        self._models = ModelEngine(settings.models, self._ready_link, self._metrics)
+        self._queries = Queries(store, self._artifacts, self._desk, self._models, clock_ns)
+        self._link: Link | None = None
+        self._reconciled = asyncio.Event()
+        self._answered: dict[str, float] = {}
+        self._inferring: set[str] = set()
+        self._retiring: dict[str, asyncio.Event] = {}
+        self._watermark = Watermark()
+        self._sweeper: asyncio.Task[None] | None = None
+        self._started_s = time.monotonic()
+
+    def __repr__(self) -> str:
+        return f"<Aurora reconciled={self._reconciled.is_set()} {self._desk!r} {self._models!r}>"
+
+    # ---- lifetime
+
+    async def start(self) -> None:
+        """Opens the store and takes up its open jobs; raises STATE_UNUSABLE."""
+        await self._store.open()
+        await asyncio.to_thread(self._artifacts.open)
+        await self._desk.load()
+        await self._models.start()
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+        self._metrics.gauge("aether_jobs_open", "Jobs that are not done", lambda: len(self._desk.open))
+        self._metrics.gauge("aether_jobs_waiting", "Command jobs that wait", lambda: self._scheduler.waiting)
+        self._metrics.gauge("aether_cells_running", "Command jobs in a cell", lambda: self._scheduler.running)
+        self._metrics.gauge("aether_model_requests_in_flight", "At runtimes", lambda: self._models.in_flight)
+
+    async def close(self) -> None:
+        """Stops where it stands: what is open goes on at the next start."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await self._models.close()
+        await self._desk.close()
+        self._artifacts.close()
+        await self._store.close()
+
+    async def attach(self, link: Link) -> None:
+        """Shakes hands and reconciles. On an error the link is closed and the error raised; connect again."""
+        self._unready()
+        self._link = link
+        try:
+            await self._shake(link)
+            orphans = await reconcile(link, self._store, self._desk, self._is_runtime)
+        except BaseException:
+            link.close()
+            raise
+        if link is not self._link:
+            return
+        self._scheduler.paused = False
+        self._reconciled.set()
+        self._desk.pump()
+        for cell in orphans:
+            self._desk.spawn(self._retire(link, cell))
+
+    def detach(self, link: Link) -> None:
+        """The connection ended; nothing new starts until the next `attach`."""
+        if link is self._link:
+            self._unready()
+
+    def handlers(self) -> Handlers:
+        """Verbs that aetherd calls, for the link's making."""
+        return {
+            "job.submit": (wire.JobSubmit, self._submit),
+            "job.run": (wire.JobSubmit, self._run),
+            "job.stop": (wire.JobStop, self._stop),
+            "metrics": (wire.Empty, self._exposition),
+            "health": (wire.Empty, self._health),
+            **self._queries.handlers(lambda: self._link),
+        }
+
+    def events(self) -> EventHandlers:
+        """Events that aetherd sends, for the link's making."""
+        return {
+            "cell.exited": (wire.CellExited, self._on_exited),
+            "job.outcome": (wire.JobOutcome, self._on_outcome),
+        }
+
+    # ---- calls
+
+    async def _submit(self, body: wire.JobSubmit) -> wire.Empty:
+        await self._desk.submit(body)
+        return wire.Empty()
+
+    async def _run(self, body: wire.JobSubmit) -> wire.JobRunReply:
+        """The short way: answered at once, kept meanwhile, event `job.kept` when that is durable."""
+        self._desk.check_room()
+        self._models.check_room()
+        job_id = body.view.job_id
+        done = await self._models.infer(job_id, body.request, body.batch_key)
+        verdict, blob = await self._keep_result(body.view, done)
+        kept = asyncio.ensure_future(self._desk.keep_answered(body, machine.EngineReplied(verdict=verdict), blob))
+        self._answered[job_id] = time.monotonic()
+        kept.add_done_callback(lambda future: self._kept(job_id, future))
+        return wire.JobRunReply(
+            state=done.state,
+            result=done.result if blob is not None else None,
+            result_digest=verdict.result_digest,
+            error=done.error,
+            model_id=done.package.model_id,
+            model_version=done.package.version,
+            code=done.code,
+            usage=done.usage,
+            timings_us=done.timings_us,
+        )
+
+    async def _stop(self, body: wire.JobStop) -> wire.Empty:
+        self._desk.post(body.job_id, machine.StopRequested(grace_ms=body.grace_ms))
+        return wire.Empty()
+
+    async def _exposition(self, _: wire.Empty) -> wire.MetricsReply:
+        return wire.MetricsReply(text=await asyncio.to_thread(self._metrics.exposition))
+
+    async def _health(self, _: wire.Empty) -> wire.RoleHealth:
+        ok = self._reconciled.is_set()
+        return wire.RoleHealth(
+            role=ROLE,
+            ok=ok,
+            version=_version(),
+            reason=None if ok else "not reconciled with the authority yet",
+            facts={
+                "jobs_open": len(self._desk.open),
+                "jobs_waiting": self._scheduler.waiting,
+                "cells_running": self._scheduler.running,
+                "model_requests_in_flight": self._models.in_flight,
+                "uptime_s": int(time.monotonic() - self._started_s),
+            },
+        )
+
+    # ---- events
+
+    def _on_exited(self, event: wire.CellExited) -> None:
+        worker = self._models.owner(event.job_id)
+        if worker is not None:
+            worker.exited()
+            return
+        if (retiring := self._retiring.get(event.job_id)) is not None:
+            retiring.set()
+            return
+        row = self._desk.open.get(event.job_id)
+        if row is not None and row.attempt == event.attempt:
+            self._desk.post(event.job_id, machine.CellExited(end=event.end))
+
+    def _on_outcome(self, event: wire.JobOutcome) -> None:
+        self._watermark.saw(event.log_index)
+        self._take_outcome(event)
+
+    def _take_outcome(self, event: wire.JobOutcome) -> None:
+        self._answered.pop(event.view.job_id, None)
+        written = self._desk.outcome(event.view, event.log_index)
+        if written is not None:
+            asyncio.ensure_future(written).add_done_callback(_log_failure)
+
+    # ---- performing the machine's commands
+
+    async def _perform(self, row: JobRow, command: machine.Command) -> None:
+        link = self._link
+        try:
+            if isinstance(command, machine.Enqueue):
+                self._scheduler.enqueue(row.job_id)
+                self._desk.pump()
+            elif isinstance(command, machine.RunModel):
+                await self._run_queued(row)
+            elif link is not None:
+                await self._perform_over(link, row, command)
+        except LinkLostError:
+            pass
+        except Exception as error:
+            _log.exception("job %s: %s", row.job_id, type(command).__name__)
+            self._failed(row, command, error)
+
+    async def _perform_over(self, link: Link, row: JobRow, command: machine.Command) -> None:
+        match command:
+            case machine.LaunchCell():
+                self._desk.post(row.job_id, await self._commands.launch(link, row))
+            case machine.StopCell():
+                await self._commands.stop(link, row, command.grace_ms)
+            case machine.CollectOutputs():
+                self._desk.post(row.job_id, await self._commands.collect(link, row))
+            case machine.FreeCell():
+                self._desk.post(row.job_id, await self._commands.free(link, row))
+            case machine.FinishJob():
+                await self._finish(link, row, command.verdict)
+
+    def _failed(self, row: JobRow, command: machine.Command, error: Exception) -> None:
+        """A command that cannot be performed must not leave its job hanging."""
+        body = AetherError("INTERNAL", f"cannot go on with the job: {type(error).__name__}: {error}").body()
+        if isinstance(command, machine.LaunchCell):
+            self._desk.post(row.job_id, machine.LaunchFailed(error=body))
+        elif isinstance(command, machine.CollectOutputs):
+            self._desk.post(row.job_id, machine.CollectFailed(error=body))
+        elif isinstance(command, machine.RunModel):
+            verdict = Verdict(state=JobState.FAILED, error=body)
+            self._desk.post(row.job_id, machine.EngineReplied(verdict=verdict))
+
+    async def _finish(self, link: Link, row: JobRow, verdict: Verdict) -> None:
+        """States the verdict until the authority has recorded it; a refusal may pass (a full disk)."""
+        if row.grant is None:
+            return
+        while True:
+            try:
+                outcome = await insist(link, "job.finish", finish_body(row.grant, verdict), wire.JobOutcome)
+            except AetherError as error:
+                if error.code == "NO_GRANT":
+                    await self._disown(row)
+                    return
+                _log.error("job %s: cannot record its outcome: %s", row.job_id, error)
+                await asyncio.sleep(_REFUSED_S)
+                continue
+            self._take_outcome(outcome)
+            return
+
+    async def _disown(self, row: JobRow) -> None:
+        """The authority knows no such open job: a pure job whose answer was never released leaves no trace;
+        anything else waits for the next reconciliation to say what became of it."""
+        if row.kind == "model":
+            await self._desk.drop((row.job_id,))
+        else:
+            _log.error("job %s: the authority does not know its grant", row.job_id)
+
+    async def _run_queued(self, row: JobRow) -> None:
+        """Performs RunModel; a reconciliation while it runs does not start it twice."""
+        if row.job_id in self._inferring:
+            return
+        self._inferring.add(row.job_id)
+        try:
+            self._desk.post(row.job_id, await self._infer(row))
+        finally:
+            self._inferring.discard(row.job_id)
+
+    async def _infer(self, row: JobRow) -> machine.EngineReplied:
+        kept = row if row.request is not None else await self._store.get(row.job_id)
+        try:
+            if kept is None or kept.request is None:
+                raise AetherError("INTERNAL", f"cannot run {row.job_id}: its request is not kept")
+            done = await self._models.infer(row.job_id, kept.request, row.batch_key)
+            verdict, blob = await self._keep_result(row.view, done)
+            if blob is not None:
+                await self._store.put_blob(blob)
+        except AetherError as error:
+            verdict = Verdict(state=JobState.FAILED, error=error.body())
+        return machine.EngineReplied(verdict=verdict)
+
+    async def _keep_result(self, view: JobView, done: Inference) -> tuple[Verdict, Blob | None]:
+        """The verdict on an inference, and the blob to keep with the row; a large result is kept here."""
+        digest: str | None = None
+        size, blob = None, None
+        if done.result is not None:
+            size = len(done.result)
+            if size <= RESULT_INLINE_BYTES_MAX:
+                digest = digest_bytes(done.result)
+                blob = Blob(digest=digest, data=done.result)
+            else:
+                digest = (await self._artifacts.keep(done.result)).digest
+                await self._artifacts.index(self._result_info(view, digest, size))
+        verdict = Verdict(
+            state=done.state,
+            error=done.error,
+            result_digest=digest,
+            result_bytes=size,
+            model_id=done.package.model_id,
+            model_version=done.package.version,
+            code=done.code,
+            usage=done.usage,
+            timings_us=done.timings_us,
+        )
+        return verdict, blob
+
+    def _result_info(self, view: JobView, digest: str, size_bytes: int) -> wire.ArtifactInfo:
+        return wire.ArtifactInfo(
+            digest=digest,
+            size_bytes=size_bytes,
+            media_type="application/json",
+            created_at=rfc3339(self._clock_ns()),
+            tenant_id=view.tenant_id,
+            labels=view.labels,
+            job_id=view.job_id,
+            name=RESULT_NAME,
+        )
+
+    def _kept(self, job_id: str, future: asyncio.Future[bool]) -> None:
+        if future.cancelled() or self._link is None:
+            return
+        if (error := future.exception()) is None:
+            self._link.notify("job.kept", wire.JobKey(job_id=job_id))
+            return
+        # The authority waits for `job.kept` and there is no word for the contrary; a broken link says it.
+        _log.error("job %s: cannot keep its row: %s", job_id, error)
+        self._desk.open.pop(job_id, None)
+        self._link.close()
+
+    # ---- the link
+
+    async def _shake(self, link: Link) -> None:
+        hello = wire.Hello(role=ROLE, protocol_version=PROTOCOL_VERSION, version=_version())
+        peer = await link.call("hello", hello, wire.Hello)
+        if peer.protocol_version != PROTOCOL_VERSION:
+            raise AetherError(
+                "VERSION_MISMATCH",
+                f"cannot work with {peer.role}: protocol {peer.protocol_version} is not {PROTOCOL_VERSION}",
+            )
+
+    def _unready(self) -> None:
+        self._reconciled.clear()
+        self._watermark = Watermark()
+        self._scheduler.paused = True
+
+    async def _ready_link(self) -> Link:
+        while True:
+            await self._reconciled.wait()
+            if self._link is not None and not self._link.closed:
+                return self._link
+            await asyncio.sleep(0.05)
+
+    def _is_runtime(self, cell: wire.LiveCell) -> bool:
+        worker = self._models.owner(cell.grant.job_id)
+        if worker is not None and cell.end is not None:
+            worker.exited()
+        return worker is not None
+
+    async def _retire(self, link: Link, cell: wire.LiveCell) -> None:
+        job_id = cell.grant.job_id
+        exited = self._retiring[job_id] = asyncio.Event()
+        if cell.end is not None:
+            exited.set()
+        why = AetherError("ABANDONED", "cannot go on: nobody looks after this cell since a restart")
+        try:
+            with contextlib.suppress(LinkLostError):
+                await retire(link, cell.grant, cell.cell_id, exited, why)
+        except AetherError as error:
+            _log.error("cell %s: cannot retire it: %s", cell.cell_id, error)
+        finally:
+            del self._retiring[job_id]
+
+    async def _sweep(self) -> None:
+        """Raises the applied log index, and asks after pure jobs whose outcome never came (their caller went away)."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            if not self._reconciled.is_set():
+                continue
+            applied_index = self._watermark.turn(self._desk.finishing())
+            if applied_index is not None:
+                await self._store.set_applied_index(applied_index)
+            old = time.monotonic() - _UNCLAIMED_S_MAX
+            for job_id in [job_id for job_id, since in self._answered.items() if since < old]:
+                del self._answered[job_id]
+                self._desk.post(job_id, machine.Reconciled())
+
+
+def _log_failure(written: asyncio.Future[Any]) -> None:
+    if not written.cancelled() and (error := written.exception()) is not None:
+        _log.error("cannot apply an outcome: %s", error)
+
+
+def _version() -> str:
+    try:
+        return version("aether-substrate")
+    except PackageNotFoundError:
+        return "0"
