@@ -60,12 +60,13 @@ class JobSubmit(msgspec.Struct, frozen=True, kw_only=True):
 class JobRunReply(msgspec.Struct, frozen=True, kw_only=True):
     """`job.run`: the result of a pure model job, before it is durable; event `job.kept` follows.
 
-    `result` is JSON text (canonical not required); exactly one of `result` and `error` is set.
+    `result` is JSON text, null when it is too large to be inline; `error` is set when the job failed.
     """
 
     state: JobState
     result: bytes | None
     result_digest: str | None
+    result_bytes: int | None
     error: ErrorBody | None
     model_id: str | None
     model_version: str | None

@@ -37,7 +37,7 @@ Make = Callable[[int, str], Record]
 
 class _Snapshot(msgspec.Struct):
     applied: int
-    open: list[tuple[Record, Record | None, bool, ExecEnd | None]]
+    open: list[tuple[Record, Record | None, Record | None, ExecEnd | None]]
     keys: list[tuple[str, KeyEntry]]
     accounts: Any
 
@@ -107,6 +107,11 @@ class Book:
     def recent_outcome(self, job_id: str) -> JobOutcome | None:
         return self._outcomes.get(job_id)
 
+    def known(self, job_id: str) -> JobView | None:
+        """The final view of a job whose outcome was published lately."""
+        outcome = self._outcomes.get(job_id)
+        return outcome.view if outcome else None
+
     def maybe_snapshot(self) -> None:
         """Writes a snapshot when the tail has grown; cheap otherwise."""
         if self.log.durable_size - self._snapshot_at >= _SNAPSHOT_EVERY:
@@ -119,7 +124,7 @@ class Book:
             return
         state = _Snapshot(
             applied=ledger.applied,
-            open=[(job.intent, job.started, job.stop_requested, job.end) for job in ledger.open.values()],
+            open=[(job.intent, job.started, job.stop, job.end) for job in ledger.open.values()],
             keys=ledger.keys(),
             accounts=self.accounts.snapshot(),
         )
@@ -147,6 +152,7 @@ class Book:
     def _apply(self, record: Record) -> None:
         self.ledger.apply(record)
         self.accounts.apply(record)
+        self.log.reserve(len(self.ledger.open))
 
 
 def outcome_of(intent: Record, outcome: Record, argv: tuple[str, ...] | None = None) -> JobOutcome:

@@ -127,6 +127,8 @@ def cell_outcome(job: OpenJob, finish: JobFinish, settled: BudgetRef, index: int
     detail = {"intent_index": str(job.intent.log_index)}
     if job.started is not None:
         detail |= {"started_index": str(job.started.log_index), "exec_id": job.exec_id or ""}
+    if job.stop is not None:
+        detail["stop_index"] = str(job.stop.log_index)
     return replace(
         base,
         state=str(finish.state),
@@ -160,7 +162,7 @@ def pure_outcome(of: Record, reply: JobRunReply, settled: BudgetRef, index: int,
         error=masked(reply.error),
         usage=reply.usage,
         result_digest=reply.result_digest,
-        result_bytes=len(reply.result) if reply.result is not None else None,
+        result_bytes=reply.result_bytes,
         budget=settled,
         started_at=of.created_at,
         finished_at=time,

@@ -23,6 +23,7 @@ from aether.contract.wire import (
     CellCollect,
     CellExited,
     CellFiles,
+    CellKey,
     CellLaunch,
     CellLaunched,
     CellOpen,
@@ -96,6 +97,13 @@ class Execution:
         finally:
             os.close(fd)
 
+    async def free_now(self, body: CellKey) -> Empty:
+        """`cell.free`: answers when nothing of the job's cell is left; its job must be finished."""
+        if body.grant.job_id in self._book.ledger.open:
+            raise AetherError("NO_GRANT", f"cannot free the cell of {body.grant.job_id}: the job is open")
+        await self._cells.free(cell_of(body.grant.job_id))
+        return Empty()
+
     async def finish(self, body: JobFinish) -> JobOutcome:
         """`job.finish`: records the outcome, settles, and answers when it is durable."""
         job_id = body.grant.job_id
@@ -152,6 +160,16 @@ class Execution:
         self._book.publish(told)
         self._book.maybe_snapshot()
         return told
+
+    async def abandon(self, job: OpenJob, why: str) -> None:
+        """Ends a job that nobody will run: `failed` when it never started, else `lost`."""
+        if job.started is None:
+            state, error = JobState.FAILED, AetherError("ABANDONED", f"cannot start the job: {why}")
+        else:
+            state, error = JobState.LOST, AetherError("LOST", f"cannot say how the job ended: {why}")
+        outcome = self.conclude(job, JobFinish(grant=job.grant, state=state, error=error.body()))
+        await self._book.durable(outcome)
+        self._orchestra.tell_outcome(self.told(job, outcome))
 
     def ended(self, end: ExecEnd) -> None:
         """An executable ended: kept with its job until it is finished, and aurorad is told."""

@@ -27,7 +27,7 @@ class OpenJob:
 
     intent: Record
     started: Record | None = None
-    stop_requested: bool = False
+    stop: Record | None = None
     argv: tuple[str, ...] | None = None
     end: ExecEnd | None = None
 
@@ -92,7 +92,7 @@ class Ledger:
             if record.type == "job.started":
                 job.started = record
             elif record.type == "job.stop":
-                job.stop_requested = True
+                job.stop = record
 
     def remembered(self, key_hash: str, now_ns: int) -> KeyEntry | None:
         """The job that `key_hash` already stands for, if its window is still open."""

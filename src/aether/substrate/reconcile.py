@@ -1,22 +1,18 @@
 """After every (re)connect of aurorad or the spawner: what the log says and what is there are brought together.
 
 The log decides. A row without an intent is dropped; an intent without a row gets the outcome ABANDONED; a
-started job whose cell is gone ended with its spawner; a cell without an open job is freed. A worker lives
-only as long as the aurorad that holds its channel.
+started job whose cell is gone ended with its spawner; a cell without an open job is freed. A worker has no row:
+it is listed with the cells, and the aurorad that does not hold its channel retires it.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from aether.contract.errors import AetherError
-from aether.contract.jobs import JobState
-from aether.contract.wire import JobFinish, LiveCell, LogPage, LogRead, Reconcile, Reconciled
+from aether.contract.wire import LiveCell, LogPage, LogRead, Reconcile, Reconciled
 from aether.substrate.book import Book
 from aether.substrate.execution import Execution, cell_of, job_of
 from aether.substrate.ledger import OpenJob
-from aether.substrate.orchestra import Orchestra
-from aether.substrate.submission import abandon
 from aether.substrate.workers import WORKER_OP
 
 _PAGE_BYTES_MAX: Final = 160 * 1024
@@ -26,9 +22,8 @@ _JOB_TYPES: Final = frozenset({"job.intent", "job.outcome"})
 class Reconciler:
     """Handlers of `reconcile` and `log.read`, and the reaction to a spawner that (re)connected."""
 
-    def __init__(self, book: Book, orchestra: Orchestra, execution: Execution) -> None:
+    def __init__(self, book: Book, execution: Execution) -> None:
         self._book = book
-        self._orchestra = orchestra
         self._execution = execution
 
     async def reconcile(self, body: Reconcile) -> Reconciled:
@@ -36,17 +31,15 @@ class Reconciler:
         await self._book.log.durable(self._book.log.size - 1)
         rows = {row.job_id for row in body.open_jobs}
         for job in list(self._book.ledger.open.values()):
-            if job.intent.op == WORKER_OP:
-                await self._end_worker(job)
-            elif job.grant.job_id not in rows:
-                await abandon(self._book, self._orchestra, job, "its row was not kept")
+            is_worker = job.intent.op == WORKER_OP and job.started is not None
+            if job.grant.job_id not in rows and not is_worker and job.grant.job_id in self._book.ledger.open:
+                await self._execution.abandon(job, "its row was not kept")
         open_now = self._book.ledger.open
         decided = self._outcomes_since(body.applied_index)
-        known = [open_now[job_id] for job_id in rows if job_id in open_now]
         return Reconciled(
             drop=tuple(sorted(rows - open_now.keys() - decided)),
-            grants=tuple(job.grant for job in known),
-            cells=tuple(_live(job) for job in known if job.started is not None),
+            grants=tuple(job.grant for job_id, job in open_now.items() if job_id in rows),
+            cells=tuple(_live(job) for job in open_now.values() if job.started is not None),
             log_size=self._book.log.durable_size,
         )
 
@@ -73,16 +66,9 @@ class Reconciler:
             if job_of(cell_id) not in self._book.ledger.open:
                 self._execution.free(job_of(cell_id))
 
-    async def _end_worker(self, job: OpenJob) -> None:
-        error = AetherError("CANCELLED", "cannot go on: the aurorad that held this worker went away").body()
-        finish = JobFinish(grant=job.grant, state=JobState.CANCELLED, error=error)
-        outcome = self._execution.conclude(job, finish)
-        await self._book.durable(outcome)
-        self._execution.told(job, outcome)
-
     def _outcomes_since(self, index: int) -> set[str]:
         found: set[str] = set()
-        while index < self._book.log.size:
+        while index < self._book.log.durable_size:
             page = self._book.log.read(index, 500)
             found |= {record.job_id for record in page if record.type == "job.outcome" and record.job_id is not None}
             index += len(page)

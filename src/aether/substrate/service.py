@@ -33,6 +33,7 @@ from aether.contract.limits import PROTOCOL_VERSION, STOP_GRACE_MS_MAX
 from aether.contract.ports import Link
 from aether.contract.wire import (
     CellCollect,
+    CellKey,
     CellLaunch,
     CellOpen,
     CellStop,
@@ -185,7 +186,8 @@ class Service:
             return view
         asked = parts.book.write(lambda index, now: entries.stop_asked(job.intent, caller, admission, index, now))
         await parts.book.durable(asked)
-        return await parts.orchestra.link().call("job.stop", JobStop(job_id=job_id, grace_ms=call.grace_ms), JobView)
+        await parts.orchestra.link().call("job.stop", JobStop(job_id=job_id, grace_ms=call.grace_ms), Empty)
+        return parts.book.known(job_id) or await parts.orchestra.job(job_id)
 
     # ---- verbs of aurorad
 
@@ -212,6 +214,7 @@ class Service:
             "cell.launch": (CellLaunch, lambda body: parts.execution.launch(link(), body)),
             "cell.stop": (CellStop, parts.execution.stop),
             "cell.collect": (CellCollect, parts.execution.collect),
+            "cell.free": (CellKey, parts.execution.free_now),
             "cell.open": (CellOpen, lambda body: parts.execution.open(link(), body)),
             "job.finish": (JobFinish, parts.execution.finish),
             "worker.launch": (WorkerLaunch, lambda body: parts.workers.launch(link(), body)),

@@ -17,13 +17,14 @@ from aether.contract.calls import Caller, SubmitCall, SubmittedJob
 from aether.contract.canonical import digest_bytes, input_hash
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError, ErrorBody
-from aether.contract.jobs import JobRequest, JobState, JobView, check_labels, parse_command, parse_model
+from aether.contract.jobs import JobRequest, JobView, check_labels, parse_command, parse_model
 from aether.contract.records import BudgetRef, Record
-from aether.contract.wire import Empty, JobFinish, JobRunReply, JobSubmit
+from aether.contract.wire import Empty, JobRunReply, JobSubmit
 from aether.substrate import entries
 from aether.substrate.access.access import Resource
 from aether.substrate.book import Book, outcome_of
 from aether.substrate.entries import Submission
+from aether.substrate.execution import Execution
 from aether.substrate.gate import Gate
 from aether.substrate.ledger import OpenJob, grant_of
 from aether.substrate.orchestra import Orchestra, submitted
@@ -35,10 +36,11 @@ _PURE_DEADLINE_S: Final = 30.0
 class Submitter:
     """The `job.submit` operation."""
 
-    def __init__(self, gate: Gate, book: Book, orchestra: Orchestra) -> None:
+    def __init__(self, gate: Gate, book: Book, orchestra: Orchestra, execution: Execution) -> None:
         self._gate = gate
         self._book = book
         self._orchestra = orchestra
+        self._execution = execution
         self._in_flight: dict[str, asyncio.Event] = {}
 
     async def submit(self, caller: Caller, call: SubmitCall) -> SubmittedJob:
@@ -141,7 +143,7 @@ class Submitter:
     async def _abandoned(self, job: OpenJob, cause: BaseException) -> AetherError:
         """Ends a job whose row was not kept; returns what the caller is told."""
         told = cause if isinstance(cause, AetherError) else AetherError("INTERNAL", f"cannot keep the job: {cause}")
-        await abandon(self._book, self._orchestra, job, told.message)
+        await self._execution.abandon(job, told.message)
         return AetherError(told.code, told.message, told.remedy, {"job_id": job.grant.job_id}, told.retry_after_s)
 
     async def _answer(self, job_id: str, wait_ms: int, queued: JobView | None = None) -> SubmittedJob:
@@ -188,23 +190,6 @@ class Submitter:
     def _give_up(self, submission: Submission) -> None:
         self._book.accounts.release(submission.budget)
         self._orchestra.forget_kept(submission.job_id)
-
-
-async def abandon(book: Book, orchestra: Orchestra, job: OpenJob, why: str) -> None:
-    """Writes the outcome of a job that never started and tells everyone."""
-    finish = JobFinish(
-        grant=job.grant,
-        state=JobState.FAILED,
-        error=AetherError("ABANDONED", f"cannot start the job: {why}").body(),
-    )
-    intent = job.intent
-    assert intent.budget is not None
-    settled = entries.settled(intent.budget, 0)
-    outcome = book.write(lambda index, time: entries.cell_outcome(job, finish, settled, index, time))
-    await book.durable(outcome)
-    told = outcome_of(intent, outcome, job.argv)
-    book.publish(told)
-    orchestra.tell_outcome(told)
 
 
 def engine_error(body: ErrorBody, job_id: str) -> AetherError:
