@@ -1,0 +1,252 @@
+"""`make demo`: the main job on real input, in three scenes: the intruder, the model, the proof.
+
+Starts an instance of its own in a temporary directory, runs everything through the public API, and removes it
+at the end. What this machine cannot enforce is said first, with how to get it. Exits 1 when a promise broke.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from aether.client import Client
+from aether.contract.cells import Limits
+from aether.contract.errors import AetherError
+from aether.contract.jobs import JobState, JobView
+from aether.contract.limits import MIB
+from aether.contract.paths import Layout
+from aether.daemons import control
+from aether.worldmodel import data
+from examples import plot
+
+SEED = 20_26
+MODEL = "pendulum"
+HISTORY = 24
+console = Console(highlight=False)
+broken: list[str] = []
+
+
+def expect(holds: bool, promise: str) -> None:
+    """Notes a promise that does not hold; the demo goes on and fails at the end."""
+    if not holds:
+        broken.append(promise)
+        console.print(f"  [bold red]broken:[/] {promise}")
+
+
+@contextlib.contextmanager
+def instance() -> Iterator[Layout]:
+    """An instance in a temporary state directory, stopped and removed at the end."""
+    state = Path(tempfile.mkdtemp(prefix="aether-demo-"))
+    try:
+        start = time.perf_counter()
+        control.ensure_running(state, lambda text: None)
+        console.print(
+            f"An instance is up after {time.perf_counter() - start:.1f} s (spawner, keeper, aetherd, aurorad)."
+        )
+        yield Layout(state)
+    finally:
+        with contextlib.suppress(AetherError):
+            control.down(state)
+        shutil.rmtree(state, ignore_errors=True)
+
+
+# ---- what this machine can do
+
+
+def host(client: Client) -> set[str]:
+    """Says what is missing here and how to get it; returns the names of what is missing."""
+    missing = [check for check in client.doctor().checks if not check["ok"]]
+    for check in missing:
+        console.print(f"  [yellow]missing[/] {check['name']}: {check['reason']}")
+        if check.get("remedy"):
+            console.print(f"          {check['remedy']}")
+    if not missing:
+        console.print("This machine can enforce everything that a cell asks for.")
+    return {str(check["name"]) for check in missing}
+
+
+# ---- scene 1
+
+
+def intruder(client: Client) -> JobView:
+    """An untrusted script tries what it must not do; one cell per attempt. Returns the first attempt's job."""
+    console.rule("[bold]1. The intruder")
+    console.print("An untrusted script, one cell per attempt:")
+    script = {"intruder.py": Path(__file__).with_name("intruder.py")}
+    planted = Path(tempfile.mkdtemp(prefix=".aether-demo-", dir=Path.home())) / "secret"
+    planted.write_text("hunter2\n")
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, planted.parent)
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        small = Limits(memory_bytes=64 * MIB, pids=32, timeout_ms=20_000)
+        brief = Limits(memory_bytes=64 * MIB, pids=32, timeout_ms=2_000, grace_ms=200)
+        attempts = [
+            ("read the planted secret", ["secret", str(planted)], small),
+            ("reach the network", ["network", str(listener.getsockname()[1])], small),
+            ("fork without end", ["forks"], small),
+            ("eat memory", ["memory"], small),
+            ("flood stdout", ["flood"], brief),
+        ]
+        jobs = [
+            (title, client.run(["python3", "intruder.py", *words], files=script, limits=limits))
+            for title, words, limits in attempts
+        ]
+    console.print(_attempts(client, jobs))
+    for title, job in jobs:
+        expect(job.state in (JobState.FAILED, JobState.TIMED_OUT), f"the intruder cannot {title}")
+        expect(b"hunter2" not in b"".join(client.logs(job.job_id)), "the secret is not in any output")
+    return jobs[0][1]
+
+
+def _attempts(client: Client, jobs: list[tuple[str, JobView]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("attempt", "left"), ("what it met", "left"), ("ended", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("CPU", "peak memory", "output kept", "dropped"):
+        table.add_column(name, justify="right")
+    for title, job in jobs:
+        usage = job.usage
+        log = b"".join(client.logs(job.job_id)).decode(errors="replace").strip().splitlines()
+        met = log[0].split("/")[0].strip(": ") + ": " + log[0].rsplit(": ", 1)[-1] if log and ": " in log[0] else ""
+        if job.usage is not None and (job.usage.oom_kills or (job.error and job.error.code == "OUT_OF_MEMORY")):
+            met = "killed by the kernel: out of its memory"
+        if job.state is JobState.TIMED_OUT:
+            met = "its own pipe filled up, then the time was over"
+        table.add_row(
+            title,
+            met,
+            f"exit {job.exit_code}" if job.exit_code is not None else f"signal {job.signal}",
+            _cpu(job),
+            _mib(usage.memory_peak_bytes if usage else None),
+            _mib((usage.stdout_bytes or 0) - (usage.output_dropped_bytes or 0) if usage else None),
+            _mib(usage.output_dropped_bytes if usage else None),
+        )
+    return table
+
+
+def _cpu(job: JobView) -> str:
+    if job.usage is None or job.usage.cpu_user_us is None:
+        return "not measured"
+    return f"{(job.usage.cpu_user_us + (job.usage.cpu_system_us or 0)) / 1000:.0f} ms"
+
+
+def _mib(count: int | None) -> str:
+    return "not measured" if count is None else f"{count / MIB:.1f} MiB"
+
+
+# ---- scene 2
+
+
+def forecast(client: Client) -> None:
+    """One forecast per irregular step of a trajectory that the model never saw; each is an audited job."""
+    console.rule("[bold]2. The model")
+    seen = data.generate(1, HISTORY + 48, SEED, stream=9)
+    obs, action, dt = seen.obs[0], seen.action[0], seen.dt[0]
+    steps = range(HISTORY, len(dt))
+    start = time.perf_counter()
+    rows = [
+        client.predict(
+            MODEL,
+            {"obs": obs[: k + 1].tolist(), "action": action[:k].tolist(), "dt": dt[:k].tolist()},
+            [float(dt[k])],
+            action=action[k].tolist(),
+        )["predictions"][0]
+        for k in steps
+    ]
+    elapsed = time.perf_counter() - start
+    t = [float(seen.t[0][k + 1]) for k in steps]
+    truth = np.array([seen.clean[0][k + 1] for k in steps])
+    mean = np.array([row["mean"] for row in rows])
+    interval = np.array([row["interval90"] for row in rows])
+    console.print(
+        f"A CfC-JEPA package in cfcd, in a cell without network, forecasts a held-out pendulum (position only, noisy):"
+        f" {len(rows)} audited jobs in {elapsed:.2f} s."
+    )
+    lines = plot.band(
+        t, truth[:, 0].tolist(), mean[:, 0].tolist(), interval[:, 0, 0].tolist(), interval[:, 0, 1].tolist()
+    )
+    console.print("cos θ:  ◉ forecast on truth   · forecast   o truth   ░ 90% interval")
+    console.print("\n".join(lines))
+    before = np.array([obs[k] for k in steps])
+    error, persistence = float(((mean - truth) ** 2).mean()), float(((before - truth) ** 2).mean())
+    inside = float(((truth >= interval[..., 0]) & (truth <= interval[..., 1])).mean())
+    console.print(
+        f"Mean squared error {error:.5f}; persistence {persistence:.5f} ({persistence / error:.0f} times as much)."
+    )
+    console.print(f"The truth lies in the 90% interval in {inside:.0%} of the steps.")
+    expect(error < persistence / 10, "the forecast beats persistence by far")
+
+
+def surprise(client: Client) -> str:
+    """The surprise rises where a fault was injected. Returns the job's id."""
+    faulty = data.generate(1, 64, SEED + 1, stream=9, fault="kick")
+    at = int(faulty.fault_step[0])
+    obs, action, t = faulty.obs[0].tolist(), faulty.action[0].tolist(), faulty.t[0].tolist()
+    result = client.score(MODEL, {"t": t, "obs": obs, "action": action})
+    values = result["surprise"]
+    peak = int(np.argmax(values[8:])) + 8
+    console.print(
+        f"\nThe same plant with an unseen kick: surprise per step (peak at {peak}, kick before observation {at})."
+    )
+    console.print("\n".join(plot.bars(values, mark=at - 1, ceiling=max(values))))
+    console.print(f"Sequence score {result['seq_score']:.1f}, alarm level {result['threshold']:.1f}.")
+    expect(abs(peak + 1 - at) <= 2, "the surprise peaks where the fault was injected")
+    return client.list(limit=1).jobs[0].job_id
+
+
+# ---- scene 3
+
+
+def proof(client: Client, layout: Layout, jobs: dict[str, str]) -> None:
+    """Receipts verify offline; a copy of the log with one changed byte does not."""
+    console.rule("[bold]3. The proof")
+    with tempfile.TemporaryDirectory(prefix="aether-demo-") as away:
+        key = shutil.copy(layout.audit_public_key, away)
+        for name, job_id in jobs.items():
+            path = Path(away) / f"{name}.receipt.json"
+            path.write_bytes(client.receipt_bytes(job_id))
+            expect(_aether("verify", str(path), "--key", key) == 0, f"the {name} receipt verifies")
+        time.sleep(1.2)  # the published checkpoint is at most a second old
+        copy = shutil.copytree(layout.audit, Path(away) / "audit", ignore=shutil.ignore_patterns("lock"))
+        expect(_aether("audit", "verify", str(copy), "--key", key) == 0, "the log verifies")
+        segment = next((copy / "segments").glob("0*"))
+        damaged = bytearray(segment.read_bytes())
+        at = damaged.index(b'"job.outcome"')
+        damaged[at + 1] ^= 0x01
+        segment.write_bytes(damaged)
+        console.print(f"\nNow one byte of the copy is changed, at offset {at + 1} of {segment.name}:")
+        expect(_aether("audit", "verify", str(copy), "--key", key) != 0, "the changed log does not verify")
+
+
+def _aether(*words: str) -> int:
+    console.print(f"[dim]$ aether {' '.join(word if len(word) < 60 else '…' + word[-40:] for word in words)}[/]")
+    return subprocess.run([Path(sys.executable).with_name("aether"), *words], check=False).returncode
+
+
+def main() -> int:
+    start = time.perf_counter()
+    with instance() as layout, Client(state=layout.root) as client:
+        host(client)
+        intruder_job = intruder(client)
+        forecast(client)
+        model_job = surprise(client)
+        proof(client, layout, {"intruder": intruder_job.job_id, "model": model_job})
+    console.rule()
+    verdict = "every promise held" if not broken else f"[bold red]{len(broken)} promises broke[/]"
+    console.print(f"Done in {time.perf_counter() - start:.0f} s: {verdict}.")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
