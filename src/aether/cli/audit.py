@@ -1,0 +1,164 @@
+"""`aether receipt`, `aether verify`, `aether audit ...`: evidence, and checking it offline.
+
+Verification trusts nothing but the public key: take it from the node once (`keys/audit.pub`) and keep it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from aether.cli.session import Session, command
+
+if TYPE_CHECKING:
+    from aether.substrate.audit.report import Report
+
+Key = Annotated[Path | None, typer.Option("--key", help="The public key; this instance's keys/audit.pub otherwise.")]
+_JOB_ID: Final = re.compile(r"job_[0-9a-f-]{36}")
+_VERIFY: Final = """Verify a receipt, from a file or of a job, with the public key alone.
+
+Exits 0 when every proof holds, 123 when one does not.
+
+\b
+Examples:
+  aether receipt show JOB --json > receipt.json
+  aether verify receipt.json --key audit.pub
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds `receipt`, `verify` and `audit`."""
+    command(app, "verify", help=_VERIFY)(_verify)
+    receipts = typer.Typer(help="The joined proof of a job.", no_args_is_help=True, rich_markup_mode=None)
+    app.add_typer(receipts, name="receipt")
+    command(receipts, "show", help="Print a job's receipt; with --json exactly as it verifies.")(_show)
+    group = typer.Typer(help="The audit log.", no_args_is_help=True, rich_markup_mode=None)
+    app.add_typer(group, name="audit")
+    example = "\n\n\b\nExample:\n  aether audit verify ./logs/audit --key audit.pub"
+    command(group, "verify", help="Verify a log directory, this instance's otherwise." + example)(_verify_log)
+    command(group, "checkpoint", help="Print the signed checkpoint; keep it elsewhere to notice truncation.")(
+        _checkpoint
+    )
+
+
+def _show(session: Session, job_id: Annotated[str, typer.Argument(metavar="JOB", help="A job id.")]) -> None:
+    import sys
+
+    import msgspec
+
+    from aether.cli.output import show_fields
+    from aether.contract.records import Receipt, Record
+
+    with session.client() as client:
+        text = client.receipt_bytes(job_id)
+    if session.as_json:
+        sys.stdout.write(text.decode() + "\n")
+        return
+    receipt = msgspec.json.decode(text, type=Receipt)
+    show_fields([("job", receipt.job_id), ("origin", receipt.origin), ("documents", len(receipt.documents))])
+    for item in receipt.entries:
+        record = msgspec.json.decode(item.entry, type=Record)
+        print(f"\n{record.time}  {record.type}  #{record.log_index}")
+        show_fields(
+            [
+                ("  principal", record.principal),
+                ("  ticket", record.ticket.kid if record.ticket else None),
+                (
+                    "  policy",
+                    f"{record.policy.decision} by {', '.join(record.policy.determining)}" if record.policy else None,
+                ),
+                ("  state", record.state),
+                ("  error", record.error.code if record.error else None),
+                ("  result", record.result_digest),
+            ]
+        )
+
+
+def _verify(
+    session: Session,
+    subject: Annotated[str, typer.Argument(metavar="FILE|JOB", help="A receipt, or a job.")],
+    key: Key = None,
+) -> int:
+    import msgspec
+
+    from aether.contract.errors import AetherError
+    from aether.contract.records import Receipt
+    from aether.substrate.audit.verify import verify_receipt
+
+    if _JOB_ID.fullmatch(subject) and not Path(subject).exists():
+        with session.client() as client:
+            text = client.receipt_bytes(subject)
+        if msgspec.json.decode(text, type=Receipt).job_id != subject:
+            raise AetherError("VERIFY_FAILED", f"cannot accept the receipt of {subject}: it is another job's")
+    else:
+        text = _read(Path(subject))
+    return _show_report(session, verify_receipt(text, _key(session, key)))
+
+
+def _verify_log(
+    session: Session,
+    directory: Annotated[Path | None, typer.Argument(help="The log's directory.")] = None,
+    key: Key = None,
+) -> int:
+    from aether.cli.output import progress
+    from aether.contract.errors import AetherError
+    from aether.contract.paths import Layout
+    from aether.substrate.audit.verify import verify_log
+
+    chosen = directory if directory is not None else Layout(session.state_dir).audit
+    if not chosen.is_dir():
+        raise AetherError("NOT_FOUND", f"cannot verify {chosen}: no such directory", "name the log's directory")
+    with progress("verifying the log"):
+        try:
+            report = verify_log(chosen, _key(session, key))
+        except OSError as error:
+            raise _unreadable(chosen, error) from error
+    return _show_report(session, report)
+
+
+def _show_report(session: Session, report: Report) -> int:
+    from aether.cli.output import show_fields, show_json
+    from aether.cli.terminal import printable
+    from aether.contract.errors import EXIT_VERIFY
+
+    if session.as_json:
+        show_json({"ok": report.ok, "subject": report.subject, "facts": report.facts, "problems": report.problems})
+    else:
+        facts: list[tuple[str, Any]] = [(name, value) for name, value in report.facts.items()]
+        show_fields([("subject", report.subject), *facts])
+        for problem in report.problems:
+            at = "" if problem.index is None else f" entry {problem.index}"
+            print(f"{problem.code}  {printable(problem.place)}{at}: {printable(problem.reason)}")
+        print("verified" if report.ok else "NOT VERIFIED")
+    return 0 if report.ok else EXIT_VERIFY
+
+
+def _key(session: Session, key: Path | None) -> str:
+    from aether.contract.paths import Layout
+
+    chosen = key if key is not None else Layout(session.state_dir).audit_public_key
+    return _read(chosen).decode("utf-8", "replace")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> Exception:
+    from aether.contract.errors import AetherError
+
+    return AetherError("NOT_FOUND", f"cannot read {path}: {error.strerror}", "name a readable file")
+
+
+def _checkpoint(session: Session) -> None:
+    from aether.cli.output import show_json
+
+    with session.client() as client:
+        note = client.checkpoint()
+    show_json({"checkpoint": note}) if session.as_json else print(note, end="")

@@ -1,0 +1,146 @@
+"""`aether run`: a command in a cell as if it ran here: live output, its exit code, its files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from aether.cli.session import Session, command
+
+if TYPE_CHECKING:
+    from aether.cli.follow import Follower
+    from aether.client import Client
+    from aether.contract.cells import Limits
+    from aether.contract.jobs import JobView
+
+_HELP = """Run a command in a cell.
+
+Its stdout and stderr come live; the exit code is the command's own (128+n after signal n, 124 after --timeout).
+Options end at the first word of the command. An instance is started when none is up.
+
+\b
+Examples:
+  aether run -- echo hello
+  aether run --file main.py --output 'out/*.csv' --timeout 1m -- python3 main.py
+  aether run --dir . --memory 1G --cpu 2 -- make test
+  aether run --require cell --require netns --detach -- sleep 60
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds `run`."""
+    settings = {"allow_interspersed_args": False}
+    command(app, "run", help=_HELP, context_settings=settings)(_run)
+
+
+def _run(
+    session: Session,
+    argv: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The command and its arguments.")],
+    file: Annotated[list[str] | None, typer.Option("--file", help="Put a file into /work: SRC[:DEST].")] = None,
+    directory: Annotated[Path | None, typer.Option("--dir", help="Copy a directory into /work.")] = None,
+    output: Annotated[list[str] | None, typer.Option(help="Fetch files matching this glob afterwards.")] = None,
+    output_dir: Annotated[Path, typer.Option(help="Where to put them.")] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+    memory: Annotated[str | None, typer.Option(help="Memory bound: 256M, 1G.")] = None,
+    cpu: Annotated[str | None, typer.Option(help="CPUs: 0.5, 2.")] = None,
+    timeout: Annotated[str | None, typer.Option(help="Wall time: 10s, 5m.")] = None,
+    pids: Annotated[int | None, typer.Option(help="Processes and threads.")] = None,
+    env: Annotated[list[str] | None, typer.Option(help="K=V, for the command.")] = None,
+    require: Annotated[list[str] | None, typer.Option(help="Refuse to start without this level.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="A data-flow label.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Print the job id and leave.")] = False,
+) -> int:
+    from aether.cli.download import save_outputs
+    from aether.cli.follow import ended_by_itself, exit_code
+    from aether.cli.output import note, progress, show_error, show_json
+    from aether.client.client import job_error
+
+    asked = _limits(memory, cpu, timeout, pids)
+    with session.client() as client:
+        ensure_instance(session, client)
+        with progress("submitting the job"):
+            job: JobView = client.run(
+                argv,
+                files=_files(file or []),
+                directory=directory,
+                outputs=output or [],
+                env=_environment(env or []),
+                limits=asked,
+                require=require or [],
+                labels=label or [],
+                wait=False,
+            )
+        if detach:
+            show_json(job) if session.as_json else print(job.job_id)
+            return 0
+        job = _attend(client, job, quiet=session.as_json)
+        if session.as_json:
+            show_json(job)
+        elif not ended_by_itself(job):
+            show_error(job_error(job))
+        if job.artifacts:
+            names = save_outputs(client, job.artifacts, output_dir, force=force)
+            if sys.stderr.isatty() and not session.as_json:
+                note(f"wrote {', '.join(names)}")
+        return exit_code(job)
+
+
+def ensure_instance(session: Session, client: Client) -> None:
+    """Starts the instance of the state directory when nobody listens; a socket given by name is left alone."""
+    if session.socket is not None or client.reachable():
+        return
+    from aether.cli.output import progress
+    from aether.daemons.control import ensure_running
+
+    with progress("starting an instance") as update:
+        ensure_running(session.state_dir, update)
+
+
+def _attend(client: Client, job: JobView, *, quiet: bool) -> JobView:
+    """The terminal job, with its output shown meanwhile. The first Ctrl-C stops the job, a second one leaves."""
+    from aether.cli.follow import Follower
+
+    follower: Follower | None = None if quiet else Follower(client, job.job_id)
+    try:
+        job = client.wait(job.job_id)
+    except KeyboardInterrupt:
+        client.stop(job.job_id)
+        job = client.wait(job.job_id)
+    if follower is not None:
+        follower.finish(timeout_s=30.0)
+    return job
+
+
+def _limits(memory: str | None, cpu: str | None, timeout: str | None, pids: int | None) -> Limits:
+    from aether.cli import parse
+    from aether.contract.cells import Limits
+
+    asked: dict[str, Any] = {}
+    if memory is not None:
+        asked["memory_bytes"] = parse.size_bytes(memory)
+    if cpu is not None:
+        asked["cpu_millis"] = parse.cpu_millis(cpu)
+    if timeout is not None:
+        asked["timeout_ms"] = parse.duration_ms(timeout)
+    if pids is not None:
+        asked["pids"] = pids
+    return Limits(**asked)
+
+
+def _files(specs: list[str]) -> dict[str, str]:
+    from aether.cli.parse import file_spec
+
+    found = {}
+    for spec in specs:
+        source, dest = file_spec(spec, Path(spec).exists())
+        found[dest] = source
+    return found
+
+
+def _environment(entries: list[str]) -> dict[str, str]:
+    from aether.cli.parse import environment
+
+    return environment(entries)
