@@ -8,7 +8,8 @@ Index: a header of HEADER_BYTES, then records of RECORD_BYTES, little endian, on
     header  magic `AETHLOG1`, crc32 of what follows, flags, created (wall us),
             per stream: total bytes (final once its EOF flag is set), hole start, hole end;
             records' own hole: first and end record number
-    record  monotonic us, wall us, stream offset, length, stream (0 stdout, 1 stderr)
+    record  monotonic us, wall us, position, stream offset, length, stream (0 stdout, 1 stderr)
+            where position counts the bytes of both streams before this chunk
 Order of writes: data, then record; header before a hole is punched. So a reader that finds the same header
 before and after reading data has seen no punched zeros, and never sees a record without its bytes.
 The records are bounded in the same way as the data.
@@ -17,15 +18,18 @@ The records are bounded in the same way as the data.
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import os
 import struct
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 MAGIC = b"AETHLOG1"
 HEADER = struct.Struct("<IqQQQQQQQQ")
 HEADER_BYTES = 128
-RECORD = struct.Struct("<qqQII")
+RECORD = struct.Struct("<qqQQII")
 RECORD_BYTES = RECORD.size
 STREAMS = ("stdout", "stderr")
 FLAG_EOF = (1, 2)
@@ -64,17 +68,24 @@ class _Stream:
 class JobLog:
     """Writer of the three files. `head` and `tail` are bytes kept of each stream."""
 
-    def __init__(self, directory: int, name: str, *, head: int, tail: int, wall_us: int) -> None:
-        """`directory` is a descriptor of `logs/jobs/<cell>`; existing files of `name` are continued."""
-        self._directory = directory
+    def __init__(
+        self, directory: int, name: str, *, streams: Collection[int], head: int, tail: int, wall_us: int
+    ) -> None:
+        """`directory` is a descriptor of `logs/jobs/<cell>`; existing files of `name` are continued.
+
+        A stream that is not among `streams` is at its end from the beginning.
+        """
+        self._directory = os.dup(directory)
         self._head, self._tail = head, tail
+        self._position = 0
         self._streams = [_Stream(f"{name}.{stream}") for stream in STREAMS]
-        self._flags = 0
+        self._flags = sum(flag for number, flag in enumerate(FLAG_EOF) if number not in streams)
         self._created_us = wall_us
         self._records = 0
         self._records_hole = (0, 0)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._index = os.open(f"{name}.index", flags, FILE_MODE, dir_fd=directory)
+        fcntl.flock(self._index, fcntl.LOCK_EX)  # readers see that a writer lives; a dead one's lock is gone
         if os.fstat(self._index).st_size >= HEADER_BYTES:
             self._resume()
         else:
@@ -92,9 +103,10 @@ class JobLog:
             self._open(stream)
         for number in range(max(0, self._records - RECORDS_TAIL), self._records):
             row = RECORD.unpack(os.pread(self._index, RECORD_BYTES, HEADER_BYTES + number * RECORD_BYTES))
-            if row[4] < len(self._streams):
-                stream = self._streams[row[4]]
-                stream.total = max(stream.total, row[2] + row[3])
+            _, _, position, offset, length, which = row
+            if which < len(self._streams):
+                self._position = position + length
+                self._streams[which].total = max(self._streams[which].total, offset + length)
 
     def _open(self, stream: _Stream) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -103,20 +115,25 @@ class JobLog:
     def append(self, number: int, data: bytes, mono_us: int, wall_us: int) -> None:
         """Keep one chunk. A full disk loses the chunk and counts it; it never stops the job."""
         stream = self._streams[number]
-        offset, end = stream.total, stream.total + len(data)
-        stream.total = end
+        offset = stream.total
         try:
             if stream.keeps_tail or offset < self._head:
+                kept = data if stream.keeps_tail else data[: self._head - offset]
                 if stream.fd < 0:
                     self._open(stream)
-                os.pwrite(stream.fd, data if stream.keeps_tail else data[: self._head - offset], offset)
-            self._append_record(RECORD.pack(mono_us, wall_us, offset, len(data), number))
-            self._bound(stream)
+                if os.pwrite(stream.fd, kept, offset) != len(kept):
+                    raise OSError(errno.ENOSPC, "short write")
+            self._append_record(RECORD.pack(mono_us, wall_us, self._position, offset, len(data), number))
         except OSError:
             stream.lost += len(data)
+            return
+        stream.total += len(data)
+        self._position += len(data)
+        self._bound(stream)
 
     def _append_record(self, record: bytes) -> None:
-        os.pwrite(self._index, record, HEADER_BYTES + self._records * RECORD_BYTES)
+        if os.pwrite(self._index, record, HEADER_BYTES + self._records * RECORD_BYTES) != RECORD_BYTES:
+            raise OSError(errno.ENOSPC, "short write")
         self._records += 1
         _, hole_end = self._records_hole
         first_kept = self._records - RECORDS_TAIL
@@ -166,12 +183,13 @@ class JobLog:
     def totals(self) -> dict[str, dict[str, int]]:
         """`{stream: {bytes, dropped}}` so far."""
         return {
-            name: {"bytes": s.total, "dropped": s.hole_end - s.hole_start + s.lost}
+            name: {"bytes": s.total + s.lost, "dropped": s.hole_end - s.hole_start + s.lost}
             for name, s in zip(STREAMS, self._streams, strict=True)
         }
 
     def close(self) -> None:
         os.close(self._index)
+        os.close(self._directory)
         for stream in self._streams:
             if stream.fd >= 0:
                 os.close(stream.fd)

@@ -94,6 +94,9 @@ class Keeper:
                 elif fd in self._of_fd:
                     self._read(self._of_fd[fd], fd)
             self._resume()
+        for watched in list(self._watched.values()):
+            for fd in list(watched.fds):
+                self._end(watched, fd)
 
     def _timeout_s(self) -> float:
         """Seconds to sleep at most; -1 is for ever."""
@@ -148,6 +151,7 @@ class Keeper:
             return JobLog(
                 directory,
                 message["exec"],
+                streams=message["streams"],
                 head=message["head"],
                 tail=message["tail"],
                 wall_us=time.time_ns() // 1000,

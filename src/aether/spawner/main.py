@@ -52,11 +52,11 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="aether-spawner")
     parser.add_argument("--state", required=True, help="the state directory")
     parser.add_argument("--root", action="append", default=[], help="a host directory that cells may see")
-    parser.add_argument("--socket-fd", type=int, help="a listening SOCK_SEQPACKET socket to use")
-    parser.add_argument("--uid", type=int, action="append", default=[], help="who may connect besides this uid")
-    parser.add_argument("--socket-uid", type=int, default=-1, help="owner of the socket's path")
+    parser.add_argument("--socket", help="path to listen on (default: run/spawner.sock below the state directory)")
+    parser.add_argument("--socket-fd", type=int, help="a listening SOCK_SEQPACKET socket to use instead")
+    parser.add_argument("--peer-uid", type=int, default=-1, help="who may connect besides this uid; owns the path")
     parser.add_argument("--keeper-uid", type=int, default=limits.DAEMON_UID_BASE + 3)
-    parser.add_argument("--keeper-gid", type=int, default=limits.DAEMON_UID_BASE)
+    parser.add_argument("--gid", type=int, default=limits.DAEMON_UID_BASE, help="the group of the daemons")
     parser.add_argument("--cgroup-base", help="a delegated cgroup v2 directory to work below")
     parser.add_argument("--executor", choices=("auto", "native", "portable"), default="auto")
     return parser.parse_args(argv)
@@ -84,12 +84,12 @@ class Spawner:
             host_devices(),
         )
         self.launcher = Launcher(best_executor((*rules.roots, self.work.path), options.executor))
-        self.server = Server(self.loop, frozenset({os.geteuid(), 0, *options.uid}))
+        self.server = Server(self.loop, frozenset({os.geteuid(), 0, options.peer_uid} - {-1}))
         work_ops = WorkOps(self.loop, self.work)
         self.lifecycle = Lifecycle(self.loop, self.cgroups, self.launcher, self.server.emit, work_ops.remove)
         keeper = KeeperOptions(str(self._state / "logs/jobs"))
         if self._root:
-            keeper = KeeperOptions(keeper.directory, options.keeper_uid, options.keeper_gid)
+            keeper = KeeperOptions(keeper.directory, options.keeper_uid, options.gid)
         self.keeper = KeeperLink(self.loop, keeper, self.lifecycle.on_output)
         self.lifecycle.keeper = self.keeper
         operations = Operations(self.lifecycle, self.cgroups, work_ops, rules, self._facts, self._probe)
@@ -103,9 +103,8 @@ class Spawner:
     def _prepare_state(self, options: argparse.Namespace) -> None:
         for name in ("run", "cells", "logs/jobs"):
             (self._state / name).mkdir(0o750, parents=True, exist_ok=True)
-        (self._state / "cells").chmod(0o700)
         if self._root:
-            os.chown(self._state / "logs/jobs", options.keeper_uid, options.keeper_gid)
+            os.chown(self._state / "logs/jobs", options.keeper_uid, options.gid)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft < hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -158,10 +157,11 @@ class Spawner:
         self.loop.add(child.pidfd, ended)
 
     def _listen(self, options: argparse.Namespace) -> socket.socket:
+        self._socket_path: Path | None = None
         if options.socket_fd is not None:
             os.set_inheritable(options.socket_fd, False)
             return socket.socket(fileno=options.socket_fd)
-        path = self._state / "run/spawner.sock"
+        path = self._socket_path = Path(options.socket) if options.socket else self._state / "run/spawner.sock"
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         mask = os.umask(0o177)
@@ -169,8 +169,8 @@ class Spawner:
             listener.bind(str(path))
         finally:
             os.umask(mask)
-        if options.socket_uid >= 0:
-            os.chown(path, options.socket_uid, -1)
+        if self._root and options.peer_uid >= 0:
+            os.chown(path, options.peer_uid, -1)
         listener.listen(16)
         return listener
 
@@ -223,7 +223,8 @@ class Spawner:
             remove_tree(cells, self.instance)
         os.close(cells)
         self.work.close()
-        (self._state / "run/spawner.sock").unlink(missing_ok=True)
+        if self._socket_path is not None:
+            self._socket_path.unlink(missing_ok=True)
         self._write_instances([])
 
 

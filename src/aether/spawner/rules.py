@@ -2,8 +2,8 @@
 
 - Ids: as root, one whole block of the range for cells, which no other live cell holds; else the spawner's own uid.
 - `bind_rw` shows the cell's own work directory and nothing else.
-- Below the state directory only the roots given at start and the cell's own work directory may be shown, and
-  nothing that contains the state directory.
+- Below the state directory only models, artifacts, the keys that models are checked with and the cell's own work
+  directory may be shown, whatever the roots say, and nothing that contains the state directory.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from aether.spawner.protocol import RefusedError
 from aether.spawner.workdir import Owner
 
 DEVICES = frozenset({"/dev/fuse", "/dev/kvm", "/dev/net/tun"})
+STATE_SHOWN = ("models", "artifacts", "keys/models")
 GPU_PREFIXES = ("/dev/nvidia", "/dev/dri/", "/dev/kfd", "/dev/accel/")
 
 
@@ -58,10 +59,9 @@ class Rules:
     def _check_source(self, source: str, own: str) -> None:
         if is_beneath(self.state, source):
             raise _refused(source, "it contains the state directory")
-        if is_beneath(source, self.state) and not is_beneath(source, own):
-            inside = [root for root in self.roots if is_beneath(root, self.state)]
-            if not any(is_beneath(source, root) for root in inside):
-                raise _refused(source, "it lies in the state directory")
+        shown = (own, *(f"{self.state}/{name}" for name in STATE_SHOWN))
+        if is_beneath(source, self.state) and not any(is_beneath(source, place) for place in shown):
+            raise _refused(source, "it lies in the state directory")
 
 
 def exec_spec(value: Any, stdio: list[str]) -> ExecSpec:

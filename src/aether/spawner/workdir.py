@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import itertools
 import os
-import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from aether.spawner.beneath import open_beneath, safe_path
+from aether.spawner.globs import Glob
 
 ENTRIES_MAX = 200_000
 """Directory entries looked at by one collection, so that a tree of empty directories ends too."""
@@ -164,42 +164,6 @@ def _copy(source: int, target: int, size: int) -> int:
     return offset
 
 
-def compile_globs(globs: list[str]) -> list[re.Pattern[str]]:
-    """`*`, `?` and `[...]` within one part of a path, `**` for any number of parts."""
-    return [re.compile(_regex(glob.split("/")), re.DOTALL) for glob in globs]
-
-
-def _regex(parts: list[str]) -> str:
-    out = []
-    for number, part in enumerate(parts):
-        last = number == len(parts) - 1
-        if part == "**":
-            out.append("[^/]+(?:/[^/]+)*" if last else "(?:[^/]+/)*")
-        else:
-            out.append(_part(part) + ("" if last else "/"))
-    return "".join(out)
-
-
-def _part(part: str) -> str:
-    out: list[str] = []
-    at = 0
-    while at < len(part):
-        char = part[at]
-        close = part.find("]", at + 2) if char == "[" else -1
-        if char in "*?":
-            # adjacent stars are one: `a**********b` must not backtrack exponentially
-            if not (char == "*" and out and out[-1] == "[^/]*"):
-                out.append("[^/]*" if char == "*" else "[^/]")
-        elif close > 0:
-            inner = re.escape(part[at + 1 : close]).replace(r"\-", "-")
-            out.append(("[^/" if inner.startswith(("!", r"\!")) else "[") + inner.lstrip("\\").lstrip("!") + "]")
-            at = close
-        else:
-            out.append(re.escape(char))
-        at += 1
-    return "".join(out)
-
-
 @dataclass(slots=True)
 class Collected:
     """What matched: `files` are `{path, size_bytes}`, `refused` maps a path to the reason."""
@@ -214,11 +178,11 @@ class Collected:
 
 def collect(directory: int, globs: list[str], owner: Owner, *, files_max: int, bytes_max: int) -> Collected:
     """Regular files below `directory` that match, in path order; everything else that matches is refused."""
-    patterns = compile_globs(globs)
+    patterns = [Glob(glob) for glob in globs]
     found = Collected([], {})
     total = 0
     for path, about in _walk(directory, found):
-        if not any(pattern.fullmatch(path) for pattern in patterns):
+        if not any(pattern.matches(path) for pattern in patterns):
             continue
         reason = refusal(about, owner)
         if not safe_path(path):

@@ -1,0 +1,130 @@
+"""The driver contract: what a kind of isolation offers, over opaque handles and never over pids.
+
+A cell owns a list of executables from the start. Every verb but `launch` may be repeated; `launch` is idempotent
+by cell id. Errors are AetherError: LEVEL_UNMET and BAD_PLAN before anything happened, CELL_FAILED with the step,
+NO_SUCH_CELL for a handle that is no more, UNAVAILABLE when the driver has lost its means for now.
+`tests/conformance/cell_driver` is the contract as tests; `memory.MemoryDriver` is the double.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NewType, Protocol
+
+from aether.contract.cells import CellSpec, ExecEnd, InputFile, SandboxReport, Usage
+from aether.contract.wire import CellFiles
+
+Handle = NewType("Handle", str)
+"""Names a cell of one driver. Opaque: only the driver that made it reads it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What the driver can do here. `missing` maps a mechanism to `(reason, remedy)`."""
+
+    healthy: bool
+    reason: str
+    levels: tuple[str, ...]
+    facts: dict[str, Any]
+    missing: dict[str, tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A cell to launch with its first executable; `files` are input files with their descriptors (borrowed)."""
+
+    cell_id: str
+    exec_id: str
+    spec: CellSpec
+    files: Sequence[tuple[InputFile, int]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A launched cell. `channel_fd` is the caller's; it is None for a cell that was there already."""
+
+    handle: Handle
+    exec_id: str
+    report: SandboxReport
+    plan_text: bytes
+    channel_fd: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """A cell found after a restart: its first executable, when it started, and its end if it has ended."""
+
+    handle: Handle
+    cell_id: str
+    exec_id: str
+    started_wall_us: int
+    end: ExecEnd | None
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """A plan before it runs: readable lines, the plan as data, what this host lacks."""
+
+    lines: tuple[str, ...]
+    plan: dict[str, Any]
+    plan_text: bytes
+    missing: dict[str, str]
+
+
+class Driver(Protocol):
+    """One kind of isolation."""
+
+    name: str
+
+    async def fingerprint(self) -> Fingerprint: ...
+
+    def explain(self, spec: CellSpec) -> Explained:
+        """What `launch` would do; nothing is started."""
+        ...
+
+    async def launch(self, order: Order) -> Started: ...
+
+    async def adopt(self) -> list[Adopted]:
+        """Every cell that lives or ended without being freed."""
+        ...
+
+    async def start(self, handle: Handle, exec_id: str, spec: CellSpec) -> None:
+        """One more executable in a running cell: `argv`, `env`, `cwd` and `limits.timeout_ms` of `spec`."""
+        ...
+
+    async def signal(self, handle: Handle, exec_id: str, signo: int) -> None: ...
+
+    async def stop(self, handle: Handle, grace_ms: int) -> None:
+        """SIGTERM to every executable, the grace, then the end of the cell; returns at once."""
+        ...
+
+    async def kill(self, handle: Handle) -> None:
+        """Returns when nothing of the cell lives any more."""
+        ...
+
+    async def wait(self, handle: Handle, exec_id: str) -> ExecEnd:
+        """The end of an executable, its output kept; at once when it has ended."""
+        ...
+
+    async def usage(self, handle: Handle) -> Usage: ...
+
+    async def report(self, handle: Handle) -> SandboxReport: ...
+
+    async def collect(self, handle: Handle, globs: Sequence[str]) -> CellFiles: ...
+
+    async def open(self, handle: Handle, path: str) -> int:
+        """A read-only descriptor of one output; the caller's."""
+        ...
+
+    async def acknowledge(self, handle: Handle, exec_id: str) -> None:
+        """The end is recorded: it need not be told again."""
+        ...
+
+    async def free(self, handle: Handle) -> None:
+        """Kill what lives and remove all traces; unknown handles are freed ones."""
+        ...
+
+    def on_end(self, call: Callable[[ExecEnd], None]) -> None:
+        """`call` hears of every end, once per connection; ends before a reconnect come by `adopt`."""
+        ...

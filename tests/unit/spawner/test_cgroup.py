@@ -1,0 +1,199 @@
+"""The cgroup drivers on a fake tree: which files get which values, what is read back, what is said to be missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from aether.spawner.linux import cgroup_v1, cgroup_v2
+from aether.spawner.linux.cgroup import CgroupLimits, NoCgroups, Tree
+from aether.spawner.linux.cgroup_host import locate
+from aether.spawner.linux.cgroup_v1 import CgroupV1
+from aether.spawner.linux.cgroup_v2 import CgroupV2
+
+LIMITS = CgroupLimits(memory_bytes=64 << 20, swap_bytes=0, cpu_millis=1500, cpu_weight=50, pids=32, io_weight=200)
+V2_FILES = {
+    "cgroup.procs": "",
+    "cgroup.kill": "",
+    "cgroup.freeze": "0",
+    "cpu.max": "max 100000",
+    "cpu.weight": "100",
+    "cpu.stat": "usage_usec 30\nuser_usec 20\nsystem_usec 10\nnr_throttled 1\nthrottled_usec 7\n",
+    "memory.max": "max",
+    "memory.swap.max": "max",
+    "memory.peak": "4096",
+    "memory.current": "1024",
+    "memory.events": "low 0\nhigh 0\nmax 3\noom 1\noom_kill 2\n",
+    "pids.max": "max",
+    "pids.peak": "5",
+    "io.weight": "default 100",
+    "io.stat": "254:0 rbytes=100 wbytes=200 rios=1\n254:16 rbytes=1 wbytes=2\n",
+    "cgroup.subtree_control": "",
+}
+V1_FILES = {
+    "tasks": "",
+    "cgroup.procs": "",
+    "memory.limit_in_bytes": "9223372036854771712",
+    "memory.memsw.limit_in_bytes": "9223372036854771712",
+    "memory.max_usage_in_bytes": "4096",
+    "memory.usage_in_bytes": "1024",
+    "memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n",
+    "cpu.cfs_quota_us": "-1",
+    "cpu.shares": "1024",
+    "cpu.stat": "nr_periods 0\nnr_throttled 0\nthrottled_time 7000\n",
+    "pids.max": "max",
+    "pids.peak": "5",
+}
+
+
+class FakeTree(Tree):
+    """A Tree whose directories come with files, as cgroupfs makes them, and go with them."""
+
+    files = V2_FILES
+
+    def open(self) -> None:
+        super().open()
+        self._fill(Path(self.path))
+
+    def _fill(self, directory: Path) -> None:
+        for name, text in self.files.items():
+            (directory / name).write_text(text)
+
+    def mkdir(self, name: str) -> None:
+        super().mkdir(name)
+        self._fill(Path(self.path) / name)
+
+    def rmdir(self, name: str) -> bool:
+        procs = Path(self.path) / name / "cgroup.procs"
+        if procs.exists() and procs.read_text():
+            return False
+        shutil.rmtree(Path(self.path) / name, ignore_errors=True)
+        return True
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        super().close()
+
+
+class FakeTreeV1(FakeTree):
+    files = V1_FILES
+
+
+@pytest.fixture
+def v2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CgroupV2:
+    monkeypatch.setattr(cgroup_v2, "Tree", FakeTree)
+    (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
+    (tmp_path / "cgroup.subtree_control").write_text("cpu memory pids io\n")
+    (tmp_path / "cgroup.procs").write_text("")
+    driver = CgroupV2(str(tmp_path), "abc")
+    driver.start()
+    return driver
+
+
+def read(driver: CgroupV2, file: str) -> str:
+    return (Path(driver.tree.path) / "c" / file).read_text()
+
+
+def test_v2_writes_every_limit_and_counts(v2: CgroupV2) -> None:
+    handle = v2.create("c", LIMITS)
+    assert read(v2, "memory.max") == str(64 << 20)
+    assert read(v2, "memory.swap.max").startswith("0")  # a plain file is not truncated
+    assert read(v2, "cpu.max").startswith("150000 100000")
+    assert read(v2, "pids.max").startswith("32") and read(v2, "cpu.weight").startswith("50")
+    assert read(v2, "io.weight").startswith("default 200")
+    assert set(handle.enforced) == {"memory_bytes", "swap_bytes", "cpu_millis", "cpu_weight", "pids", "io_weight"}
+    usage = v2.usage(handle)
+    assert (usage.cpu_user_us, usage.cpu_system_us, usage.throttled_us) == (20, 10, 7)
+    assert (usage.memory_peak_bytes, usage.memory_bytes, usage.pids_peak, usage.oom_kills) == (4096, 1024, 5, 2)
+    assert (usage.io_read_bytes, usage.io_write_bytes) == (101, 202)
+    assert usage.sources["io"] == "cgroup2:io.stat"
+    v2.kill(handle)
+    v2.freeze(handle, True)
+    assert read(v2, "cgroup.kill") == "1" and read(v2, "cgroup.freeze") == "1"
+    assert handle.v2_fd is not None and os.fstat(handle.v2_fd)
+    assert v2.remove(handle) and handle.v2_fd is None
+    v2.close()
+    assert v2.probe()["missing"] == {}
+
+
+def test_v2_says_what_is_not_delegated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup_v2, "Tree", FakeTree)
+    (tmp_path / "cgroup.controllers").write_text("memory pids\n")
+    (tmp_path / "cgroup.subtree_control").write_text("memory pids\n")
+    driver = CgroupV2(str(tmp_path), "abc")
+    driver.start()
+    handle = driver.create("c", LIMITS)
+    assert set(handle.enforced) == {"memory_bytes", "swap_bytes", "pids"}
+    assert set(driver.probe()["missing"]) == {"cpu_millis", "cpu_weight", "io_weight"}
+    assert driver.usage(handle).io_read_bytes is None
+    assert driver.remove(handle)
+    driver.close()
+
+
+def test_v2_not_removed_while_a_process_lives(v2: CgroupV2) -> None:
+    handle = v2.create("c", CgroupLimits())
+    procs = Path(v2.tree.path) / "c" / "cgroup.procs"
+    procs.write_text("123\n456\n")
+    assert v2.procs(handle) == (123, 456)
+    assert not v2.remove(handle)
+    procs.write_text("")
+    assert v2.remove(handle)
+    v2.close()
+
+
+def test_v1_writes_limits_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup_v1, "Tree", FakeTreeV1)
+    monkeypatch.setattr(cgroup_v2, "Tree", FakeTree)
+    bases = {}
+    for name in ("memory", "cpu,cpuacct", "pids", "unified"):
+        (tmp_path / name).mkdir()
+        for controller in name.split(","):
+            bases[controller] = str(tmp_path / name)
+    driver = CgroupV1(bases, str(tmp_path / "unified"), "abc")
+    driver.start()
+    handle = driver.create("c", LIMITS)
+    assert len(handle.attach_fds) == 3 and handle.v2_fd is not None
+    memory = tmp_path / "memory/aether-abc/c"
+    assert (memory / "memory.limit_in_bytes").read_text().startswith(str(64 << 20))
+    assert (memory / "memory.memsw.limit_in_bytes").read_text().startswith(str(64 << 20))
+    cpu = tmp_path / "cpu,cpuacct/aether-abc/c"
+    assert (cpu / "cpu.cfs_quota_us").read_text() == "150000" and (cpu / "cpu.shares").read_text().startswith("512")
+    assert "io_weight" not in handle.enforced and "io_weight" in driver.probe()["missing"]
+    usage = driver.usage(handle)
+    assert (usage.cpu_user_us, usage.memory_peak_bytes, usage.oom_kills, usage.throttled_us) == (20, 4096, 2, 7)
+    assert driver.remove(handle)
+    driver.close()
+    assert not list(tmp_path.glob("*/aether-*"))
+
+
+def test_none_says_so() -> None:
+    driver = NoCgroups("nothing is delegated")
+    handle = driver.create("c", LIMITS)
+    assert handle.enforced == {} and driver.usage(handle).cpu_user_us is None
+    assert driver.probe()["missing"]["memory_bytes"] == "nothing is delegated" and driver.probe()["remedy"]
+    with pytest.raises(OSError):
+        driver.freeze(handle, True)
+    assert driver.remove(handle)
+
+
+def test_locate_joins_mounts_and_own_paths() -> None:
+    mounts = """\
+25 20 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw
+26 25 0:23 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
+27 25 0:24 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
+28 25 0:25 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
+"""
+    own = "4:memory:/a/b\n2:cpu,cpuacct:/\n0::/user.slice\n"
+    found = locate(mounts, own)
+    assert found.v1 == {
+        "memory": "/sys/fs/cgroup/memory/a/b",
+        "cpu": "/sys/fs/cgroup/cpu,cpuacct",
+        "cpuacct": "/sys/fs/cgroup/cpu,cpuacct",
+    }
+    assert found.v2 == "/sys/fs/cgroup/unified/user.slice"
+    docker = "30 25 0:25 /docker/x /sys/fs/cgroup rw - cgroup2 cgroup rw\n"
+    assert locate(docker, "0::/docker/x\n").v2 == "/sys/fs/cgroup"
+    assert locate("", "").v2 is None
