@@ -1,0 +1,810 @@
+#!/usr/bin/env python3
+"""Verify an AetherOS audit log, receipt or record with nothing but Python and a public key.
+
+    python aether_verify.py log DIR --key KEYFILE [--checkpoint NOTE]...
+    python aether_verify.py receipt FILE --key KEYFILE
+    python aether_verify.py record FILE
+
+Written from docs/formats.md and the specifications it names alone; it shares no code with the program that writes the
+files, so that two readings of one page must agree. Standard library only, one file: read it before you trust it.
+
+Exit status: 0 verified, 1 not verified (each failure with its name in docs/formats.md, file, field, index and byte
+offset where known), 2 usage. `--json` prints the report as one JSON object.
+
+Nothing here writes. Every byte read is taken as hostile. A check that cannot be made is a failure, never a pass; files
+that no check looked at are listed as `unchecked`. `--checkpoint` names a checkpoint kept elsewhere that the log must
+still contain: the only way to see that the holder of the key cut or rewrote the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import re
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ENTRY_BYTES_MAX = 65_535
+INTEGER_MAX = 2**53 - 1
+NOTE_BYTES_MAX = 65_536
+RECEIPT_BYTES_MAX = 16 * 1024 * 1024
+SEGMENT_BYTES_MAX = 67_108_864
+LISTED_MAX = 100  # failures and files printed as text; --json has them all
+Json = Any  # what json.loads returns
+
+
+class VerifyError(Exception):
+    """One reason not to believe: the check's name, why, and the place (`field`, `index`, `offset`) as far as known."""
+
+    def __init__(self, name: str, reason: str, **place: Any) -> None:
+        super().__init__(name, reason)
+        self.failure = {"name": name, "reason": reason, **place}
+
+
+@dataclass
+class Report:
+    """What was looked at and what is wrong with it. Verified when nothing is."""
+
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def at(self, file: str, start: int = 0, **place: Any) -> Iterator[None]:
+        """Checks made inside are of this place; a failed one is noted, and what follows the block goes on."""
+        try:
+            yield
+        except VerifyError as error:
+            failure = {"file": file, "field": None, "index": None, "offset": None, **place, **error.failure}
+            if failure["offset"] is not None:
+                failure["offset"] += start
+            self.failures.append(failure)
+
+
+# Ed25519 verification, RFC 8032 section 5.1.
+
+P = 2**255 - 19
+L = 2**252 + 27742317777372353535851937790883648493
+D = -121665 * pow(121666, -1, P) % P
+Point = tuple[int, int, int, int]  # extended coordinates X, Y, Z, T: x = X/Z, y = Y/Z, xy = T/Z
+
+
+def point_add(p: Point, q: Point) -> Point:
+    a, b = (p[1] - p[0]) * (q[1] - q[0]) % P, (p[1] + p[0]) * (q[1] + q[0]) % P
+    c, d = 2 * p[3] * q[3] * D % P, 2 * p[2] * q[2] % P
+    e, f, g, h = b - a, d - c, d + c, b + a
+    return e * f % P, g * h % P, f * g % P, e * h % P
+
+
+def point_times(scalar: int, p: Point) -> Point:
+    total = (0, 1, 1, 0)
+    while scalar:
+        if scalar & 1:
+            total = point_add(total, p)
+        p, scalar = point_add(p, p), scalar >> 1
+    return total
+
+
+def point_decode(data: bytes) -> Point:
+    """Section 5.1.3. Raises ValueError for 32 bytes that encode no point, y not below p included."""
+    y = int.from_bytes(data, "little")
+    sign, y = y >> 255, y & (2**255 - 1)
+    x2 = (y * y - 1) * pow(D * y * y + 1, -1, P) % P
+    x = pow(x2, (P + 3) // 8, P)
+    if (x * x - x2) % P:
+        x = x * pow(2, (P - 1) // 4, P) % P
+    if y >= P or (x * x - x2) % P or (x == 0 and sign):
+        raise ValueError("not a point of the curve")
+    x = P - x if x & 1 != sign else x
+    return x, y, 1, x * y % P
+
+
+def point_encode(p: Point) -> bytes:
+    inverse = pow(p[2], -1, P)
+    return (p[1] * inverse % P | (p[0] * inverse % P & 1) << 255).to_bytes(32, "little")
+
+
+BASE = point_decode((4 * pow(5, -1, P) % P).to_bytes(32, "little"))
+
+
+def ed25519_good(public: bytes, signature: bytes, message: bytes) -> bool:
+    """Section 5.1.7, the equation without cofactor: encode([S]B - [k]A) is R, bit for bit."""
+    s = int.from_bytes(signature[32:], "little")
+    if len(public) != 32 or len(signature) != 64 or s >= L:
+        return False
+    try:
+        x, y, z, t = point_decode(public)
+    except ValueError:
+        return False
+    k = int.from_bytes(hashlib.sha512(signature[:32] + public + message).digest(), "little") % L
+    return point_encode(point_add(point_times(s, BASE), point_times(k, (P - x, y, z, P - t)))) == signature[:32]
+
+
+# Keys, signed notes and checkpoints: C2SP signed-note, tlog-checkpoint.
+
+
+class Key(NamedTuple):
+    name: str
+    public: bytes
+    id: bytes
+
+
+class Checkpoint(NamedTuple):
+    origin: str
+    size: int
+    root: bytes
+
+
+def unbase64(encoded: str) -> bytes:
+    """RFC 4648 section 4 in its one spelling, as Python's decoder takes pad bits that are not zero; b"" if wrong."""
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except ValueError:
+        return b""
+    return data if base64.b64encode(data).decode() == encoded else b""
+
+
+def utf8(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise VerifyError(name, "not UTF-8", offset=error.start) from None
+
+
+def read_key(data: bytes) -> Key:
+    """`<name>+<key id>+<base64(0x01 || public key)>`, one line. Raises KEY_FORMAT."""
+    match = re.fullmatch(r"([^\s+]+)\+([0-9a-f]{8})\+(\S+)\n?", utf8(data, "KEY_FORMAT"))
+    body = unbase64(match[3]) if match else b""
+    if match is None or len(body) != 33 or body[0] != 1:
+        raise VerifyError("KEY_FORMAT", "not one line <name>+<8 hex digits>+<base64 of 0x01 and 32 bytes>")
+    key_id = hashlib.sha256(match[1].encode() + b"\n" + body).digest()[:4]
+    if key_id.hex() != match[2]:
+        raise VerifyError("KEY_FORMAT", f"key id is {match[2]}, name and key give {key_id.hex()}")
+    return Key(match[1], body[1:], key_id)
+
+
+def read_note(data: bytes, key: Key) -> tuple[str, VerifyError | None]:
+    """The text, and NOTE_SIGNATURE unless a line of this key is there and each of them good. Raises NOTE_FORMAT."""
+    if len(data) > NOTE_BYTES_MAX:
+        raise VerifyError("NOTE_FORMAT", f"longer than {NOTE_BYTES_MAX} bytes", offset=NOTE_BYTES_MAX)
+    control = re.search(rb"[\x00-\x09\x0b-\x1f]", data)
+    if control:
+        raise VerifyError("NOTE_FORMAT", "a control character", offset=control.start())
+    text, empty, tail = utf8(data, "NOTE_FORMAT").rpartition("\n\n")
+    if not empty or not tail.endswith("\n"):
+        raise VerifyError("NOTE_FORMAT", "not a text, an empty line and signature lines that end in a newline")
+    mine, offset = [], len(data) - len(tail.encode())
+    for line in tail[:-1].split("\n"):
+        match = re.fullmatch(r"— ([^\s+]+) (\S+)", line)
+        body = unbase64(match[2]) if match else b""
+        if match is None or len(body) < 5:
+            raise VerifyError("NOTE_FORMAT", "not a signature line", offset=offset)
+        if match[1] == key.name and body[:4] == key.id:
+            mine.append(ed25519_good(key.public, body[4:], f"{text}\n".encode()))
+        offset += len(line.encode()) + 1
+    wrong = "does not verify" if mine else "is not there"
+    name = f"{key.name}+{key.id.hex()}"
+    bad = None if mine and all(mine) else VerifyError("NOTE_SIGNATURE", f"the signature of {name} {wrong}")
+    return text + "\n", bad
+
+
+def check_checkpoint(data: bytes, key: Key, report: Report, file: str, where: str | None = None) -> Checkpoint | None:
+    """What a checkpoint claims, its failures noted; None when nothing can be read from it."""
+    claim = None
+    with report.at(file, field=where):
+        text, bad = read_note(data, key)
+        match = re.fullmatch(r"([^\n]+)\n(0|[1-9][0-9]{0,19})\n([^\n]+)\n", text)
+        root = unbase64(match[3]) if match else b""
+        if match is None or len(root) != 32:
+            raise VerifyError("NOTE_FORMAT", "the text is not origin, size and base64 of a 32-byte root")
+        claim = Checkpoint(match[1], int(match[2]), root)
+        if claim.origin != key.name:
+            raise VerifyError("CHECKPOINT_ORIGIN", f"origin {claim.origin} is not the key's name {key.name}")
+        if bad:
+            raise bad
+    return claim
+
+
+# Canonical JSON: RFC 8785 without floats.
+
+
+def read_json(data: bytes) -> Json:
+    """The value. Raises ValueError for whatever records may not hold, RFC 8785 or not."""
+
+    def refuse(what: str) -> Json:
+        raise ValueError(f"{what[:20]} is a number that records do not hold")
+
+    def members(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+        if len(dict(pairs)) < len(pairs) or not all(name.isascii() for name, _ in pairs):
+            raise ValueError("a key is there twice or not ASCII")
+        return dict(pairs)
+
+    def number(digits: str) -> int:
+        return int(digits) if len(digits) < 18 and abs(int(digits)) <= INTEGER_MAX else refuse(digits)
+
+    text = data.decode("utf-8")
+    try:
+        value = json.loads(text, parse_int=number, parse_float=refuse, parse_constant=refuse, object_pairs_hook=members)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    write_json(value)  # a lone surrogate has no UTF-8
+    return value
+
+
+def write_json(value: Json) -> bytes:
+    """The canonical spelling: `json` escapes as RFC 8785 section 3.2.2.2 says, ASCII keys sort alike in any coding."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode("utf-8")
+
+
+def fault_place(error: ValueError) -> dict[str, int]:
+    """Byte offset of a JSON or UTF-8 error, where it has one."""
+    if isinstance(error, json.JSONDecodeError):
+        return {"offset": len(error.doc[: error.pos].encode())}
+    return {"offset": error.start} if isinstance(error, UnicodeDecodeError) else {}
+
+
+def first_difference(a: bytes, b: bytes) -> int:
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# Shapes. A shape is a name in KINDS, words between bars (one of them), either with `?` (or null), [shape] (a list),
+# {"*": shape} (any keys), {field: shape, ...} (exactly these fields) or a tuple of one object (or null).
+
+
+def is_time(value: Json) -> bool:
+    try:
+        return bool(re.fullmatch(r"[-0-9]{10}T[:0-9]{8}\.[0-9]{6}Z", value) and datetime.fromisoformat(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def like(pattern: str) -> Callable[[Json], bool]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+KINDS: dict[str, Callable[[Json], bool]] = {
+    "any": lambda value: True,
+    "plain": lambda value: value is None or isinstance(value, str | int),
+    "text": lambda value: isinstance(value, str),
+    "integer": lambda value: type(value) is int,  # true is an int to isinstance
+    "boolean": lambda value: isinstance(value, bool),
+    "amount": lambda value: type(value) is int or like(r"[1-9][0-9]{15,}")(value),
+    "digest": like(r"sha256:[0-9a-f]{64}"),
+    "hash": like(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]="),
+    "time": is_time,
+}
+# fmt: off
+TYPES = ("|node.started|node.stopped|ticket.minted|policy.loaded|access.denied|document.stored"
+         "|job.intent|job.started|job.stop|job.outcome|")
+TEXTS = "tenant_id principal request_id traceparent operation job_id kind op model_id model_version cell_id state"
+RECORD = {
+    "schema_version": "|1.0|", "type": TYPES, "log_index": "integer", "time": "time", "node_id": "text",
+    **dict.fromkeys(TEXTS.split(), "text?"), "effect": "|pure|cell|read|control|?", "attempt": "integer?",
+    **dict.fromkeys(["input_hash", "idempotency_hash", "result_digest"], "digest?"), "labels": ["text"],
+    "ticket": ({"implicit": "boolean", "kid": "text", "link_ids": ["text"], "role": "text"},),
+    "policy": ({"decision": "|allow|deny|", "determining": ["text"], "digest": "digest"},),
+    "budget": ({"accounts": ["text"], "cpu_ms": "amount", "ops": "amount", "reservation_id": "text",
+                "settled": "boolean"},),
+    "code": ({**dict.fromkeys(["engine", "model_digest", "route", "rung"], "text?"),
+              **dict.fromkeys(["plan_digest", "sandbox_digest"], "digest?")},),
+    "exit": ({"code": "integer?", "oom_killed": "boolean?", "reason": "text?", "signal": "integer?",
+              "timed_out": "boolean?"},),
+    "error": ({"code": "text", "details": {"*": "plain"}, "message": "text", "remedy": "text?"},),
+    "usage": ({"*": "any"},), "result_bytes": "integer?",
+    "artifacts": [{"digest": "digest", "media_type": "text?", "name": "text?", "size_bytes": "amount"}],
+    **dict.fromkeys(["created_at", "started_at", "finished_at"], "time?"),
+    "timings_us": {"*": "integer"}, "detail": {"*": "text"},
+}
+RECEIPT = {
+    "receipt_version": "|1.0|", "job_id": "text", "origin": "text", "verdict": "text", "checkpoint": "text",
+    "entries": [{"entry": "text", "proof": {"log_index": "integer", "hashes": ["hash"]}}],
+    "documents": {"*": "text"},
+}
+# fmt: on
+
+
+def misfit(value: Json, shape: Any, where: str = "") -> str | None:
+    """What keeps a value from having a shape, or None."""
+    if isinstance(shape, str):
+        kind = shape.removesuffix("?")
+        known = KINDS.get(kind) or (lambda value: isinstance(value, str) and value in kind[1:-1].split("|"))
+        return None if known(value) or (value is None and kind != shape) else f"{where} is not {shape}"
+    if isinstance(shape, tuple):
+        return None if value is None else misfit(value, shape[0], where)
+    if type(value) is not type(shape):
+        return f"{where or 'it'} is not {'a list' if isinstance(shape, list) else 'an object'}"
+    if isinstance(shape, list):
+        parts = [(item, shape[0], f"{where}[{at}]") for at, item in enumerate(value)]
+    elif "*" in shape:
+        parts = [(item, shape["*"], f"{where}.{name}") for name, item in value.items()]
+    elif value.keys() != shape.keys():
+        return f"{where or 'it'} lacks {sorted(shape.keys() - value)}, has unknown {sorted(value.keys() - shape)}"
+    else:
+        parts = [(value[name], each, f"{where}.{name}".lstrip(".")) for name, each in shape.items()]
+    return next(filter(None, (misfit(*part) for part in parts)), None)
+
+
+def read_record(data: bytes) -> dict[str, Json]:
+    """The record in an entry. Raises ENTRY_NOT_CANONICAL or ENTRY_SCHEMA."""
+    if not 1 <= len(data) <= ENTRY_BYTES_MAX:
+        raise VerifyError("ENTRY_NOT_CANONICAL", f"{len(data)} bytes, allowed are 1 to {ENTRY_BYTES_MAX}", offset=0)
+    try:
+        record = read_json(data)
+    except ValueError as error:
+        raise VerifyError("ENTRY_NOT_CANONICAL", str(error), **fault_place(error)) from None
+    canonical = write_json(record)
+    if canonical != data:
+        at = first_difference(canonical, data)
+        raise VerifyError("ENTRY_NOT_CANONICAL", "RFC 8785 spells it otherwise", offset=at)
+    wrong = misfit(record, RECORD)
+    if wrong:
+        raise VerifyError("ENTRY_SCHEMA", wrong)
+    return dict(record)
+
+
+def documents_of(record: dict[str, Json]) -> set[str]:
+    """Digests of the documents that a record names."""
+    policy, code = record["policy"] or {}, record["code"] or {}
+    named = (policy.get("digest"), code.get("plan_digest"), code.get("sandbox_digest"))
+    return {digest for digest in named if digest is not None}
+
+
+# The tree: RFC 6962 section 2.1, RFC 9162 section 2.1.3.2.
+
+
+def leaf_hash(entry: bytes) -> bytes:
+    return hashlib.sha256(b"\0" + entry).digest()
+
+
+def node_hash(left: bytes, right: bytes) -> bytes:
+    return hashlib.sha256(b"\1" + left + right).digest()
+
+
+def root_of(row: list[bytes]) -> bytes:
+    """Root over hashes. Pairing level by level and lifting an odd last one splits where RFC 6962 does."""
+    while len(row) > 1:
+        paired = [node_hash(row[at], row[at + 1]) for at in range(0, len(row) - 1, 2)]
+        row = paired + row[len(paired) * 2 :]
+    return row[0] if row else hashlib.sha256(b"").digest()
+
+
+def included(leaf: bytes, index: int, claim: Checkpoint, path: list[bytes]) -> bool:
+    if not 0 <= index < claim.size:
+        return False
+    fn, sn, r = index, claim.size - 1, leaf
+    for c in path:
+        if sn == 0:
+            return False
+        if fn & 1 or fn == sn:
+            r = node_hash(c, r)
+            while fn and not fn & 1:
+                fn, sn = fn >> 1, sn >> 1
+        else:
+            r = node_hash(r, c)
+        fn, sn = fn >> 1, sn >> 1
+    return sn == 0 and r == claim.root
+
+
+# The log directory.
+
+
+class Frame(NamedTuple):
+    first: int
+    entries: list[tuple[int, bytes]]  # offset in the segment, bytes
+    end: int
+
+
+def frame_at(data: bytes, at: int) -> Frame | str:
+    """The frame at an offset, or why there is none."""
+    if len(data) < at + 24 or data[at : at + 4] != b"AEF1":
+        return "no frame starts here"
+    first, count, length, check = struct.unpack_from(">QIII", data, at + 4)
+    end = at + 24 + length
+    if end > len(data):
+        return f"a frame of {24 + length} bytes is cut off"
+    if zlib.crc32(memoryview(data)[at + 24 : end], zlib.crc32(data[at : at + 20])) != check:
+        return "the check sum is wrong"
+    entries: list[tuple[int, bytes]] = []
+    cursor = at + 24
+    while cursor + 4 <= end and len(entries) < count:
+        size = int.from_bytes(data[cursor : cursor + 4], "big")
+        entries.append((cursor + 4, data[cursor + 4 : cursor + 4 + size]))
+        cursor += 4 + size
+    if cursor != end or len(entries) != count or count == 0:
+        return f"the payload is not {count} entries and nothing else"
+    return Frame(first, entries, end)
+
+
+def is_torn(data: bytes, at: int) -> bool:
+    """No valid frame lies from here on: bytes were left unwritten, not damaged."""
+    while (at := data.find(b"AEF1", at)) >= 0:
+        if isinstance(frame_at(data, at), Frame):
+            return False
+        at += 1
+    return True
+
+
+def read_file(path: Path, limit: int) -> bytes | None:
+    """At most `limit + 1` bytes, None where no regular file is (a fifo would block, a device never end)."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return file.read(limit + 1)
+
+
+def tile_path(level: str, number: int, width: int) -> str:
+    digits = f"{number:03d}"
+    digits = digits.zfill(-(-len(digits) // 3) * 3)
+    groups = [f"x{digits[at : at + 3]}" for at in range(0, len(digits) - 3, 3)]
+    return "/".join(["tile", level, *groups, digits[-3:]]) + (f".p/{width}" if width else "")
+
+
+class LogCheck:
+    """One pass over a log directory. Entries count for the tree as far as they follow one another without a hole."""
+
+    def __init__(self, directory: Path, key: Key, held: list[Path]) -> None:
+        self.directory, self.key, self.held = directory, key, held
+        self.report = Report()
+        self.leaves: list[bytes] = []
+        self.bundle: list[bytes] = []
+        self.named: dict[str, int] = {}
+        self.looked_at = {"lock", "checkpoint"}
+        self.size = self.entries = self.torn_bytes = 0
+
+    def run(self) -> Report:
+        claims = {"checkpoint": self.checkpoint()}
+        for path in self.held:
+            claims[str(path)] = check_checkpoint(path.read_bytes(), self.key, self.report, str(path))
+        for index, entry, file, offset in self.segments():
+            self.entry(index, entry, file, offset)
+        for file, claim in claims.items():
+            with self.report.at(file):
+                self.root(claim)
+        self.tiles()
+        self.documents()
+        files = (str(path.relative_to(self.directory)) for path in self.directory.rglob("*") if not path.is_dir())
+        self.report.facts = {
+            **{"origin": self.key.name, "size": self.size, "root": root_of(self.leaves[: self.size]).hex()},
+            **{"entries": self.entries, "torn_bytes": self.torn_bytes, "held_checkpoints": len(self.held)},
+            "unchecked": sorted(set(files) - self.looked_at),
+        }
+        return self.report
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Step 1."""
+        claim = None
+        with self.report.at("checkpoint"):
+            data = read_file(self.directory / "checkpoint", NOTE_BYTES_MAX)
+            if data is None:
+                raise VerifyError("CHECKPOINT_MISSING", "nothing says what the log should hold")
+            claim = check_checkpoint(data, self.key, self.report, "checkpoint")
+        self.size = claim.size if claim else 0
+        return claim
+
+    def segments(self) -> Iterator[tuple[int, bytes, str, int]]:
+        """Step 2: index, bytes, file and offset of each entry in a valid frame."""
+        found = sorted((self.directory / "segments").glob("*"))
+        found = [path for path in found if re.fullmatch(r"[0-9]{20}", path.name) and int(path.name) < 2**64]
+        following: int | None = 0
+        for path in found:
+            file, first = f"segments/{path.name}", int(path.name)
+            self.looked_at.add(file)
+            with self.report.at(file, index=following):
+                if following is not None and first != following:
+                    raise VerifyError("SEGMENT_MISSING", f"entry {following} should be the first here")
+            data, following = read_file(path, SEGMENT_BYTES_MAX) or b"", None
+            with self.report.at(file):
+                start = self.header(data, first)
+                following = yield from self.frames(data, start, first, file, path == found[-1])
+
+    def header(self, data: bytes, first: int) -> int:
+        """Where the frames start. Raises SEGMENT_HEADER."""
+        origin = self.key.name.encode()
+        header = b"AETHSEG1" + struct.pack(">QH", first, len(origin)) + origin
+        header += struct.pack(">I", zlib.crc32(header))
+        if not data.startswith(header):
+            at = first_difference(header, data)
+            raise VerifyError("SEGMENT_HEADER", f"not a header of {self.key.name} from {first} on", offset=at)
+        if len(data) > SEGMENT_BYTES_MAX:
+            raise VerifyError("SEGMENT_HEADER", f"longer than {SEGMENT_BYTES_MAX} bytes", offset=SEGMENT_BYTES_MAX)
+        return len(header)
+
+    def frames(
+        self, data: bytes, at: int, index: int, file: str, last: bool
+    ) -> Generator[tuple[int, bytes, str, int], None, int]:
+        """The entries of a segment; returns the index that follows them. Raises FRAME_BAD."""
+        while at < len(data):
+            frame = frame_at(data, at)
+            if isinstance(frame, str) or frame.first != index:
+                if last and index >= self.size and is_torn(data, at):
+                    self.torn_bytes = len(data) - at
+                    return index
+                why = frame if isinstance(frame, str) else f"it begins with {frame.first}, not {index}"
+                raise VerifyError("FRAME_BAD", why, index=index, offset=at)
+            for offset, entry in frame.entries:
+                yield index, entry, file, offset
+                index += 1
+            at = frame.end
+        return index
+
+    def entry(self, index: int, entry: bytes, file: str, offset: int) -> None:
+        """Step 3; and the leaf and the bundle of this entry when all before it are there."""
+        self.entries += 1
+        with self.report.at(file, start=offset, index=index):
+            record = read_record(entry)
+            for digest in documents_of(record):
+                self.named.setdefault(digest, index)
+            if record["log_index"] != index:
+                raise VerifyError("ENTRY_INDEX", f"the record says {record['log_index']}", field="log_index", offset=0)
+        if index != len(self.leaves):
+            return
+        self.leaves.append(leaf_hash(entry))
+        self.bundle.append(min(len(entry), ENTRY_BYTES_MAX).to_bytes(2, "big") + entry)
+        if index < self.size and (len(self.bundle) == 256 or index == self.size - 1):
+            self.match(tile_path("entries", index // 256, len(self.bundle) % 256), self.bundle, index // 256 * 256)
+        if len(self.bundle) == 256:
+            self.bundle = []
+
+    def root(self, claim: Checkpoint | None) -> None:
+        """Step 4, for the published checkpoint and for those kept elsewhere. Raises LOG_SHORT or ROOT_MISMATCH."""
+        have = len(self.leaves)
+        if claim and have < claim.size:
+            raise VerifyError(
+                "LOG_SHORT", f"{have} entries without a hole, the checkpoint has {claim.size}", index=have
+            )
+        if claim and root_of(self.leaves[: claim.size]) != claim.root:
+            raise VerifyError("ROOT_MISMATCH", f"the first {claim.size} entries have another root")
+
+    def tiles(self) -> None:
+        """Step 5 for hash tiles, level by level, as far as the segments give hashes."""
+        row, level = self.leaves[: self.size], 0
+        while row:
+            whole = len(row) == self.size >> 8 * level
+            for at in range(0, len(row) if whole else len(row) // 256 * 256, 256):
+                hashes = row[at : at + 256]
+                self.match(tile_path(str(level), at // 256, len(hashes) % 256), hashes, at << 8 * level, 8 * level)
+            row = [root_of(row[at : at + 256]) for at in range(0, len(row) // 256 * 256, 256)]
+            level += 1
+
+    def match(self, file: str, pieces: list[bytes], index: int, shift: int = 0) -> None:
+        """Step 5: a tile is these pieces in a row, each for `2^shift` entries."""
+        self.looked_at.add(file)
+        with self.report.at(file, index=index):
+            data, at = self.tile(file, sum(map(len, pieces))), 0
+            for position, piece in enumerate([*pieces, b""]):
+                found = data[at : at + len(piece)] if piece else data[at:]
+                if found != piece:
+                    place = {"index": index + (position << shift), "offset": at + first_difference(piece, found)}
+                    raise VerifyError("TILE_MISMATCH", "differs from what the segments give", **place)
+                at += len(piece)
+
+    def tile(self, file: str, length: int) -> bytes:
+        """A tile; for a partial one that is gone the beginning of the full or a wider one. Raises TILE_MISSING."""
+        whole, _, width = file.partition(".p/")
+        data = read_file(self.directory / file, length)
+        for other in [whole, *(f"{whole}.p/{wider}" for wider in range(int(width) + 1, 256))] if width else []:
+            if data is None:
+                data = (read_file(self.directory / other, length) or b"")[:length] or None
+        if data is None:
+            raise VerifyError("TILE_MISSING", "the checkpoint needs it")
+        return data
+
+    def documents(self) -> None:
+        """Step 6."""
+        present = set()
+        for path in sorted((self.directory / "documents").rglob("*")):
+            file = str(path.relative_to(self.directory))
+            if path.is_dir() or file.endswith(".tmp"):
+                continue
+            self.looked_at.add(file)
+            present.add(f"sha256:{path.name}")
+            with self.report.at(file):
+                match = re.fullmatch(r"documents/sha256/(..)/(\1[0-9a-f]{62})", file)
+                if match is None or not path.is_file() or file_digest(path) != match[2]:
+                    raise VerifyError("DOCUMENT_MISMATCH", "its bytes have another digest than its name")
+        for digest, index in self.named.items():
+            with self.report.at("documents", index=index):
+                if digest not in present:
+                    raise VerifyError("DOCUMENT_MISSING", f"entry {index} names {digest}")
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Receipts.
+
+
+def verify_receipt(data: bytes, key: Key, file: str) -> Report:
+    """Steps 1 to 7. After the first each step goes on with what could be read, so that the report is whole."""
+    report = Report()
+    with report.at(file):
+        receipt = read_receipt(data)
+    if report.failures:
+        return report
+    claim = check_checkpoint(receipt["checkpoint"].encode(), key, report, file, "checkpoint")
+    with report.at(file, field="origin"):
+        if claim and receipt["origin"] != claim.origin:
+            raise VerifyError("CHECKPOINT_ORIGIN", "not the checkpoint's first line")
+    given = enumerate(receipt["entries"])
+    records = [record for at, each in given if (record := check_entry(each, f"entries[{at}]", claim, report, file))]
+    if len(records) == len(receipt["entries"]):
+        check_story(records, receipt["job_id"], report, file)
+        check_documents(records, receipt["documents"], report, file)
+        with report.at(file, field="verdict"):
+            check_verdict(receipt["verdict"], records, key)
+    report.facts = {
+        **{"job_id": receipt["job_id"], "origin": receipt["origin"], "size": claim.size if claim else None},
+        "log_indexes": [record["log_index"] for record in records],
+        "state": records[-1]["state"] if records else None,
+    }
+    return report
+
+
+def read_receipt(data: bytes) -> dict[str, Json]:
+    """Step 1. Raises RECEIPT_FORMAT."""
+    if len(data) > RECEIPT_BYTES_MAX:
+        raise VerifyError("RECEIPT_FORMAT", f"longer than {RECEIPT_BYTES_MAX} bytes", offset=RECEIPT_BYTES_MAX)
+    try:
+        receipt = read_json(data)
+    except ValueError as error:
+        raise VerifyError("RECEIPT_FORMAT", f"not JSON: {error}", **fault_place(error)) from None
+    wrong = misfit(receipt, RECEIPT)
+    if wrong:
+        raise VerifyError("RECEIPT_FORMAT", wrong)
+    return dict(receipt)
+
+
+def check_entry(
+    given: dict[str, Json], where: str, claim: Checkpoint | None, report: Report, file: str
+) -> dict[str, Json] | None:
+    """Step 3 for one entry: the record, or None when its text is none."""
+    record, index, entry = None, given["proof"]["log_index"], given["entry"].encode()
+    with report.at(file, field=f"{where}.proof", index=index):
+        path = [unbase64(each) for each in given["proof"]["hashes"]]
+        if claim and not included(leaf_hash(entry), index, claim, path):
+            raise VerifyError("PROOF_INVALID", "does not lead to the checkpoint's root")
+    with report.at(file, field=f"{where}.entry", index=index):
+        record = read_record(entry)
+        if record["log_index"] != index:
+            raise VerifyError("ENTRY_INDEX", f"the record says {record['log_index']}, the proof {index}")
+    return record
+
+
+def check_story(records: list[dict[str, Json]], job_id: str, report: Report, file: str) -> None:
+    """Steps 4 and 5: one job told in order, and its end agrees with its beginning."""
+    for at, record in enumerate(records):
+        with report.at(file, field=f"entries[{at}]", index=record["log_index"]):
+            if record["job_id"] != job_id:
+                raise VerifyError("ENTRY_JOB", f"belongs to {record['job_id']}, not to {job_id}")
+    types = [record["type"] for record in records]
+    indexes = [record["log_index"] for record in records]
+    ends = len(types) > 1 and types[0] == "job.intent" and types[-1] == "job.outcome"
+    with report.at(file, field="entries"):
+        if not ends or not {*types[1:-1]} <= {"job.started", "job.stop"} or sorted({*indexes}) != indexes:
+            told = ", ".join(f"{index} {kind}" for index, kind in zip(indexes, types, strict=True))
+            raise VerifyError("ENTRY_SEQUENCE", f"not intent, started or stop, outcome with rising indexes: {told}")
+        intent, outcome = records[0], records[-1]
+        wrong = [name for name in ("tenant_id", "node_id", "kind", "op", "input_hash") if intent[name] != outcome[name]]
+        wrong += [] if budgets_agree(intent, outcome) else ["budget"]
+        wrong += [] if (intent["policy"] or {}).get("decision") == "allow" else ["policy"]
+        if wrong:
+            raise VerifyError("ENTRY_CONTRADICTION", f"intent and outcome differ or do not fit in {', '.join(wrong)}")
+
+
+def budgets_agree(intent: dict[str, Json], outcome: dict[str, Json]) -> bool:
+    before, after, ticket = intent["budget"], outcome["budget"], intent["ticket"]
+    if before is None or after is None:
+        return before is after
+    same = before["reservation_id"] == after["reservation_id"] and before["accounts"] == after["accounts"]
+    charged = ticket is not None and before["accounts"] == ticket["link_ids"]
+    return bool(same and charged and after["settled"] and not before["settled"])
+
+
+def check_documents(records: list[dict[str, Json]], documents: dict[str, str], report: Report, file: str) -> None:
+    """Step 6."""
+    named = {digest: record["log_index"] for record in records for digest in documents_of(record)}
+    for digest, index in named.items():
+        with report.at(file, field="documents", index=index):
+            if digest not in documents:
+                raise VerifyError("DOCUMENT_MISSING", f"entry {index} names {digest}")
+    for digest, text in documents.items():
+        with report.at(file, field=f"documents.{digest}"):
+            if digest not in named or digest != "sha256:" + hashlib.sha256(text.encode()).hexdigest():
+                raise VerifyError("DOCUMENT_MISMATCH", "no entry names it, or its text has another digest")
+
+
+def check_verdict(note: str, records: list[dict[str, Json]], key: Key) -> None:
+    """Step 7: the one text that the intent allows, signed. Raises NOTE_FORMAT, NOTE_SIGNATURE, VERDICT_MISMATCH."""
+    text, bad = read_note(note.encode(), key)
+    if bad:
+        raise bad
+    intent = records[0] if records else {}
+    verdict = {name: intent.get(name) for name in ("job_id", "policy", "principal", "tenant_id", "ticket", "time")}
+    expected = b"aether.verdict/v1\n" + write_json({"intent_index": intent.get("log_index"), **verdict}) + b"\n"
+    if text.encode() != expected:
+        at = first_difference(expected, text.encode())
+        raise VerifyError("VERDICT_MISMATCH", "not the verdict on this intent", offset=at)
+
+
+# Command line.
+
+
+def verify_record(data: bytes, file: str) -> Report:
+    """Form alone: a record by itself carries no proof. `leaf` is what a log would commit to."""
+    report = Report(facts={"leaf": leaf_hash(data).hex()})
+    with report.at(file):
+        record = read_record(data)
+        report.facts.update({name: record[name] for name in ("type", "log_index", "job_id")})
+    return report
+
+
+def show(report: Report, as_json: bool) -> None:
+    """Print a report. As text, what came from files is escaped: it must not steer a terminal."""
+    if as_json:
+        print(
+            json.dumps({"verified": not report.failures, "failures": report.failures, **report.facts}, sort_keys=True)
+        )
+        return
+    lines = [f"NOT VERIFIED: {len(report.failures)} failures" if report.failures else "verified"]
+    for failure in report.failures[:LISTED_MAX]:
+        place = [
+            f"{name} {failure[name]}" for name in ("file", "field", "index", "offset") if failure[name] is not None
+        ]
+        lines.append(f"  {failure['name']}: {', '.join(place)}: {failure['reason']}")
+    for name, value in report.facts.items():
+        lines.append(f"  {name}: {value[:LISTED_MAX] if isinstance(value, list) else value}")
+    print("\n".join(ascii(line)[1:-1] for line in lines))
+
+
+def verify(options: argparse.Namespace) -> Report:
+    """Raises OSError naming the file that cannot be read."""
+    path: Path = options.path
+    if options.what == "record":
+        return verify_record(path.read_bytes(), str(path))
+    report, key = Report(), None
+    with report.at(str(options.key)):
+        key = read_key(options.key.read_bytes())
+    if key is None:
+        return report
+    if options.what == "log":
+        next(path.iterdir(), None)
+        return LogCheck(path, key, options.checkpoint).run()
+    with path.open("rb") as file:
+        return verify_receipt(file.read(RECEIPT_BYTES_MAX + 1), key, str(path))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="aether_verify", description="Verify an AetherOS audit log, receipt or record."
+    )
+    commands = parser.add_subparsers(dest="what", required=True)
+    for what, meaning in (("log", "audit directory"), ("receipt", "receipt file"), ("record", "file of one record")):
+        command = commands.add_parser(what, help=f"verify a {what}")
+        command.add_argument("path", type=Path, help=meaning)
+        command.add_argument("--json", action="store_true", help="print the report as one JSON object")
+        if what != "record":
+            command.add_argument("--key", type=Path, required=True, help="the public key, as in keys/audit.pub")
+        if what == "log":
+            kept = "a checkpoint kept elsewhere that the log must still contain; may be repeated"
+            command.add_argument("--checkpoint", type=Path, action="append", default=[], help=kept)
+    options = parser.parse_args(arguments)
+    try:
+        report = verify(options)
+    except OSError as error:
+        parser.error(f"cannot read {error.filename}: {error.strerror}")
+    show(report, options.json)
+    return 1 if report.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
