@@ -1,0 +1,101 @@
+"""Tables that state what the project has are compared with what it has."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import Any
+
+import docpages
+import limits_table
+import pytest
+
+from aether.contract import limits
+
+STATUSES = {"real", "protocol-mock", "untested"}
+_REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*(.*)")
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads(docpages.page("pyproject.toml"))
+
+
+def pairs(requirements: list[str]) -> set[tuple[str, str]]:
+    """(name, constraint) of each requirement."""
+    found = set()
+    for text in requirements:
+        match = _REQUIREMENT.fullmatch(text)
+        assert match is not None, text
+        found.add((match[1], match[2]))
+    return found
+
+
+def section(text: str, heading: str) -> str:
+    _, found, rest = text.partition(f"## {heading}\n")
+    assert found, f"no section {heading!r}"
+    return rest.partition("\n## ")[0]
+
+
+def unquoted(cell: str) -> str:
+    return cell.strip("`")
+
+
+@pytest.mark.parametrize(
+    ("heading", "of"),
+    [
+        ("Base", lambda p: p["project"]["dependencies"]),
+        ("Extra `train`", lambda p: p["project"]["optional-dependencies"]["train"]),
+        ("Extra `dev`", lambda p: p["project"]["optional-dependencies"]["dev"]),
+    ],
+)
+def test_every_dependency_is_explained(heading: str, of: Any) -> None:
+    rows = docpages.table_with(section(docpages.page("docs/dependencies.md"), heading), "package", "constraint")
+    assert {(unquoted(row[0]), unquoted(row[1])) for row in rows} == pairs(of(project()))
+    for row in rows:
+        assert row[2], f"{row[0]} has no licence"
+
+
+def test_build_requirements_are_explained() -> None:
+    text = section(docpages.page("docs/dependencies.md"), "Build and native tool chain")
+    named = {unquoted(row[0]): unquoted(row[1]) for row in docpages.table_with(text, "tool", "constraint")}
+    for name, constraint in pairs(project()["build-system"]["requires"]):
+        assert named.get(name) == constraint
+
+
+def test_no_extra_is_unknown() -> None:
+    assert set(project()["project"]["optional-dependencies"]) == {"train", "dev"}
+
+
+def test_limits_are_as_in_the_code() -> None:
+    text = docpages.page("SPECIFICATION.md")
+    written = text.partition(limits_table.BEGIN + "\n")[2].partition(limits_table.END)[0]
+    assert written == limits_table.render(), "run `python tests/docs/limits_table.py`"
+
+
+def test_the_limits_table_is_whole() -> None:
+    names = {name for name in vars(limits) if name.isupper()} - {"KIB", "MIB", "GIB"}
+    assert {name for _, name, _, _ in limits_table.rows()} == names
+
+
+def test_capabilities_name_tests_that_exist() -> None:
+    rows = docpages.table_with(docpages.page("docs/capabilities.md"), "row", "how a user does it")
+    assert rows
+    for row in rows:
+        status, named = unquoted(row[3]), docpages.named_tests(row[2])
+        assert status in STATUSES, f"{row[0]}: {status!r}"
+        assert bool(named) == (status != "untested"), f"{row[0]}: a status of {status} with {len(named)} tests"
+
+
+def test_every_threat_names_a_test_or_says_that_there_is_none() -> None:
+    text = docpages.page("docs/threat-model.md")
+    found = [row for rows in docpages.tables(text) if rows[0][:1] == ["threat"] for row in rows[1:]]
+    assert len(found) >= 30
+    for row in found:
+        assert len(row) == 3, row
+        assert docpages.named_tests(row[2]) or row[2] in {"none yet", "measured, not promised"}, row[0]
+
+
+@pytest.mark.parametrize("path", docpages.pages(), ids=lambda p: str(p.relative_to(docpages.ROOT)))
+def test_named_tests_exist(path: Any) -> None:
+    wrong = [why for named in docpages.named_tests(path.read_text()) if (why := docpages.missing_test(named))]
+    assert not wrong, "; ".join(wrong)
