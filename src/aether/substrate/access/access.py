@@ -1,0 +1,204 @@
+"""The one check before every operation: identity -> ticket -> policy. Pure but for the clock passed in.
+
+Rules, in this order; the first that fails is the answer:
+- the peer has a uid (UNAUTHENTICATED);
+- a ticket that was shown verifies (BAD_TICKET) and is not revoked (TICKET_REVOKED); without one, the uid's implicit
+  ticket stands in: role `queen` for root and the instance's owner, `user` for others;
+- every caveat of every link allows the request (TICKET_EXPIRED, TICKET_DENIED);
+- the policy allows it for every role that the ticket names (POLICY_DENIED, with the deciding policies).
+
+The answer says which accounts a spend is charged to and their limits; reserving is the caller's next step.
+Minting is a record: `on_minted` is called before an implicit ticket is used for the first time by this process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Final
+
+from aether.contract.calls import Caller
+from aether.contract.errors import AetherError
+from aether.contract.records import PolicyRef, TicketRef
+from aether.substrate.access import caveats, tickets
+from aether.substrate.access.caveats import Request
+from aether.substrate.access.identity import (
+    DEFAULT_TENANT,
+    Principal,
+    implicit_tenant,
+    node_principal,
+    principal_of,
+)
+from aether.substrate.access.policy import Decision, Policy, Question
+from aether.substrate.access.tickets import Limit, Tickets, Verified
+
+QUEEN: Final = "queen"
+USER: Final = "user"
+NODE: Final = "node"
+_IMPLICIT_MAX: Final = 4_096
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """What an operation is about. For `job.submit` the kind is the job's, else `job`, `artifact`, `audit`, `node`.
+
+    `model` is `id` or `id@version`.
+    """
+
+    kind: str
+    op: str | None = None
+    model: str | None = None
+    labels: tuple[str, ...] = ()
+    id: str | None = None
+    hosts: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Leave for one operation: who, by which ticket, by which decision, within which limits of its links."""
+
+    principal: Principal
+    ticket: TicketRef
+    policy: PolicyRef
+    limits: tuple[Limit, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Minted:
+    """A ticket that now exists: for whom, its link and what it says. Never its text."""
+
+    principal: Principal
+    ticket: TicketRef
+    caveats: tuple[str, ...]
+
+    def detail(self) -> dict[str, str]:
+        """The `detail` of its `ticket.minted` record."""
+        return {"caveats": "; ".join(self.caveats)}
+
+
+class ImplicitTickets:
+    """One ticket per uid that comes without one, and one for the node itself.
+
+    Its nonce is derived from the uid, so that it is the same ticket - and the same account - after a restart.
+    `on_minted` may refuse (no room for the record): then the ticket serves, unrecorded, only for what needs no
+    record either, and is offered again.
+    """
+
+    def __init__(
+        self, authority: Tickets, nonce_key: bytes, operators: Collection[int], on_minted: Callable[[Minted], None]
+    ) -> None:
+        self._authority = authority
+        self._nonce_key = nonce_key
+        self._operators = frozenset(operators) | {0}
+        self._on_minted = on_minted
+        self._known: OrderedDict[int | None, tuple[Principal, Verified]] = OrderedDict()
+
+    def of(self, uid: int | None) -> tuple[Principal, Verified]:
+        """The principal and ticket of a uid; None is the node."""
+        known = self._known.get(uid)
+        if known is None:
+            known = self._mint(uid)
+        return known
+
+    def _mint(self, uid: int | None) -> tuple[Principal, Verified]:
+        if uid is None:
+            principal, role = node_principal(), NODE
+        else:
+            principal = principal_of(uid, implicit_tenant(uid, self._operators))
+            role = QUEEN if uid in self._operators else USER
+        nonce = hmac.digest(self._nonce_key, f"implicit\0{principal.name}\0{role}".encode(), "sha256")[:16]
+        said = (caveats.role(role),)
+        verified = self._authority.verify(self._authority.mint(principal.tenant_id, nonce, said))
+        try:
+            self._on_minted(Minted(principal, _ticket_ref(verified, True), tuple(map(str, said))))
+        except AetherError:
+            return principal, verified
+        self._known[uid] = (principal, verified)
+        if len(self._known) > _IMPLICIT_MAX:
+            self._known.popitem(last=False)
+        return principal, verified
+
+
+class Access:
+    """See the module head. `policy` may be replaced by another one while it runs."""
+
+    def __init__(self, authority: Tickets, implicit: ImplicitTickets, policy: Policy) -> None:
+        self._authority = authority
+        self._implicit = implicit
+        self.policy = policy
+
+    @classmethod
+    def create(
+        cls, secret: bytes, policy: Policy, operators: Collection[int], on_minted: Callable[[Minted], None]
+    ) -> Access:
+        """Access with one epoch's secret (32 bytes); `operators` are uids beside root with role `queen`."""
+        authority = Tickets({"e1": secret}, "e1")
+        nonce_key = hashlib.sha256(b"aether implicit v1\0" + secret).digest()
+        return cls(authority, ImplicitTickets(authority, nonce_key, operators, on_minted), policy)
+
+    def admit(self, caller: Caller, operation: str, resource: Resource, now_ns: int) -> Admission:
+        """Leave for `caller`, or the AetherError of the rule that refused. `now_ns` is the wall clock."""
+        if caller.uid < 0:
+            raise AetherError("UNAUTHENTICATED", f"cannot {operation}: the peer's identity is not known")
+        if caller.credential is None:
+            principal, verified = self._implicit.of(caller.uid)
+        else:
+            verified = self._authority.verify(caller.credential)
+            principal = principal_of(caller.uid, verified.tenant)
+        return self._admit(principal, verified, caller.credential is None, operation, resource, now_ns)
+
+    def admit_node(self, operation: str, resource: Resource, now_ns: int) -> Admission:
+        """Leave for the instance itself (its workers), by its own ticket."""
+        principal, verified = self._implicit.of(None)
+        return self._admit(principal, verified, True, operation, resource, now_ns)
+
+    def mint(
+        self, tenant: str, nonce: bytes, said: tuple[caveats.Caveat, ...], holder: Principal
+    ) -> tuple[str, Minted]:
+        """A ticket's text, for its holder alone, and what its record says. Raises AetherError BAD_FIELD."""
+        text = self._authority.mint(tenant or DEFAULT_TENANT, nonce, said)
+        return text, Minted(holder, _ticket_ref(self._authority.verify(text), False), tuple(map(str, said)))
+
+    def revoke(self, link_id: str) -> None:
+        """Refuses every ticket that has this link, from now on; the record of it is the caller's."""
+        self._authority.revoked.add(link_id)
+
+    def _admit(
+        self,
+        principal: Principal,
+        verified: Verified,
+        implicit: bool,
+        operation: str,
+        resource: Resource,
+        now_ns: int,
+    ) -> Admission:
+        request = Request(operation, resource.kind, resource.model, resource.labels, resource.hosts, resource.paths)
+        tickets.check(verified, request, now_ns // 1_000_000)
+        question = Question(operation, resource.kind, resource.op, resource.model, resource.labels, resource.id)
+        for role in verified.roles:
+            decision = self.policy.decide(principal, role, question)
+            if not decision.allow:
+                raise _denied(decision, operation, role)
+        return Admission(principal, _ticket_ref(verified, implicit), decision.ref(), verified.limits)
+
+
+def _ticket_ref(verified: Verified, implicit: bool) -> TicketRef:
+    return TicketRef(kid=verified.kid, role=verified.role, link_ids=verified.link_ids, implicit=implicit)
+
+
+def _denied(decision: Decision, operation: str, role: str) -> AetherError:
+    if decision.errors:
+        why = "the policy could not be evaluated"
+    elif decision.determining:
+        why = f"forbidden by {', '.join(decision.determining)}"
+    else:
+        why = f"no policy permits it for role {role}"
+    return AetherError(
+        "POLICY_DENIED",
+        f"cannot {operation}: {why}",
+        details={"policies": ", ".join(decision.determining), "policy_digest": decision.digest},
+    )
