@@ -1,8 +1,8 @@
 """Accounts: what the links of tickets may still spend. Pure, exact, and a fold of the log.
 
-Each link that carries a budget has an account. A reservation charges every link of the ticket, so an ancestor's limit binds
-whatever is derived from it. `reserve` before the intent, `apply` with every record in log order: an intent
-confirms its reservation (or makes it, when the log is read at start), an outcome turns it into spending.
+Each link that carries a budget has an account. A reservation charges every link of the ticket, so an ancestor's
+limit binds whatever is derived from it. `reserve` before the intent, `apply` with every record in log order: an
+intent confirms its reservation (or makes it, when the log is read at start), an outcome turns it into spending.
 
 A link's id fixes its caveats, hence its limits. Links without a budget need no account; while the log is read their
 limits are not known, so all are kept until a ticket is shown that says otherwise.

@@ -1,8 +1,9 @@
 """Caveats: what narrows a ticket. Pure: their bytes, and what each allows.
 
 A caveat is `u8 type, u16 length, value`. A value is a list of texts (`u16 length, UTF-8` each), a u64, or a unit and a
-u64 (docs/formats.md "Ticket"). Every caveat of every link must allow a request; a list names what is allowed, so the
-empty list allows nothing; a type that this version does not know allows nothing.
+u64 (docs/formats.md "Ticket"). Every caveat of every link must allow a request; a list names what is allowed, so
+the empty list allows nothing (but `labels`: what every job must carry); a type that this version does not know
+allows nothing.
 
 Patterns in lists are a text that must be equal, or a prefix followed by `*`.
 """

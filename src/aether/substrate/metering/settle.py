@@ -1,7 +1,7 @@
 """Metering: from what a job may use to a reservation, from what it used to a settlement. Pure.
 
-CPU is integer milliseconds, rounded up. What the kernel counted for one cell is `measured`; a share of a runtime that served
-several jobs at once is `apportioned` by the caller, and each figure of the usage says which.
+CPU is integer milliseconds, rounded up. What the kernel counted for one cell is `measured`; a share of a runtime
+that served several jobs at once is `apportioned` by the caller, and each figure of the usage says which.
 """
 
 from __future__ import annotations
