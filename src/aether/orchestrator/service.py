@@ -41,6 +41,7 @@ from aether.orchestrator.metrics import Metrics
 from aether.orchestrator.queries import Queries
 from aether.orchestrator.queue.scheduler import Scheduler
 from aether.orchestrator.reconcile import Watermark, reconcile
+from aether.orchestrator.tasks import cancel
 
 ROLE: Final = "aurorad"
 CELLS_RUNNING_MAX: Final = 64
@@ -106,7 +107,7 @@ class Aurora:
     async def close(self) -> None:
         """Stops where it stands: what is open goes on at the next start."""
         if self._sweeper is not None:
-            self._sweeper.cancel()
+            await cancel([self._sweeper])
         await self._models.close()
         await self._desk.close()
         self._artifacts.close()
@@ -173,6 +174,7 @@ class Aurora:
             state=done.state,
             result=done.result if blob is not None else None,
             result_digest=verdict.result_digest,
+            result_bytes=verdict.result_bytes,
             error=done.error,
             model_id=done.package.model_id,
             model_version=done.package.version,

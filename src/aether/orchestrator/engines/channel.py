@@ -48,7 +48,8 @@ class Channel(asyncio.Protocol):
         sock.setblocking(False)
         _, channel = await asyncio.get_running_loop().create_unix_connection(cls, sock=sock)
         try:
-            hello = await asyncio.wait_for(asyncio.shield(channel.hello), hello_within_s)
+            async with asyncio.timeout(hello_within_s):
+                hello = await asyncio.shield(channel.hello)
         except TimeoutError:
             channel.close()
             raise AetherError("TIMED_OUT", f"cannot start the model runtime: silent for {hello_within_s} s") from None

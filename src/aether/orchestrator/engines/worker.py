@@ -32,6 +32,7 @@ from aether.contract.wire import (
 from aether.orchestrator.engines.calls import LinkLostError, insist, take_fd
 from aether.orchestrator.engines.channel import Channel
 from aether.orchestrator.engines.packages import Package
+from aether.orchestrator.tasks import cancel
 
 HELLO_S_MAX: Final = 20.0
 _DELAY_S_MIN: Final = 0.1
@@ -73,8 +74,7 @@ class Worker:
 
     async def stop(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await cancel([self._task])
         if self.channel is not None:
             self.channel.close()
 
@@ -182,7 +182,8 @@ async def retire(link: Link, grant: Grant, cell_id: str, exited: asyncio.Event |
         stop = CellStop(grant=grant, cell_id=cell_id, grace_ms=0)
         if await _done(insist(link, "cell.stop", stop, Empty)):
             try:
-                await asyncio.wait_for(exited.wait(), _EXIT_S_MAX)
+                async with asyncio.timeout(_EXIT_S_MAX):
+                    await exited.wait()
             except TimeoutError:
                 _log.error("cell %s: no exit within %s s of its stop", cell_id, _EXIT_S_MAX)
     error = why or AetherError("ENGINE_DIED", "cannot go on serving: the model runtime ended")

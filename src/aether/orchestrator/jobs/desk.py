@@ -25,6 +25,7 @@ from aether.contract.wire import Grant, JobSubmit
 from aether.orchestrator.jobs import machine, story
 from aether.orchestrator.metrics import Metrics
 from aether.orchestrator.queue.scheduler import Scheduler
+from aether.orchestrator.tasks import cancel
 
 Perform = Callable[[JobRow, machine.Command], Awaitable[None]]
 _replace: Final = msgspec.structs.replace
@@ -56,10 +57,7 @@ class Desk:
 
     async def close(self) -> None:
         """Stops performing; the rows stay as they are."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel(self._tasks)
 
     # ---- coming in
 
