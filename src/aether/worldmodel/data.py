@@ -151,3 +151,17 @@ def generate(
         dt=dt.astype(np.float32),
         fault_step=at if fault is not None else np.full(count, -1),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Normaliser:
+    """Training statistics: obs mean[O] and std[O], and the mean interval in s that becomes one unit of time."""
+
+    obs_mean: tuple[float, ...]
+    obs_std: tuple[float, ...]
+    dt_mean_s: float
+
+    @classmethod
+    def of(cls, data: Trajectories) -> "Normaliser":
+        rows = data.obs.reshape(-1, data.obs.shape[-1]).astype(np.float64)
+        return cls(tuple(rows.mean(0).tolist()), tuple(rows.std(0).tolist()), float(data.dt.mean()))

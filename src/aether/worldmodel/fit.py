@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aether.worldmodel.data import Trajectories
+from aether.worldmodel.data import Normaliser, Trajectories
 
 BURN_IN_STEPS: Final = 8
 _BATCH: Final = 128
@@ -22,20 +21,6 @@ _WEIGHT_DECAY: Final = 1e-4
 _WARM_UP_STEPS: Final = 50
 _DECAY_FLOOR: Final = 0.02
 _CLIP_NORM: Final = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Normaliser:
-    """Training statistics: obs mean[O] and std[O], and the mean interval in s that becomes one unit of time."""
-
-    obs_mean: tuple[float, ...]
-    obs_std: tuple[float, ...]
-    dt_mean_s: float
-
-    @classmethod
-    def of(cls, data: Trajectories) -> "Normaliser":
-        rows = data.obs.reshape(-1, data.obs.shape[-1]).astype(np.float64)
-        return cls(tuple(rows.mean(0).tolist()), tuple(rows.std(0).tolist()), float(data.dt.mean()))
 
 
 @dataclass(frozen=True, slots=True)

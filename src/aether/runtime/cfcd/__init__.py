@@ -1,0 +1,1 @@
+"""cfcd: the model runtime that serves verified packages over one inherited socket."""
