@@ -1,0 +1,256 @@
+"""Writes what docs/formats.md describes, from fixed keys and times: the same bytes every time.
+
+Run as a script, it writes `schema/v1/` again: only after a deliberate change of the formats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aether.contract.canonical import canonical_record, digest_bytes
+from aether.contract.cells import ExitStatus, SandboxReport, Usage
+from aether.contract.clock import rfc3339
+from aether.contract.errors import AetherError
+from aether.contract.jobs import ArtifactRef
+from aether.contract.limits import RECORD_BYTES_MAX
+from aether.contract.records import BudgetRef, CodeRef, PolicyRef, Receipt, Record, TicketRef
+from aether.substrate.access import caveats, tickets
+from aether.substrate.audit.log import AuditLog
+from aether.substrate.audit.note import Signer
+from aether.substrate.audit.receipts import Receipts
+from aether.substrate.audit.room import Bounds
+
+ROOT = Path(__file__).parents[3]
+SCHEMA = ROOT / "schema/v1"
+ORIGIN = "aether/node_01900000-0000-7000-8000-000000000001/1"
+SIGNER = Signer(ORIGIN, bytes(range(32)))
+SECRET = bytes(range(32, 64))
+NODE = "node_01900000-0000-7000-8000-000000000001"
+LINKS = ("00112233445566778899aabbccddeeff", "ffeeddccbbaa99887766554433221100")
+POLICY_TEXT = b'@id("operator")\npermit (principal in Role::"queen", action, resource);\n'
+OUTPUT = ArtifactRef(name="out/ü.txt", digest=digest_bytes(b"out"), size_bytes=3)
+START_NS = 1_790_000_000_123_456_000
+ENTRIES = 300
+BOUNDS = Bounds(
+    segment_bytes=4 * RECORD_BYTES_MAX, frame_bytes=2 * RECORD_BYTES_MAX, headroom_bytes=65_536, step_bytes=65_536
+)
+
+
+def time_of(index: int) -> str:
+    return rfc3339(START_NS + index * 1_000_003_000)
+
+
+def job_id(number: int) -> str:
+    return f"job_01900000-0000-7000-8000-{number:012d}"
+
+
+def base(record_type: str, index: int, **fields: Any) -> Record:
+    return Record(type=record_type, log_index=index, time=time_of(index), node_id=NODE, **fields)  # type: ignore[arg-type]
+
+
+def report(number: int) -> bytes:
+    return canonical_record(
+        SandboxReport(
+            level="cell",
+            executor="native",
+            enforced={"pidns": "yes", "seccomp": "filter", "uid": 1_879_048_192 + number % 2},
+            missing={"landlock": "the kernel has none"},
+            uid=1_879_048_192 + number % 2,
+        )
+    )
+
+
+def plan(number: int) -> bytes:
+    return json.dumps({"operations": ["unshare", "mount", "exec"], "slot": number % 2}, separators=(",", ":")).encode()
+
+
+def job_records(number: int, index: int) -> list[Record]:
+    """A command job (intent, started, outcome) or, every third, a model job (intent, outcome)."""
+    policy = PolicyRef(digest=digest_bytes(POLICY_TEXT), decision="allow", determining=("operator",))
+    budget = BudgetRef(
+        reservation_id=f"rsv_01900000-0000-7000-8000-{number:012d}", accounts=LINKS, ops=1, cpu_ms=0, settled=False
+    )
+    is_model = number % 3 == 0
+    shared = {
+        "tenant_id": "default",
+        "principal": "uid:1000",
+        "request_id": f"req-{number}",
+        "job_id": job_id(number),
+        "attempt": 1,
+        "kind": "model" if is_model else "command",
+        "op": "predict_next_state" if is_model else "run",
+        "effect": "pure" if is_model else "cell",
+        "model_id": "kinematics" if is_model else None,
+        "model_version": "1.0.0" if is_model else None,
+        "input_hash": digest_bytes(b"input %d" % number),
+        "labels": ("local-only",) if number % 2 else (),
+        "created_at": time_of(index),
+    }
+    intent = base(
+        "job.intent",
+        index,
+        operation="job.submit",
+        ticket=TicketRef(kid="e1", role="user", link_ids=LINKS, implicit=False),
+        policy=policy,
+        budget=budget,
+        **shared,
+    )
+    code = CodeRef(
+        plan_digest=digest_bytes(plan(number)), sandbox_digest=digest_bytes(report(number)), route="local", rung="cell"
+    )
+    detail = {"intent_index": str(index)}
+    records = [intent]
+    if is_model:
+        code = CodeRef(model_digest=digest_bytes(b"model"), route="local", engine="cfcd")
+    else:
+        records.append(base("job.started", index + 1, code=code, cell_id=f"cell-{number}", **shared))
+        detail["started_index"] = str(index + 1)
+    failed = number % 5 == 0
+    result = b'{"exit_code": %d}' % failed
+    error = AetherError("JOB_FAILED", "cannot run näpfchen: exit 1\n\u2028", details={"exit_code": 1}).body()
+    outcome = base(
+        "job.outcome",
+        index + len(records),
+        code=code,
+        budget=msgspec.structs.replace(budget, cpu_ms=12 + number, settled=True),
+        state="failed" if failed else "succeeded",
+        exit=ExitStatus(code=int(failed)),
+        error=error if failed else None,
+        usage=Usage(wall_us=15_000 + number, cpu_user_us=9_000, basis={"cpu_user_us": "measured"}),
+        result_digest=digest_bytes(result),
+        result_bytes=len(result),
+        artifacts=(ArtifactRef(name="out/ü.txt", digest=digest_bytes(b"out"), size_bytes=3),)
+        if number % 4 == 0
+        else (),
+        finished_at=time_of(index + len(records)),
+        timings_us={"queue": 120, "run": 15_000},
+        detail=detail,
+        **shared,
+    )
+    return [*records, outcome]
+
+
+def other_records() -> list[Record]:
+    """One record of each type that jobs of the golden log do not have."""
+    denied = AetherError("TICKET_DENIED", "cannot job.submit: the ticket's caveat kinds does not allow it")
+    ticket = TicketRef(kid="e1", role="queen", link_ids=LINKS[:1], implicit=True)
+    return [
+        base("node.started", 0, detail={"origin": ORIGIN, "version": "0.1.0"}),
+        base("policy.loaded", 1, policy=PolicyRef(digest=digest_bytes(POLICY_TEXT), decision="allow", determining=())),
+        base("ticket.minted", 2, principal="uid:0", ticket=ticket, detail={"caveats": "role=queen"}),
+        base("access.denied", 3, principal="uid:1001", operation="job.submit", kind="command", error=denied.body()),
+        base("document.stored", 4, detail={"digest": digest_bytes(POLICY_TEXT)}),
+        base("job.stop", 5, principal="uid:1000", operation="job.stop", effect="control", job_id=job_id(1), attempt=1),
+        base("node.stopped", 6, detail={"reason": "asked"}),
+    ]
+
+
+def make_records() -> list[Record]:
+    """The golden log's records in order."""
+    records = other_records()
+    number = 1
+    while len(records) < ENTRIES:
+        records += job_records(number, len(records))
+        number += 1
+    return records
+
+
+async def write_log(directory: Path, records: list[Record]) -> Receipt:
+    """Writes a log of `records` and returns the receipt of its first job."""
+    errors: list[BaseException] = []
+    log = AuditLog.open(directory, SIGNER, ORIGIN, now_ns=lambda: 0, on_fatal=errors.append, bounds=BOUNDS)
+    log.store_document(POLICY_TEXT)
+    for number in (0, 1):
+        log.store_document(plan(number))
+        log.store_document(report(number))
+    for record in records:
+        # one frame each, whatever the machine's timing
+        await log.durable(log.append(lambda index, record=record: record))  # type: ignore[misc]
+    outcome = next(record for record in records if record.type == "job.outcome")
+    receipt = Receipts(log, SIGNER).build(outcome.job_id or "", outcome)
+    log.close()
+    assert not errors
+    for path in (directory / "segments").glob("spare-*"):
+        path.unlink()
+    (directory / "lock").unlink()
+    return receipt
+
+
+def make_ticket() -> dict[str, Any]:
+    """A ticket with its key and one narrowed by its holder."""
+    authority = tickets.Tickets({"e1": SECRET}, "e1")
+    minted = authority.mint("default", bytes(16), (caveats.role("user"), caveats.budget("ops", 10)))
+    said = (caveats.operations("job.*"), caveats.kinds("command"), caveats.expires(1_800_000_000_000))
+    narrowed = tickets.attenuate(minted, said)
+    verified = authority.verify(narrowed)
+    return {
+        "secret_hex": SECRET.hex(),
+        "kid": verified.kid,
+        "tenant": verified.tenant,
+        "minted": minted,
+        "narrowed": narrowed,
+        "link_ids": list(verified.link_ids),
+        "caveats": [[str(caveat) for caveat in link] for link in verified.links],
+    }
+
+
+def write_samples(target: Path, records: list[Record], receipt: Receipt) -> None:
+    """Records and receipts that the schemas accept (`ok-`) and refuse (`bad-`)."""
+    record = msgspec.to_builtins(next(record for record in records if record.type == "job.outcome"))
+    whole = msgspec.json.decode(msgspec.json.encode(receipt))
+    good = {"record/ok-outcome": record, "receipt/ok": whole}
+    bad = {
+        "record/bad-missing-field": {name: value for name, value in record.items() if name != "policy"},
+        "record/bad-unknown-field": record | {"colour": "red"},
+        "record/bad-type": record | {"type": "job.dreamt"},
+        "record/bad-index-text": record | {"log_index": "7"},
+        "record/bad-float": record | {"result_bytes": 1.5},
+        "record/bad-null-labels": record | {"labels": None},
+        "record/bad-nested-field": record | {"budget": record["budget"] | {"usd": 1}},
+        "receipt/bad-missing-checkpoint": {name: value for name, value in whole.items() if name != "checkpoint"},
+        "receipt/bad-entry-object": whole | {"entries": [whole["entries"][0] | {"entry": {}}]},
+        "receipt/bad-unknown-field": whole | {"comment": ""},
+    }
+    for name, value in (good | bad).items():
+        path = target / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_golden(target: Path) -> None:
+    """Writes all golden files below `target`."""
+    records = make_records()
+    (target / "records").mkdir(parents=True)
+    for record in records:
+        path = target / f"records/{record.type}.json"
+        if not path.exists():
+            path.write_bytes(canonical_record(record))
+    receipt = asyncio.run(write_log(target / "log", records))
+    (target / "receipt.json").write_bytes(msgspec.json.format(msgspec.json.encode(receipt), indent=1) + b"\n")
+    write_samples(target / "samples", records, receipt)
+    (target / "audit.pub").write_text(f"{SIGNER.verifier}\n")
+    (target / "ticket.json").write_text(json.dumps(make_ticket(), indent=1) + "\n")
+
+
+def write_all(target: Path) -> None:
+    """Replaces the golden files and the JSON Schemas in `target`."""
+    import format_schemas
+
+    with tempfile.TemporaryDirectory(prefix="aether-golden-") as scratch:
+        write_golden(Path(scratch) / "golden")
+        shutil.rmtree(target / "golden", ignore_errors=True)
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(Path(scratch) / "golden", target / "golden")
+    for name, text in format_schemas.texts().items():
+        (target / name).write_text(text)
+
+
+if __name__ == "__main__":
+    write_all(SCHEMA)
