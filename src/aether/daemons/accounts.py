@@ -77,10 +77,9 @@ def prepare(layout: Layout, who: Accounts) -> None:
 
 
 def become(uid: int, gid: int, umask: int = 0o027) -> None:
-    """Drops to `uid`:`gid` for good and dies with the parent; call after every import.
+    """Drops to `uid`:`gid` for good and dies with the parent.
 
-    Imports come first because the interpreter may live where only the starting user may read. PDEATHSIG is
-    set after setresuid, which clears it (prctl(2)); a parent that died before that is seen by its pid.
+    PDEATHSIG is set after setresuid, which clears it (prctl(2)); a parent that died before is seen by its pid.
     """
     parent = os.getppid()
     os.umask(umask)

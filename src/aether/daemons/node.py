@@ -37,21 +37,6 @@ def open_node(path: Path) -> NodeFile:
         raise AetherError("STATE_UNUSABLE", f"cannot read the node's identity {path}: {error}") from error
 
 
-def open_secret(path: Path, size_bytes: int = 32) -> bytes:
-    """Reads or makes a file of random bytes, mode 0600; raises AetherError STATE_UNUSABLE."""
-    try:
-        if not path.exists():
-            _write(path, os.urandom(size_bytes), 0o600)
-        if path.stat().st_mode & 0o077:
-            raise AetherError("STATE_UNUSABLE", f"cannot use {path}: others can read it", f"chmod 600 {path}")
-        secret = path.read_bytes()
-    except OSError as error:
-        raise AetherError("STATE_UNUSABLE", f"cannot use {path}: {error.strerror}") from error
-    if len(secret) != size_bytes:
-        raise AetherError("STATE_UNUSABLE", f"cannot use {path}: it does not hold {size_bytes} bytes")
-    return secret
-
-
 def _create(path: Path) -> NodeFile:
     made = NodeFile(node_id=ids.new(ids.NODE), epoch=1)
     _write(path, msgspec.json.encode(made) + b"\n", 0o640)

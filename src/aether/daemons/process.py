@@ -1,7 +1,7 @@
 """What every daemon's `main` does alike: arguments, logger, limits, privileges, the loop, the end.
 
-Order: everything is imported, then privileges are dropped, then files are opened. A role ends on SIGTERM or
-SIGINT in an orderly way; any other end is safe too, that is what the log is for.
+Order: what the role reads is made reachable, then privileges are dropped, then files are opened. A role ends on
+SIGTERM or SIGINT in an orderly way; any other end is safe too, that is what the log is for.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import uvloop
 from aether.contract.errors import AetherError
 from aether.contract.paths import Layout
 from aether.daemons.accounts import become
+from aether.daemons.view import open_up
 from aether.telemetry import logs
 
 EXIT_FATAL: Final = 70
@@ -32,7 +33,7 @@ def package_version() -> str:
     try:
         return version("aether-substrate")
     except PackageNotFoundError:
-        return "0+unknown"
+        return "0"
 
 
 def run(role: str, serve: Callable[[Layout, Any, asyncio.Event], Awaitable[None]]) -> None:
@@ -46,8 +47,10 @@ def run(role: str, serve: Callable[[Layout, Any, asyncio.Event], Awaitable[None]
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold keys and tickets
-    become(asked.uid, asked.gid)
     try:
+        if os.getuid() == 0 and asked.uid != 0:
+            open_up(asked.state)
+        become(asked.uid, asked.gid)
         uvloop.run(_main(serve, Layout(asked.state), log))
     except AetherError as error:
         log.error("cannot run", code=error.code, reason=error.message)

@@ -129,18 +129,21 @@ def role_argv(name: str, layout: Layout, who: Accounts) -> list[str]:
     """The command line of a role."""
     python = [sys.executable, "-m"]
     if name == "spawner":
-        roots = [str(layout.root)]
         return [
             *python,
             "aether.spawner.main",
             *("--state", str(layout.root)),
-            *("--socket", str(layout.spawner_socket)),
-            *("--peer-uid", str(who.aetherd)),
-            *("--keeper-uid", str(who.keeper), "--gid", str(who.gid)),
-            *(word for root in roots for word in ("--root", root)),
+            *("--uid", str(who.aetherd), "--socket-uid", str(who.aetherd)),
+            *("--keeper-uid", str(who.keeper), "--keeper-gid", str(who.gid)),
+            *(word for root in cell_roots(layout) for word in ("--root", str(root))),
         ]
     uid = getattr(who, name)
     return [*python, f"aether.daemons.{name}", "--state", str(layout.root), "--uid", str(uid), "--gid", str(who.gid)]
+
+
+def cell_roots(layout: Layout) -> tuple[Path, ...]:
+    """Host directories that cells may see, besides what the spawner itself provides."""
+    return (layout.models, layout.trusted_keys)
 
 
 def acquire(layout: Layout) -> IO[bytes]:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from aether.contract.calls import Caller
-from aether.contract.cells import Usage
 from aether.contract.errors import ErrorBody
 from aether.contract.jobs import JobRequest
 from aether.contract.records import BudgetRef, CodeRef, Record, RecordType
 from aether.contract.wire import JobFinish, JobRunReply
 from aether.substrate.access.access import Admission
-from aether.substrate.audit.redact import redact
+from aether.substrate.audit.redact import redact_error
 from aether.substrate.ledger import OpenJob
+from aether.substrate.metering.settle import usage_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ def cell_outcome(job: OpenJob, finish: JobFinish, settled: BudgetRef, index: int
         code=finish.code if finish.code is not None else (job.started.code if job.started else None),
         exit=end.exit if end else finish.exit,
         error=masked(finish.error),
-        usage=end.usage if end else finish.usage,
+        usage=usage_of(end) if end else finish.usage,
         result_digest=finish.result_digest,
         result_bytes=finish.result_bytes,
         artifacts=finish.artifacts,
@@ -171,19 +171,6 @@ def pure_outcome(of: Record, reply: JobRunReply, settled: BudgetRef, index: int,
     )
 
 
-def settled(reserved: BudgetRef, cpu_ms: int) -> BudgetRef:
-    """The movement that ends a reservation: the operation is spent, the CPU as used."""
-    return replace(reserved, cpu_ms=cpu_ms, settled=True)
-
-
-def cpu_ms(usage: Usage | None) -> int:
-    """CPU time in whole milliseconds, rounded up; 0 where nothing was measured."""
-    if usage is None:
-        return 0
-    spent_us = (usage.cpu_user_us or 0) + (usage.cpu_system_us or 0)
-    return -(-spent_us // 1000)
-
-
 def masked(error: ErrorBody | None) -> ErrorBody | None:
-    """An error fit for the log: secrets masked, details left out."""
-    return None if error is None else ErrorBody(error.code, redact(error.message), error.remedy)
+    """An error fit for the log."""
+    return None if error is None else redact_error(error)

@@ -38,6 +38,7 @@ from aether.substrate import entries
 from aether.substrate.book import Book, outcome_of
 from aether.substrate.cells.supervisor import CellSupervisor, Launched
 from aether.substrate.ledger import OpenJob
+from aether.substrate.metering.settle import settlement
 from aether.substrate.orchestra import Orchestra
 
 SPAWNER_DIED: Final = "spawner-died"
@@ -148,8 +149,7 @@ class Execution:
     def conclude(self, job: OpenJob, finish: JobFinish) -> Record:
         """Writes the outcome (not yet durable) and frees the cell."""
         assert job.intent.budget is not None
-        usage = job.end.usage if job.end else finish.usage
-        settled = entries.settled(job.intent.budget, entries.cpu_ms(usage))
+        settled = settlement(job.intent.budget, job.end.usage if job.end else finish.usage)
         outcome = self._book.write(lambda index, time: entries.cell_outcome(job, finish, settled, index, time))
         self.free(finish.grant.job_id)
         return outcome

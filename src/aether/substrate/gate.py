@@ -12,9 +12,8 @@ from aether.contract.calls import Caller
 from aether.contract.errors import AetherError
 from aether.contract.records import Record
 from aether.substrate.access.access import Access, Admission, Resource
-from aether.substrate.audit.redact import redact
 from aether.substrate.book import Book
-from aether.substrate.entries import Node
+from aether.substrate.entries import Node, masked
 
 _READS: Final = frozenset(
     {
@@ -41,6 +40,10 @@ class Gate:
                 self._record_refusal(caller, operation, resource, error)
             raise
 
+    def admit_node(self, operation: str, resource: Resource) -> Admission:
+        """Leave for the node's own work; raises like `admit`."""
+        return self._access.admit_node(operation, resource, self._book.now_ns())
+
     def _record_refusal(self, caller: Caller, operation: str, resource: Resource, error: AetherError) -> None:
         self._book.write(
             lambda index, time: Record(
@@ -56,6 +59,6 @@ class Gate:
                 op=resource.op,
                 model_id=resource.model,
                 labels=resource.labels,
-                detail={"code": error.code, "reason": redact(error.message)[:500]},
+                error=masked(error.body()),
             )
         )

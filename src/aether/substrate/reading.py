@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Final
 
 from aether.contract import ids
@@ -47,7 +46,7 @@ from aether.contract.wire import (
 from aether.substrate.access.access import Admission, Resource
 from aether.substrate.audit.receipts import Receipts
 from aether.substrate.book import Book
-from aether.substrate.cells.logs import JobLog
+from aether.substrate.cells.logs import JobLogs
 from aether.substrate.gate import Gate
 from aether.substrate.orchestra import Orchestra
 
@@ -58,12 +57,12 @@ _JSON: Final = "application/json"
 class Reading:
     """Handlers of the read operations and of `artifact.put`."""
 
-    def __init__(self, gate: Gate, book: Book, orchestra: Orchestra, receipts: Receipts, job_logs: Path) -> None:
+    def __init__(self, gate: Gate, book: Book, orchestra: Orchestra, receipts: Receipts, logs: JobLogs) -> None:
         self._gate = gate
         self._book = book
         self._orchestra = orchestra
         self._receipts = receipts
-        self._job_logs = job_logs
+        self._logs = logs
 
     # ---- jobs
 
@@ -187,19 +186,8 @@ class Reading:
         cell_id, exec_id = await self._executable(view, call.follow)
         if cell_id is None or exec_id is None:
             return
-        log = JobLog(self._job_logs / cell_id, exec_id)
-        if call.follow:
-            async for page in log.follow(call.stream, call.cursor, lambda: self._is_over(view.job_id)):
-                yield page.data
-            return
-        cursor = call.cursor
-        while (page := log.read(call.stream, cursor)).cursor != cursor:
-            yield page.data
-            cursor = page.cursor
-
-    def _is_over(self, job_id: str) -> bool:
-        job = self._book.ledger.open.get(job_id)
-        return job is None or job.end is not None
+        async for chunk in self._logs.read(cell_id, exec_id, call.stream, call.cursor, call.follow):
+            yield chunk
 
     async def _executable(self, view: JobView, follow: bool) -> tuple[str | None, str | None]:
         """The job's cell and executable; a follower waits until the job starts or ends."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from aether.contract.records import Record
 from aether.contract.wire import LiveCell, LogPage, LogRead, Reconcile, Reconciled
 from aether.substrate.book import Book
 from aether.substrate.execution import Execution, cell_of, job_of
@@ -45,7 +46,8 @@ class Reconciler:
 
     async def read_log(self, body: LogRead) -> LogPage:
         """`log.read`: job records from `start` on; `next_index` is where to go on."""
-        found, size = [], 0
+        found: list[Record] = []
+        size = 0
         index = body.start
         while index < self._book.log.durable_size and size < _PAGE_BYTES_MAX and len(found) < body.limit:
             for record in self._book.log.read(index, min(body.limit, 50)):

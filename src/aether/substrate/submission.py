@@ -18,7 +18,7 @@ from aether.contract.canonical import digest_bytes, input_hash
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError, ErrorBody
 from aether.contract.jobs import JobRequest, JobView, check_labels, parse_command, parse_model
-from aether.contract.records import BudgetRef, Record
+from aether.contract.records import Record
 from aether.contract.wire import Empty, JobRunReply, JobSubmit
 from aether.substrate import entries
 from aether.substrate.access.access import Resource
@@ -27,6 +27,7 @@ from aether.substrate.entries import Submission
 from aether.substrate.execution import Execution
 from aether.substrate.gate import Gate
 from aether.substrate.ledger import OpenJob, grant_of
+from aether.substrate.metering.settle import reservation, settlement
 from aether.substrate.orchestra import Orchestra, submitted
 from aether.substrate.views import queued_view
 
@@ -52,9 +53,10 @@ class Submitter:
 
     def _admit(self, caller: Caller, request: JobRequest) -> Submission:
         check_labels(request.labels)
-        argv, model = None, None
+        argv, model, cell = None, None, None
         if request.kind == "command":
-            argv = parse_command(request)[0].argv
+            params, _ = parse_command(request)
+            argv, cell = params.argv, params.limits
         else:
             model = parse_model(request).model.partition("@")[0]
         resource = Resource(kind=request.kind, op=request.op, model=model, labels=request.labels)
@@ -69,13 +71,7 @@ class Submitter:
             caller=caller,
             request=request,
             admission=admission,
-            budget=BudgetRef(
-                reservation_id="rsv" + job_id[len("job") :],
-                accounts=admission.ticket.link_ids,
-                ops=1,
-                cpu_ms=0,
-                settled=False,
-            ),
+            budget=reservation("rsv" + job_id[len("job") :], admission.ticket.link_ids, admission.limits, cell),
             input_hash=input_hash(request.schema_version, request.kind, request.op, request.params, request.inputs),
             key_hash=key_hash,
             created=rfc3339(self._book.now_ns()),
@@ -107,7 +103,7 @@ class Submitter:
 
     async def _run(self, submission: Submission, wait_ms: int) -> SubmittedJob:
         self._check_capacity()
-        self._book.accounts.reserve(submission.budget)
+        self._book.accounts.reserve(submission.budget, submission.admission.limits)
         if submission.request.kind == "model" and wait_ms > 0:
             return await self._run_pure(submission)
         return await self._queue(submission, wait_ms)
@@ -174,7 +170,7 @@ class Submitter:
             raise
         # From here on the log holds the job, whatever happens to its caller.
         intent = self._write_intent(submission)
-        settled = entries.settled(submission.budget, entries.cpu_ms(reply.usage))
+        settled = settlement(submission.budget, reply.usage)
         outcome = book.write(lambda index, time: entries.pure_outcome(intent, reply, settled, index, time))
         try:
             await asyncio.gather(book.durable(outcome), kept)

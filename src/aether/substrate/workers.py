@@ -19,7 +19,6 @@ from aether.contract.jobs import SCHEMA_VERSION, JobRequest
 from aether.contract.limits import GIB, TIMEOUT_MS_MAX
 from aether.contract.paths import Layout
 from aether.contract.ports import Link
-from aether.contract.records import BudgetRef
 from aether.contract.wire import WorkerLaunch, WorkerLaunched
 from aether.substrate import entries
 from aether.substrate.access.access import Resource
@@ -27,6 +26,7 @@ from aether.substrate.book import Book
 from aether.substrate.entries import Submission
 from aether.substrate.execution import Execution, hand_over
 from aether.substrate.gate import Gate
+from aether.substrate.metering.settle import reservation
 
 WORKER_OP = "serve"
 
@@ -44,7 +44,7 @@ class Workers:
         """Starts the model runtime for one package; raises the AetherError of admission or launch."""
         package = self._package(body)
         submission = self._admit(body)
-        self._book.accounts.reserve(submission.budget)
+        self._book.accounts.reserve(submission.budget, submission.admission.limits)
         self._book.write(lambda index, time: entries.intent(self._gate.node, submission, index, time))
         job = self._book.ledger.open[submission.job_id]
         launched, channel = await self._execution.start(job, runtime_spec(package, self._layout), ())
@@ -70,13 +70,7 @@ class Workers:
             caller=caller,
             request=request,
             admission=admission,
-            budget=BudgetRef(
-                reservation_id="rsv" + job_id[len("job") :],
-                accounts=admission.ticket.link_ids,
-                ops=1,
-                cpu_ms=0,
-                settled=False,
-            ),
+            budget=reservation("rsv" + job_id[len("job") :], admission.ticket.link_ids, admission.limits, None),
             input_hash=input_hash(SCHEMA_VERSION, "model", WORKER_OP, request.params, {}),
             key_hash=None,
             created=rfc3339(self._book.now_ns()),

@@ -28,7 +28,8 @@ def configure(role: str) -> structlog.typing.FilteringBoundLogger:
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
-    processors = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, _with_role(role), render]
+    strip = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    processors: list[structlog.typing.Processor] = [strip, _with_role(role), render]
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=processors))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logger: Any = structlog.get_logger(role=role)

@@ -5,13 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+import uvloop
 
 from aether.backends.link import UnixLink, connect, pair, peer_uid, serve
 from aether.contract.errors import AetherError
+
+
+@pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, None]], None]:
+    """Both event loops: their transports and socket calls differ."""
+    return request.param  # type: ignore[no-any-return]
+
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
 
 
 class Text(msgspec.Struct, frozen=True):
@@ -60,7 +72,7 @@ async def make_pair() -> tuple[UnixLink, UnixLink, Desk]:
     return ours, theirs, desk
 
 
-def test_calls_both_ways_and_errors() -> None:
+def test_calls_both_ways_and_errors(run: Run) -> None:
     async def main() -> None:
         ours, theirs, _ = await make_pair()
         assert await ours.call("echo", Text("a"), Text) == Text("A")
@@ -74,10 +86,10 @@ def test_calls_both_ways_and_errors() -> None:
         ours.close()
         theirs.close()
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_events_keep_their_order_before_a_call() -> None:
+def test_events_keep_their_order_before_a_call(run: Run) -> None:
     async def main() -> None:
         ours, theirs, desk = await make_pair()
         for i in range(10):
@@ -87,10 +99,10 @@ def test_events_keep_their_order_before_a_call() -> None:
         ours.close()
         theirs.close()
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_descriptor_crosses(tmp_path: Path) -> None:
+def test_descriptor_crosses(run: Run, tmp_path: Path) -> None:
     async def main() -> None:
         ours, theirs, _ = await make_pair()
         path = tmp_path / "f"
@@ -102,10 +114,10 @@ def test_descriptor_crosses(tmp_path: Path) -> None:
         ours.close()
         theirs.close()
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_lost_peer_fails_pending_calls() -> None:
+def test_lost_peer_fails_pending_calls(run: Run) -> None:
     async def main() -> None:
         ours, theirs, _ = await make_pair()
         hanging = asyncio.create_task(ours.call("hang", Text(""), Text))
@@ -118,10 +130,10 @@ def test_lost_peer_fails_pending_calls() -> None:
             await ours.call("echo", Text(""), Text)
         assert ours.closed
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_oversized_frame_closes_the_link() -> None:
+def test_oversized_frame_closes_the_link(run: Run) -> None:
     async def main() -> None:
         ours, theirs, _ = await make_pair()
         with pytest.raises(AetherError) as caught:
@@ -137,10 +149,10 @@ def test_oversized_frame_closes_the_link() -> None:
         assert theirs.closed
         ours.close()
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_listen_connect_and_refusal(tmp_path: Path) -> None:
+def test_listen_connect_and_refusal(run: Run, tmp_path: Path) -> None:
     async def main() -> None:
         path = tmp_path / "s"
         stop = await serve(path, 0o600, lambda sock: peer_uid(sock) == os.getuid(), Desk().make)
@@ -154,4 +166,4 @@ def test_listen_connect_and_refusal(tmp_path: Path) -> None:
             await connect(path, Desk().make)
         stop()
 
-    asyncio.run(main())
+    run(main())

@@ -1,0 +1,183 @@
+"""Composition root of aetherd: the audit log and its fold, access, cells, the link to aurorad, the API socket.
+
+Order of start: keys and log (which is checked), fold, spawner connection, link socket, API socket. The API
+answers from the first moment; what is not there yet answers 503. Order of end: API, link, log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from aether.api.http import HttpApp
+from aether.api.server import serve as serve_http
+from aether.backends import link as links
+from aether.contract.paths import Layout
+from aether.contract.records import PolicyRef, Record, RecordType
+from aether.daemons import process
+from aether.daemons.accounts import accounts
+from aether.daemons.node import open_node
+from aether.substrate.access.access import Access, Minted
+from aether.substrate.access.budget import Accounts
+from aether.substrate.access.keyfile import open_secret
+from aether.substrate.access.policy import Policy
+from aether.substrate.audit.keyfile import open_signer
+from aether.substrate.audit.log import AuditLog
+from aether.substrate.audit.receipts import Receipts
+from aether.substrate.book import Book
+from aether.substrate.cells.drivers.native import NativeDriver
+from aether.substrate.cells.logs import JobLogs
+from aether.substrate.cells.supervisor import CellSupervisor
+from aether.substrate.entries import Node
+from aether.substrate.execution import Execution
+from aether.substrate.gate import Gate
+from aether.substrate.orchestra import Orchestra
+from aether.substrate.reading import Reading
+from aether.substrate.reconcile import Reconciler
+from aether.substrate.service import Parts, Service
+from aether.substrate.submission import Submitter
+from aether.substrate.workers import Workers
+from aether.telemetry.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Authority:
+    """A composed authority, before it listens."""
+
+    service: Service
+    parts: Parts
+
+
+def compose(layout: Layout, operators: frozenset[int], log: Any) -> Authority:
+    """Opens keys and log, folds it, and builds the service; raises AetherError when the state is unusable."""
+    node_file = open_node(layout.keys / "node.json")
+    node = Node(node_file.node_id, process.package_version())
+    signer = open_signer(layout.keys / "audit.key", layout.audit_public_key, node_file.origin)
+    audit = AuditLog.open(
+        layout.audit,
+        signer,
+        node_file.origin,
+        now_ns=time.monotonic_ns,
+        on_fatal=process.die(log, "the audit log cannot be written"),
+    )
+    book = Book(audit, Accounts(), layout.keys / "ledger.snapshot", time.time_ns)
+    log.info("audit log open", records=audit.size, replayed=book.load())
+    policy = Policy.load(layout.policy.read_text()) if layout.policy.exists() else Policy.default()
+    access = Access.create(open_secret(layout.keys / "tickets.key"), policy, operators, _minting(node, book))
+    audit.store_document(policy.text.encode())
+    loaded = PolicyRef(digest=policy.digest, decision="allow", determining=())
+    record_node(node, book, "node.started", None)
+    record_node(node, book, "policy.loaded", loaded)
+    return _assemble(layout, node, book, access, Receipts(audit, signer))
+
+
+def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: Receipts) -> Authority:
+    gate = Gate(node, access, book)
+    orchestra = Orchestra()
+    cells = CellSupervisor(NativeDriver(layout.spawner_socket), node.version)
+    execution = Execution(book, cells, orchestra)
+    reconciler = Reconciler(book, execution)
+    cells.on_end(execution.ended)
+    cells.on_connect(reconciler.spawner_connected)
+    parts = Parts(
+        gate=gate,
+        book=book,
+        cells=cells,
+        orchestra=orchestra,
+        submitter=Submitter(gate, book, orchestra, execution),
+        execution=execution,
+        reading=Reading(gate, book, orchestra, receipts, JobLogs(layout.job_logs)),
+        reconciler=reconciler,
+        workers=Workers(gate, book, execution, layout),
+        metrics=Metrics("aetherd"),
+    )
+    return Authority(Service(parts), parts)
+
+
+def _minting(node: Node, book: Book) -> Callable[[Minted], None]:
+    def minted(ticket: Minted) -> None:
+        book.write(
+            lambda index, now: Record(
+                type="ticket.minted",
+                log_index=index,
+                time=now,
+                node_id=node.node_id,
+                tenant_id=ticket.principal.tenant_id,
+                principal=ticket.principal.name,
+                ticket=ticket.ticket,
+                detail=ticket.detail(),
+            )
+        )
+
+    return minted
+
+
+def record_node(node: Node, book: Book, kind: RecordType, policy: PolicyRef | None) -> Record:
+    """Records something about the node itself."""
+    return book.write(
+        lambda index, now: Record(
+            type=kind,
+            log_index=index,
+            time=now,
+            node_id=node.node_id,
+            policy=policy,
+            detail={"version": node.version},
+        )
+    )
+
+
+async def listen_for_aurorad(authority: Authority, layout: Layout, uid: int, log: Any) -> Callable[[], None]:
+    """Serves the link socket to the one uid that aurorad has; returns the function that stops it."""
+    orchestra = authority.parts.orchestra
+
+    def make(side: socket.socket) -> links.UnixLink:
+        holder: list[links.UnixLink] = []
+
+        def failed(verb: str, error: BaseException) -> None:
+            log.error("a call failed", verb=verb, error=f"{type(error).__name__}: {error}")
+
+        link = links.UnixLink(
+            side,
+            authority.service.verbs(lambda: holder[0], lambda: log.info("aurorad connected")),
+            authority.service.events(),
+            on_close=orchestra.detach,
+            on_error=failed,
+        )
+        holder.append(link)
+        return link
+
+    allowed = {uid, os.geteuid()}
+    return await links.serve(layout.authority_socket, 0o660, lambda sock: links.peer_uid(sock) in allowed, make)
+
+
+async def serve(layout: Layout, log: Any, stop: asyncio.Event) -> None:
+    """Runs the role until `stop`."""
+    owner = layout.root.stat().st_uid
+    authority = compose(layout, frozenset({owner}), log)
+    parts = authority.parts
+    await parts.book.log.durable(parts.book.log.size - 1)
+    parts.cells.start()
+    stop_link = await listen_for_aurorad(authority, layout, accounts(owner, 0).aurorad, log)
+    try:
+        await serve_http(HttpApp(authority.service.handlers, layout.spool), layout.api_socket, stop=stop)
+    finally:
+        stop_link()
+        await parts.execution.drain()
+        await parts.cells.close()
+        stopped = record_node(parts.gate.node, parts.book, "node.stopped", None)
+        await parts.book.durable(stopped)
+        parts.book.snapshot()
+        parts.book.log.close()
+
+
+def main() -> None:
+    process.run("aetherd", serve)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Tests of AetherOS; the folders mirror the tree."""

@@ -1,0 +1,1 @@
+"""Whole-system simulations from a printed seed."""
