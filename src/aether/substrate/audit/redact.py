@@ -25,6 +25,7 @@ from aether.contract.errors import ErrorBody
 MASK: Final = "[redacted]"
 TEXT_CHARS_MAX: Final = 2_000
 ITEMS_MAX: Final = 32
+_DEPTH_MAX: Final = 4
 
 _RULES: Final = (
     (re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY-----|\Z)", re.S), MASK),
@@ -42,7 +43,7 @@ _RULES: Final = (
     (re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"), MASK),
     (
         re.compile(
-            r"""(?ix)\b([a-z0-9_-]*(?:password|passwd|secret|token|api[_-]?key|access[_-]?key)["']?\s*[=:]\s*)
+            r"""(?ix)\b([a-z0-9_-]{0,40}(?:password|passwd|secret|token|api[_-]?key|access[_-]?key)["']?\s*[=:]\s*)
             (?!\[redacted\])("[^"]*"|'[^']*'|[^\s,;&"']+)"""
         ),
         rf"\1{MASK}",
@@ -91,6 +92,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):
         return redact(value)
     try:
-        return redact(msgspec.json.encode(value).decode())
+        # masked before it is written as JSON: escaped quotes would hide where a secret ends
+        return redact(msgspec.json.encode(_masked(value, _DEPTH_MAX)).decode())
     except (TypeError, UnicodeEncodeError, ValueError):
         return redact(repr(value))
+
+
+def _masked(value: Any, depth: int) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    if depth and isinstance(value, dict):
+        return {redact(str(name)): _masked(item, depth - 1) for name, item in value.items()}
+    if depth and isinstance(value, list | tuple | set | frozenset):
+        return [_masked(item, depth - 1) for item in value]
+    return value if isinstance(value, int | float) or value is None else MASK
