@@ -101,6 +101,7 @@ class Cell:
         return {
             "cell": self.cell_id,
             "state": self.state,
+            "uid_first": self.uid_block.start,
             "started_wall_us": self.started_wall_us,
             "reason": self.reason,
             "report": self.report,
@@ -112,15 +113,15 @@ class Cell:
 def usage_view(
     counted: CgroupUsage, *, wall_us: int, io: tuple[int, int] | None, rusage: dict[str, int] | None
 ) -> dict[str, Any]:
-    """Usage as JSON: what a cgroup counted, else what the kernel told PID 1, each with its source; else null."""
+    """Usage as JSON: what a cgroup counted, else what the kernel told PID 1, each with its source; else null.
+
+    Without a memory controller the peak is null: ru_maxrss is that of the largest process, not of the cell.
+    """
     sources = dict(counted.sources)
-    user, system, peak = counted.cpu_user_us, counted.cpu_system_us, counted.memory_peak_bytes
+    user, system = counted.cpu_user_us, counted.cpu_system_us
     if user is None and rusage is not None:
         user, system = rusage["utime_us"], rusage["stime_us"]
         sources["cpu"] = "rusage"
-    if peak is None and rusage is not None:
-        peak = rusage["maxrss_kb"] * 1024
-        sources["memory_peak"] = "rusage"  # of the largest process, not of all together
     read, written = counted.io_read_bytes, counted.io_write_bytes
     if read is None and io is not None:
         read, written = io
@@ -130,7 +131,7 @@ def usage_view(
         "wall_us": wall_us,
         "cpu_user_us": user,
         "cpu_system_us": system,
-        "memory_peak_bytes": peak,
+        "memory_peak_bytes": counted.memory_peak_bytes,
         "memory_bytes": counted.memory_bytes,
         "pids_peak": counted.pids_peak,
         "io_read_bytes": read,

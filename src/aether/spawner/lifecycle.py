@@ -86,7 +86,7 @@ class Lifecycle:
         if cell.state == "starting":
             cell.waiting_start.append(reply)
         else:
-            reply.ok(cell.view())
+            reply.ok({**cell.view(), "existing": True})
         return True
 
     def admit(self, plan: Plan, key: str, args: dict[str, Any], wired: Wired | None, reply: Reply) -> Cell:

@@ -40,6 +40,7 @@ from aether.spawner.workdir import WorkRoot, remove_tree
 from aether.spawner.workops import WorkOps
 
 STOP_WAIT_S = 5.0
+HOST_FACTS = ("missing", "landlock_abi", "root_steps", "landlock_rules")
 _INSTANCE = re.compile(r"[0-9a-f]{8}")
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -77,8 +78,10 @@ class Spawner:
         for left in old:
             self.cgroups.sweep(left)
         self.work = WorkRoot(str(self._state / "cells" / self.instance))
+        self._host = probe_host()
+        asked = [str(Path(root).resolve()) for root in options.root]
         rules = Rules(
-            tuple(str(Path(root).resolve()) for root in options.root),
+            tuple(dict.fromkeys((*self._host["source_roots"], *asked))),
             str(self._state),
             self.work.path,
             host_devices(),
@@ -194,6 +197,7 @@ class Spawner:
             "work_root": self.work.path,
             "logs": str(self._state / "logs/jobs"),
             "executor": self.launcher.name,
+            "host": {name: self._host[name] for name in HOST_FACTS},
             "cgroup": self.cgroups.probe(),
         }
 

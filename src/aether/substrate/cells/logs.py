@@ -215,9 +215,7 @@ class JobLogs:
                 raise AetherError("NOT_FOUND", f"cannot read the output of {name[:80]!r}: no such executable")
         return ExecLog(self._directory / cell_id, exec_id)
 
-    async def read(
-        self, cell_id: str, exec_id: str, stream: Stream, cursor: int, follow: bool
-    ) -> AsyncIterator[bytes]:
+    async def read(self, cell_id: str, exec_id: str, stream: Stream, cursor: int, follow: bool) -> AsyncIterator[bytes]:
         """The bytes of one stream, or of both in arrival order, from `cursor`; with `follow` until it has ended."""
         log = self.open(cell_id, exec_id)
         if follow:

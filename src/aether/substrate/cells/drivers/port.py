@@ -89,7 +89,7 @@ class Driver(Protocol):
         """Every cell that lives or ended without being freed."""
         ...
 
-    async def start(self, handle: Handle, exec_id: str, spec: CellSpec) -> None:
+    async def start_exec(self, handle: Handle, exec_id: str, spec: CellSpec) -> None:
         """One more executable in a running cell: `argv`, `env`, `cwd` and `limits.timeout_ms` of `spec`."""
         ...
 

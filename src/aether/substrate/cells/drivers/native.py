@@ -1,0 +1,341 @@
+"""Cells through the spawner: levels `cell` and `process`.
+
+The spawner is the truth about what lives; this side keeps only what it needs to answer at once (reports, ends,
+uid slots) and rebuilds it from `cell.list` after every connect. The idempotency key of a cell is its id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, get_args
+
+from aether.contract import limits
+from aether.contract.canonical import digest_bytes
+from aether.contract.cellplan import IdMap, exec_to_obj, to_obj
+from aether.contract.cells import CellSpec, ExecEnd, InputFile, Requirement, SandboxReport, Usage
+from aether.contract.errors import AetherError
+from aether.contract.wire import CellFile, CellFiles
+from aether.substrate.cells.client import Connector, SpawnerLink
+from aether.substrate.cells.drivers.port import Adopted, Explained, Fingerprint, Handle, Order, Started
+from aether.substrate.cells.facts import Facts, read_facts
+from aether.substrate.cells.plan import JOB_ID, Planned, check_spec, exec_spec, plan_cell
+from aether.substrate.cells.report import end_of, sandbox_report, usage_of, verify_required
+
+FILES_PER_MESSAGE: Final = 200
+STDIO: Final = ("null", "log", "log")
+SLOT_TRIES: Final = 16
+_REQUIREMENTS: Final = get_args(Requirement)
+
+
+@dataclass(slots=True)
+class _Cell:
+    """What is remembered of a live cell."""
+
+    exec_id: str
+    slot: int | None
+    report: SandboxReport
+    plan_text: bytes
+
+
+class NativeDriver:
+    """The driver `native`. `start` connects and stays connected; until then verbs raise UNAVAILABLE."""
+
+    name = "native"
+
+    def __init__(self, path: Path) -> None:
+        self._connector = Connector(path, self._connected, self._event, self._lost)
+        self._facts: Facts | None = None
+        self._cells: dict[str, _Cell] = {}
+        self._ends: dict[tuple[str, str], ExecEnd] = {}
+        self._waiting: dict[tuple[str, str], list[asyncio.Future[ExecEnd]]] = {}
+        self._next_slot = 0
+        self._slots: set[int] = set()
+        self._on_end: list[Callable[[ExecEnd], None]] = []
+        self._on_connect: list[Callable[[list[Adopted]], None]] = []
+
+    def start(self) -> None:
+        self._connector.start()
+
+    async def close(self) -> None:
+        await self._connector.close()
+
+    def on_end(self, call: Callable[[ExecEnd], None]) -> None:
+        self._on_end.append(call)
+
+    def on_connect(self, call: Callable[[list[Adopted]], None]) -> None:
+        """`call` hears what lives, or ended without being freed, after every connect."""
+        self._on_connect.append(call)
+
+    # ---- connection
+
+    async def _connected(self, link: SpawnerLink, hello: dict[str, Any]) -> None:
+        facts = read_facts(hello)
+        if self._facts is None or self._facts.instance != facts.instance:
+            self._cells.clear()  # a new spawner: the cells died with the old one
+            self._ends.clear()
+            self._slots.clear()
+        self._facts = facts
+        found = await self._list(link)
+        for call in self._on_connect:
+            call(found)
+        for adopted in found:
+            if adopted.end is not None:
+                self._ended(adopted.end)
+
+    def _lost(self) -> None:
+        """Waiters stay: the spawner may be the same one at the next connect, and else the list shows the loss."""
+
+    async def _list(self, link: SpawnerLink) -> list[Adopted]:
+        views = (await link.call("cell.list", {})).json()["cells"]
+        found: list[Adopted] = []
+        for view in views:
+            slot = (view["uid_first"] - limits.CELL_UID_BASE) // limits.CELL_UID_BLOCK
+            if slot >= 0:
+                self._slots.add(slot)
+            if not view["execs"]:
+                continue
+            first = view["execs"][0]
+            cell_id = view["cell"]
+            if cell_id not in self._cells:
+                report = sandbox_report(view["report"], {}, view["uid_first"], "")
+                self._cells[cell_id] = _Cell(first["exec"], slot if slot >= 0 else None, report, b"")
+            end = end_of(cell_id, first) if first["state"] == "ended" else None
+            found.append(Adopted(Handle(cell_id), cell_id, first["exec"], view["started_wall_us"], end))
+        listed = {view["cell"] for view in views}
+        for key in [key for key in self._waiting if key[0] not in listed]:
+            for future in self._waiting.pop(key):
+                if not future.done():
+                    future.set_exception(_no_cell(key[0]))
+        return found
+
+    def _event(self, name: str, fields: dict[str, Any]) -> None:
+        if name == "exec.exited":
+            self._ended(end_of(fields["cell"], fields))
+
+    def _ended(self, end: ExecEnd) -> None:
+        key = (end.cell_id, end.exec_id)
+        if key in self._ends:
+            return
+        self._ends[key] = end
+        for future in self._waiting.pop(key, []):
+            if not future.done():
+                future.set_result(end)
+        for call in self._on_end:
+            call(end)
+
+    @property
+    def facts(self) -> Facts:
+        if self._facts is None:
+            raise AetherError("UNAVAILABLE", f"cannot plan a cell: {self._connector.reason}", retry_after_s=1)
+        return self._facts
+
+    @property
+    def reason(self) -> str:
+        """Why there is no connection now; empty when there is one."""
+        return self._connector.reason
+
+    # ---- the contract
+
+    async def fingerprint(self) -> Fingerprint:
+        if self._facts is None or self._connector.link is None:
+            return Fingerprint(False, self._connector.reason, (), {}, {})
+        facts = self._facts
+        levels = ("process",) if facts.level == "process" else ("process", "cell")
+        shown = {"executor": facts.executor, "instance": facts.instance, "landlock_abi": facts.landlock_abi}
+        missing = {name: (lack.reason, lack.remedy) for name, lack in facts.missing.items()}
+        return Fingerprint(True, "", levels, shown, missing)
+
+    async def probe(self) -> dict[str, Any]:
+        """All that the host can and cannot enforce, asked now."""
+        value: dict[str, Any] = (await self._connector.require().call("probe", {})).json()
+        return value
+
+    def explain(self, spec: CellSpec) -> Explained:
+        check_spec(spec, _REQUIREMENTS)
+        planned = plan_cell(spec, "cell_example", "exec_example", self.facts, 0)
+        return Explained(planned.lines(), to_obj(planned.plan), planned.document(), planned.missing)
+
+    async def launch(self, order: Order) -> Started:
+        check_spec(order.spec, _REQUIREMENTS)
+        link, facts = self._connector.require(), self.facts
+        known = self._cells.get(order.cell_id)
+        if known is not None:
+            return Started(Handle(order.cell_id), known.exec_id, known.report, known.plan_text, None)
+        files = list(order.files)
+        for _ in range(SLOT_TRIES):
+            slot = self._take_slot()
+            planned = plan_cell(order.spec, order.cell_id, order.exec_id, facts, slot)
+            try:
+                files = await self._prepare(link, planned, files)
+                return await self._create(link, order, planned, slot, files)
+            except AetherError as error:
+                self._slots.discard(slot)
+                if not (error.code == "BAD_PLAN" and "holds it" in error.message):
+                    raise
+                self._slots.add(slot)  # somebody else's: an older instance of us, not yet listed
+        raise AetherError("CELL_LIMIT", "cannot launch: no block of uids is free")
+
+    def _take_slot(self) -> int:
+        for _ in range(limits.CELL_UID_SLOTS):
+            self._next_slot = (self._next_slot + 1) % limits.CELL_UID_SLOTS
+            if self._next_slot not in self._slots:
+                self._slots.add(self._next_slot)
+                return self._next_slot
+        raise AetherError("CELL_LIMIT", "cannot launch: every block of uids is in use")
+
+    async def _prepare(
+        self, link: SpawnerLink, planned: Planned, files: list[tuple[InputFile, int]]
+    ) -> list[tuple[InputFile, int]]:
+        """More files than one message carries go ahead of the cell; the rest travels with it."""
+        while len(files) > FILES_PER_MESSAGE:
+            batch, files = files[:FILES_PER_MESSAGE], files[FILES_PER_MESSAGE:]
+            args = {"cell": planned.plan.cell_id, "owner": _owner(planned.plan.id_map), "files": _files(batch)}
+            await link.call("work.prepare", args, [fd for _, fd in batch])
+        return files
+
+    async def _create(
+        self, link: SpawnerLink, order: Order, planned: Planned, slot: int, files: list[tuple[InputFile, int]]
+    ) -> Started:
+        asked = order.spec.limits
+        executable = exec_to_obj(planned.executable)
+        del executable["stdio"]
+        args = {
+            "plan": to_obj(planned.plan),
+            "limits": planned.limits,
+            "files": _files(files),
+            "work": True,
+            "once": True,
+            "exec": {
+                "spec": executable,
+                "stdio": list(STDIO),
+                "wall_ms_max": asked.timeout_ms,
+                "grace_ms": asked.grace_ms,
+            },
+            "grace_ms": asked.grace_ms,
+        }
+        ours, theirs = _channel(order.spec)
+        fds = [fd for _, fd in files] + ([theirs.fileno()] if theirs is not None else [])
+        try:
+            reply = await link.call("cell.create", args, fds, key=order.cell_id)
+            report, text = self._reported(order, planned, reply.value)
+        except BaseException:
+            if ours is not None:
+                ours.close()
+            raise
+        finally:
+            if theirs is not None:
+                theirs.close()
+        self._cells[order.cell_id] = _Cell(order.exec_id, slot, report, text)
+        try:
+            verify_required(order.spec, report)
+        except AetherError:
+            if ours is not None:
+                ours.close()
+            await self.free(Handle(order.cell_id))
+            raise
+        channel = ours.detach() if ours is not None and "existing" not in reply.value else None
+        return Started(Handle(order.cell_id), order.exec_id, report, text, channel)
+
+    def _reported(self, order: Order, planned: Planned, view: dict[str, Any]) -> tuple[SandboxReport, bytes]:
+        text = planned.document()
+        ids = planned.plan.id_map
+        uid = ids.host_uid + (ids.job_uid if ids.count > 1 else 0)
+        return sandbox_report(view["report"], planned.missing, uid, digest_bytes(text)), text
+
+    async def adopt(self) -> list[Adopted]:
+        return await self._list(self._connector.require())
+
+    async def start_exec(self, handle: Handle, exec_id: str, spec: CellSpec) -> None:
+        facts = self.facts
+        work = "/work" if facts.level == "cell" else f"{facts.work_root}/{handle}"
+        executable = exec_to_obj(exec_spec(spec, exec_id, work))
+        del executable["stdio"]
+        asked = {"spec": executable, "stdio": list(STDIO), "wall_ms_max": spec.limits.timeout_ms}
+        args = {"cell": handle, "exec": asked | {"grace_ms": spec.limits.grace_ms}}
+        await self._connector.require().call("exec.start", args, key=exec_id)
+
+    async def signal(self, handle: Handle, exec_id: str, signo: int) -> None:
+        await self._call("exec.signal", {"cell": handle, "exec": exec_id, "signo": signo})
+
+    async def stop(self, handle: Handle, grace_ms: int) -> None:
+        await self._call("cell.stop", {"cell": handle, "grace_ms": grace_ms})
+
+    async def kill(self, handle: Handle) -> None:
+        await self._call("cell.kill", {"cell": handle})
+
+    async def wait(self, handle: Handle, exec_id: str) -> ExecEnd:
+        key = (str(handle), exec_id)
+        if key in self._ends:
+            return self._ends[key]
+        if handle not in self._cells:
+            raise _no_cell(handle)
+        future: asyncio.Future[ExecEnd] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key, []).append(future)
+        return await future
+
+    async def usage(self, handle: Handle) -> Usage:
+        return usage_of(await self._call("cell.usage", {"cell": handle}))
+
+    async def report(self, handle: Handle) -> SandboxReport:
+        cell = self._cells.get(handle)
+        if cell is None:
+            raise _no_cell(handle)
+        return cell.report
+
+    async def collect(self, handle: Handle, globs: Sequence[str]) -> CellFiles:
+        reply = await self._connector.require().call("work.collect", {"cell": handle, "globs": list(globs)})
+        found = reply.json()
+        files = tuple(CellFile(path=file["path"], size_bytes=file["size_bytes"]) for file in found["files"])
+        return CellFiles(files=files, refused=found["refused"])
+
+    async def open(self, handle: Handle, path: str) -> int:
+        reply = await self._connector.require().call("work.open", {"cell": handle, "path": path})
+        return reply.fds[0]
+
+    async def acknowledge(self, handle: Handle, exec_id: str) -> None:
+        await self._call("exit.ack", {"cell": handle, "exec": exec_id})
+
+    async def free(self, handle: Handle) -> None:
+        await self._call("cell.free", {"cell": handle})
+        cell = self._cells.pop(handle, None)
+        if cell is not None and cell.slot is not None:
+            self._slots.discard(cell.slot)
+        for key in [key for key in self._ends if key[0] == handle]:
+            del self._ends[key]
+        for key in [key for key in self._waiting if key[0] == handle]:
+            for future in self._waiting.pop(key):
+                if not future.done():
+                    future.set_exception(_no_cell(handle))
+
+    async def _call(self, op: str, args: dict[str, Any]) -> dict[str, Any]:
+        reply = await self._connector.require().call(op, args)
+        reply.close()
+        return reply.value
+
+
+def _no_cell(cell_id: str) -> AetherError:
+    return AetherError("NO_SUCH_CELL", f"cannot find cell {cell_id}")
+
+
+def _channel(spec: CellSpec) -> tuple[socket.socket | None, socket.socket | None]:
+    """Our and their end of the stream that the executable gets as descriptor 3."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) if spec.channel else (None, None)
+
+
+def _files(files: Sequence[tuple[InputFile, int]]) -> list[dict[str, Any]]:
+    return [{"path": file.path, "mode": 0o755 if file.executable else 0o644} for file, _ in files]
+
+
+def _owner(ids: IdMap) -> dict[str, int]:
+    if ids.count == 1:
+        return {"uid": ids.host_uid, "gid": ids.host_gid, "uid_first": ids.host_uid, "uid_count": 1}
+    return {
+        "uid": ids.host_uid + JOB_ID,
+        "gid": ids.host_gid + JOB_ID,
+        "uid_first": ids.host_uid,
+        "uid_count": ids.count,
+    }

@@ -1,0 +1,92 @@
+"""What the spawner says about its host, read once into frozen types when it connects.
+
+The plan is a pure function of a specification and these facts. `missing` names each mechanism that this host
+cannot enforce, with the reason and the remedy, in the words of `require`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from aether.contract.cellplan import NAMESPACES, LandlockRule, Plan, Step, parse_plan
+
+NAMESPACE_WORDS: Final = {
+    "user": "userns",
+    "pid": "pidns",
+    "mnt": "mountns",
+    "net": "netns",
+    "ipc": "ipcns",
+    "uts": "utsns",
+    "cgroup": "cgroupns",
+}
+LIMIT_WORDS: Final = {"memory_bytes": "cgroup-memory", "cpu_millis": "cgroup-cpu", "pids": "cgroup-pids"}
+
+
+@dataclass(frozen=True, slots=True)
+class Lack:
+    """Why a mechanism is absent and what helps."""
+
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """`root` and `landlock_rules`: the read-only root that every cell gets here, and what Landlock allows of it."""
+
+    instance: str
+    work_root: str
+    logs: str
+    is_root: bool
+    uid: int
+    gid: int
+    executor: str
+    level: str
+    namespaces: tuple[str, ...]
+    landlock_abi: int
+    root: tuple[Step, ...]
+    landlock_rules: tuple[LandlockRule, ...]
+    missing: dict[str, Lack]
+
+
+def read_facts(hello: dict[str, Any]) -> Facts:
+    """The reply to `hello`. The cgroup driver's missing limits become missing mechanisms."""
+    host, cgroup = hello["host"], hello["cgroup"]
+    missing = {name: Lack(lack["reason"], lack["remedy"]) for name, lack in host["missing"].items()}
+    for limit, reason in cgroup["missing"].items():
+        if limit in LIMIT_WORDS:
+            missing[LIMIT_WORDS[limit]] = Lack(reason, cgroup["remedy"])
+    namespaces = tuple(name for name in NAMESPACES if NAMESPACE_WORDS[name] not in missing)
+    level = "process" if "cell" in missing else "cell"
+    base = _base_plan(host["root_steps"], host["landlock_rules"])
+    return Facts(
+        instance=hello["instance"],
+        work_root=hello["work_root"],
+        logs=hello["logs"],
+        is_root=hello["uid"] == 0,
+        uid=hello["uid"],
+        gid=hello["gid"],
+        executor=hello["executor"],
+        level=level,
+        namespaces=namespaces if level == "cell" else (),
+        landlock_abi=host["landlock_abi"],
+        root=base.steps,
+        landlock_rules=base.landlock.rules if base.landlock is not None else (),
+        missing=missing,
+    )
+
+
+def _base_plan(steps: list[Any], rules: list[Any]) -> Plan:
+    """The spawner's steps and rules through the strict parser of plans."""
+    outline = {
+        "cell_id": "base",
+        "level": "cell",
+        "namespaces": list(NAMESPACES),
+        "id_map": {"host_uid": 1, "host_gid": 1, "count": 1, "init_uid": 1, "job_uid": 1, "job_gid": 1},
+        "hostname": "cell",
+        "steps": steps,
+        "seccomp_profile": "cell",
+        "landlock": {"rules": rules},
+    }
+    return parse_plan(outline, source_roots=("/",))

@@ -1,0 +1,181 @@
+"""From a specification to a plan: pure, printable, decided before any privilege is used.
+
+Defaults: every namespace the host allows, the host's minimal read-only root, a private sized /tmp, the work
+directory at /work, `readonly_dirs` at /mnt/<name>, Landlock over exactly these, seccomp profile `cell`, rlimits.
+Where no cgroup enforces memory or processes, rlimits stand in (RLIMIT_DATA, RLIMIT_NPROC): per process and per
+user, not per cell, and `missing` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from aether.contract import limits
+from aether.contract.canonical import canonical
+from aether.contract.cellplan import (
+    BindRo,
+    BindRw,
+    ExecSpec,
+    IdMap,
+    Landlock,
+    LandlockRule,
+    Plan,
+    Rlimit,
+    Step,
+    Tmpfs,
+    describe,
+    exec_to_obj,
+    to_obj,
+)
+from aether.contract.cells import CellSpec
+from aether.contract.errors import AetherError
+from aether.substrate.cells.facts import Facts
+
+JOB_ID: Final = 1000
+HOST_NAME: Final = "cell"
+WORK: Final = "/work"
+DEFAULT_ENV: Final = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": WORK,
+    "TMPDIR": "/tmp",
+    "LANG": "C.UTF-8",
+    "USER": "job",
+}
+TMP_BYTES_MIN: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A cell ready to be asked for: the plan, its first executable, cgroup limits, what stands in or is absent."""
+
+    plan: Plan
+    executable: ExecSpec
+    limits: dict[str, int]
+    missing: dict[str, str]
+
+    def document(self) -> bytes:
+        """Canonical JSON of all that is asked, which receipts name by digest. The environment's values are left
+        out: they may be secrets."""
+        executable = exec_to_obj(self.executable)
+        executable["env"] = sorted(executable["env"])
+        return canonical({"plan": to_obj(self.plan), "exec": executable, "limits": self.limits})
+
+    def lines(self) -> tuple[str, ...]:
+        asked = [f"cgroup limit {name}: {value}" for name, value in self.limits.items()]
+        lacks = [f"not enforced here: {name}: {reason}" for name, reason in self.missing.items()]
+        return (*describe(self.plan), *asked, *lacks, f"run {' '.join(self.executable.argv)} in {self.executable.cwd}")
+
+
+def require(spec: CellSpec, facts: Facts) -> None:
+    """Fail closed before anything is started: raises AetherError LEVEL_UNMET with the reason and the remedy."""
+    for word in spec.require:
+        if word == "process":
+            continue
+        lack = facts.missing.get(word)
+        if lack is not None:
+            message = f"cannot meet the required level {word}: {lack.reason}"
+            raise AetherError("LEVEL_UNMET", message, lack.remedy, {"required": word})
+
+
+def plan_cell(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts, slot: int) -> Planned:
+    """The plan of `spec` on this host. `slot` chooses the block of uids when the spawner is root."""
+    require(spec, facts)
+    work = f"{facts.work_root}/{cell_id}"
+    is_cell = facts.level == "cell"
+    plan = Plan(
+        cell_id=cell_id,
+        level=facts.level,
+        namespaces=facts.namespaces,
+        id_map=_id_map(facts, slot),
+        hostname=HOST_NAME,
+        steps=_steps(spec, facts, work) if is_cell else (),
+        seccomp_profile="cell",
+        landlock=_landlock(spec, facts, work),
+        rlimits=_rlimits(spec, facts),
+    )
+    asked = spec.limits
+    wanted = {
+        "memory_bytes": asked.memory_bytes,
+        "swap_bytes": 0,
+        "cpu_millis": asked.cpu_millis,
+        "pids": asked.pids + 1,  # PID 1 is ours, not the job's
+    }
+    return Planned(plan, exec_spec(spec, exec_id, WORK if is_cell else work), wanted, _missing(facts))
+
+
+def exec_spec(spec: CellSpec, exec_id: str, work: str = WORK) -> ExecSpec:
+    """The executable of `spec`; `work` is where the work directory is seen."""
+    env = {name: value.replace(WORK, work, 1) if name == "HOME" else value for name, value in DEFAULT_ENV.items()}
+    cwd = work + spec.cwd[len(WORK) :] if spec.cwd == WORK or spec.cwd.startswith(WORK + "/") else spec.cwd
+    return ExecSpec(
+        exec_id=exec_id,
+        argv=spec.argv,
+        env=tuple((env | spec.env).items()),
+        cwd=cwd,
+        extra_fds=1 if spec.channel else 0,
+    )
+
+
+def _id_map(facts: Facts, slot: int) -> IdMap:
+    if not facts.is_root:
+        return IdMap(facts.uid, facts.gid, 1, JOB_ID, JOB_ID, JOB_ID)
+    first = limits.CELL_UID_BASE + slot * limits.CELL_UID_BLOCK
+    return IdMap(first, first, limits.CELL_UID_BLOCK, 0, JOB_ID, JOB_ID)
+
+
+def _steps(spec: CellSpec, facts: Facts, work: str) -> tuple[Step, ...]:
+    return (
+        *facts.root,
+        Tmpfs("/tmp", max(spec.limits.tmp_bytes, TMP_BYTES_MIN)),
+        BindRw(WORK, work),
+        *(BindRo(f"/mnt/{name}", source) for name, source in sorted(spec.readonly_dirs.items())),
+    )
+
+
+def _landlock(spec: CellSpec, facts: Facts, work: str) -> Landlock | None:
+    if facts.landlock_abi < 1:
+        return None
+    rules = list(facts.landlock_rules)
+    if facts.level == "cell":
+        rules += [LandlockRule(path, ("read", "execute", "write")) for path in ("/tmp", WORK)]
+        rules += [LandlockRule(f"/mnt/{name}", ("read", "execute")) for name in sorted(spec.readonly_dirs)]
+    else:
+        rules.append(LandlockRule(work, ("read", "execute", "write")))
+        rules += [LandlockRule(source, ("read", "execute")) for _, source in sorted(spec.readonly_dirs.items())]
+    return Landlock(tuple(rules))
+
+
+def _rlimits(spec: CellSpec, facts: Facts) -> tuple[Rlimit, ...]:
+    asked = spec.limits
+    wanted = {"core": 0, "nofile": asked.nofile, "fsize": asked.file_bytes}
+    if "cgroup-memory" in facts.missing:
+        wanted["data"] = asked.memory_bytes
+    if "cgroup-pids" in facts.missing:
+        wanted["nproc"] = asked.pids + 1
+    return tuple(Rlimit(name, value, value) for name, value in wanted.items())
+
+
+def _missing(facts: Facts) -> dict[str, str]:
+    missing = {name: lack.reason for name, lack in facts.missing.items()}
+    stand_ins = {
+        "cgroup-memory": "RLIMIT_DATA stands in, per process",
+        "cgroup-pids": "RLIMIT_NPROC stands in, per user",
+    }
+    for name, stand_in in stand_ins.items():
+        if name in missing:
+            missing[name] += f"; {stand_in}"
+    return missing
+
+
+def check_spec(spec: CellSpec, known: Sequence[str]) -> None:
+    """What the specification's types do not say; raises AetherError BAD_FIELD."""
+    for word in spec.require:
+        if word not in known:
+            raise AetherError("BAD_FIELD", f"cannot require {word[:80]!r}: not one of {', '.join(known)}")
+    for name, source in spec.readonly_dirs.items():
+        if not name.isidentifier() or len(name) > 64:
+            raise AetherError("BAD_FIELD", f"cannot show a directory as {name[:80]!r}: not a plain name")
+        if not source.startswith("/"):
+            raise AetherError("BAD_FIELD", f"cannot show {source[:80]!r}: not an absolute path")
