@@ -59,6 +59,18 @@ async def read_body(head: Head, receive: Receive, bytes_max: int = limits.HTTP_B
     return b"".join(parts)
 
 
+async def discard(receive: Receive, bytes_max: int) -> bool:
+    """Throws body bytes away as they come; whether the body ended within the bound. Raises ClientGoneError."""
+    more = True
+    while more and bytes_max >= 0:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ClientGoneError
+        more = bool(message.get("more_body"))
+        bytes_max -= len(message.get("body", b""))
+    return not more
+
+
 async def spool_body(head: Head, receive: Receive, directory: Path, bytes_max: int) -> tuple[int, int]:
     """Writes the body to an unlinked file below `directory`; returns its descriptor (at offset 0) and size.
 

@@ -24,7 +24,7 @@ _MEDIA_TYPE: Final = re.compile(
 _TAKEN: Final = frozenset(
     {
         b"authorization", b"x-request-id", b"traceparent", b"idempotency-key", b"content-type", b"content-length",
-        b"content-encoding", b"transfer-encoding",
+        b"content-encoding", b"transfer-encoding", b"expect",
     }
 )  # fmt: skip
 
@@ -49,6 +49,11 @@ class Head:
     def has_body(self) -> bool:
         """Whether body bytes may follow."""
         return b"transfer-encoding" in self.values or self.values.get(b"content-length", b"0") != b"0"
+
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the client waits for leave before it sends the body (RFC 9110, 10.1.1)."""
+        return self.values.get(b"expect", b"").lower() == b"100-continue"
 
 
 def read_head(headers: Iterable[tuple[bytes, bytes]]) -> tuple[Head, AetherError | None]:

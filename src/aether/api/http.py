@@ -19,6 +19,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -45,6 +46,8 @@ OPENAPI_PATH: Final = "/openapi.json"
 UPLOADS_MAX: Final = 32
 """Uploads being spooled at once, of all callers: each may hold UPLOAD_BYTES_MAX of disk before it is judged."""
 UPLOADS_PER_UID_MAX: Final = 8
+DRAIN_BYTES_MAX: Final = 1 * limits.MIB
+"""A refused body up to this size is read and thrown away; beyond it the connection is closed."""
 
 _LOG: Final = logging.getLogger("aether.api")
 
@@ -88,7 +91,8 @@ class HttpApp:
                 raise AetherError("UNAUTHENTICATED", "cannot tell who is calling: the connection has no peer")
             await self._answer(scope, exchange, connection)
         except AetherError as refusal:
-            await exchange.refuse(refusal)
+            with suppress(bodies.ClientGoneError):
+                await exchange.refuse(refusal)
         except bodies.ClientGoneError:
             return
         except asyncio.CancelledError:
@@ -181,8 +185,17 @@ class _Exchange:
         """Answers an error; once an answer began, all that is left is to end the connection."""
         if self.started:
             raise error
+        await self._drain()
         self.started = True
         await replies.send_error(self._send, error, self.head.request_id, close=self._must_close)
+
+    async def _drain(self) -> None:
+        """Reads an unread body of some size to its end: a client that sends head and body apart would otherwise get
+        EPIPE instead of the answer, and lose its connection. One that asked first (Expect) is just told no."""
+        announced = self.head.values.get(b"content-length", b"0")
+        small = announced.isdigit() and len(announced) < 10 and int(announced) <= DRAIN_BYTES_MAX
+        if self._must_close and small and not self.head.expects_continue:
+            self.body_read = await bodies.discard(self.receive, DRAIN_BYTES_MAX)
 
     async def send_allow(self, methods: tuple[str, ...]) -> None:
         self.started = True

@@ -23,8 +23,9 @@ from aether.contract.jobs import MODEL_OPS, SCHEMA_VERSION, CommandInputs, Comma
 JsonObject = dict[str, Any]
 _REF: Final = "#/components/schemas/{name}"
 _ARGUMENT_SCHEMAS: Final = {"job_id": params.JOB_ID_SCHEMA, "digest": params.DIGEST_SCHEMA}
-_PART: Final = r"[^.\u0000-\u001f\u007f/][^\u0000-\u001f\u007f/]{0,59}"
-_RELATIVE_PATH: Final = rf"^{_PART}(/{_PART}){{0,3}}$"
+_PART: Final = r"(?!\.{1,2}(/|$))[^\u0000-\u001f\u007f/]{1,255}"
+_RELATIVE_PATH: Final = rf"^{_PART}(/{_PART})*$"
+_CWD: Final = r"^/work(/(?!\.{1,2}(/|$))[^/\u0000]+)*$"
 _JOB_EXAMPLES: Final = {
     "command": {
         "value": {"kind": "command", "op": "run", "params": {"argv": ["echo", "hello"], "outputs": []}},
@@ -86,7 +87,8 @@ def _operation(operation: Operation, path: str) -> JsonObject:
         entry["description"] += f" An alias of `{operation.path}`."
     if operation.body == "raw":
         entry["requestBody"] = {
-            "required": True,
+            "required": False,
+            "description": "An absent body is an empty artifact.",
             "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
         }
     elif operation.body_type is not None:
@@ -181,9 +183,10 @@ def _is_struct(kind: type) -> bool:
 
 
 def _refine_command(schemas: Mapping[str, Any]) -> None:
-    """The rules of `contract.jobs.parse_command`, as far as a schema can say them (a pattern is narrower)."""
+    """The rules of `contract.jobs.parse_command`, as far as a schema can say them: sums of
+    lengths and lengths in bytes it cannot."""
     command = schemas["CommandParams"]["properties"]
-    no_nul = {"type": "string", "pattern": r"^[^\u0000]*$", "maxLength": 4096}
+    no_nul = {"type": "string", "pattern": r"^[^\u0000]*$"}
     command["argv"].update(
         items=dict(no_nul),
         prefixItems=[{**no_nul, "minLength": 1}],
@@ -191,12 +194,15 @@ def _refine_command(schemas: Mapping[str, Any]) -> None:
         maxItems=limits.ARGV_ITEMS_MAX,
     )
     command["env"].update(
-        propertyNames={"pattern": "^[A-Za-z_][A-Za-z0-9_]*$", "maxLength": 128},
+        propertyNames={"pattern": "^[A-Za-z_][A-Za-z0-9_]*$"},
         additionalProperties=dict(no_nul),
         maxProperties=limits.ENV_ITEMS_MAX,
     )
-    command["cwd"]["pattern"] = r"^/work(/[A-Za-z0-9_-]{1,64}){0,8}$"
-    command["outputs"].update(items={"type": "string", "pattern": _RELATIVE_PATH}, maxItems=limits.OUTPUT_GLOBS_MAX)
+    command["cwd"]["pattern"] = _CWD
+    command["outputs"].update(
+        items={"type": "string", "pattern": _RELATIVE_PATH, "maxLength": limits.PATH_BYTES_MAX},
+        maxItems=limits.OUTPUT_GLOBS_MAX,
+    )
     command["require"]["items"] = {"type": "string", "enum": sorted(Requirement.__args__)}  # type: ignore[attr-defined]
     file = schemas["InputFile"]["properties"]
     file["path"].update(pattern=_RELATIVE_PATH)

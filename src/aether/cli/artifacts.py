@@ -23,8 +23,10 @@ def register(app: typer.Typer) -> None:
 
 def _get(
     session: Session,
-    digest: Annotated[str, typer.Argument(help="sha256:...")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A file; stdout otherwise.")] = None,
+    digest: Annotated[str, typer.Argument(metavar="DIGEST", help="sha256:...")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="A file; stdout otherwise.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     from aether.cli.download import save_outputs
@@ -43,9 +45,9 @@ def _get(
 
 def _list(
     session: Session,
-    job: Annotated[str | None, typer.Option(help="Only this job's.")] = None,
-    limit: Annotated[int, typer.Option(help="How many.")] = 50,
-    cursor: Annotated[str | None, typer.Option(help="Continue a listing.")] = None,
+    job: Annotated[str | None, typer.Option(metavar="JOB", help="Only this job's.")] = None,
+    limit: Annotated[int, typer.Option(metavar="N", help="How many.")] = 50,
+    cursor: Annotated[str | None, typer.Option(metavar="CURSOR", help="Continue a listing.")] = None,
 ) -> None:
     from aether.cli.output import human_bytes, show_json, show_table
 
@@ -60,8 +62,8 @@ def _list(
 
 def _put(
     session: Session,
-    file: Annotated[Path, typer.Argument(help="The file.")],
-    media_type: Annotated[str, typer.Option(help="Its media type.")] = "application/octet-stream",
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file.")],
+    media_type: Annotated[str, typer.Option(metavar="TYPE", help="Its media type.")] = "application/octet-stream",
 ) -> None:
     from aether.cli.output import progress, show_json
 

@@ -16,7 +16,9 @@ from aether.cli.session import Session, command
 if TYPE_CHECKING:
     from aether.substrate.audit.report import Report
 
-Key = Annotated[Path | None, typer.Option("--key", help="The public key; this instance's keys/audit.pub otherwise.")]
+Key = Annotated[
+    Path | None, typer.Option("--key", metavar="FILE", help="The public key; this instance's keys/audit.pub otherwise.")
+]
 _JOB_ID: Final = re.compile(r"job_[0-9a-f-]{36}")
 _VERIFY: Final = """Verify a receipt, from a file or of a job, with the public key alone.
 
@@ -100,7 +102,7 @@ def _verify(
 
 def _verify_log(
     session: Session,
-    directory: Annotated[Path | None, typer.Argument(help="The log's directory.")] = None,
+    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="The log's directory.")] = None,
     key: Key = None,
 ) -> int:
     from aether.cli.output import progress

@@ -43,9 +43,11 @@ def _ps(
 
 def _list(
     session: Session,
-    only: Annotated[list[str] | None, typer.Option(help="Only jobs in this state; may be repeated.")] = None,
-    limit: Annotated[int, typer.Option(help="How many.")] = 50,
-    cursor: Annotated[str | None, typer.Option(help="Continue after this job.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="STATE", help="Only jobs in this state; may be repeated.")
+    ] = None,
+    limit: Annotated[int, typer.Option(metavar="N", help="How many.")] = 50,
+    cursor: Annotated[str | None, typer.Option(metavar="JOB", help="Continue after this job.")] = None,
 ) -> None:
     from aether.contract.errors import AetherError
     from aether.contract.jobs import JobState
@@ -124,7 +126,7 @@ def _logs(
     session: Session,
     job_id: Job,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
-    stream: Annotated[str, typer.Option(help="stdout, stderr or all.")] = "all",
+    stream: Annotated[str, typer.Option(metavar="STREAM", help="stdout, stderr or all.")] = "all",
 ) -> None:
     from aether.cli.follow import copy_stream
 
@@ -139,7 +141,9 @@ def _logs(
 
 
 def _stop(
-    session: Session, job_id: Job, grace: Annotated[str, typer.Option(help="Between SIGTERM and SIGKILL.")] = "2s"
+    session: Session,
+    job_id: Job,
+    grace: Annotated[str, typer.Option(metavar="TIME", help="Between SIGTERM and SIGKILL.")] = "2s",
 ) -> None:
     from aether.cli.output import progress, show_json
     from aether.cli.parse import duration_ms

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from aether.client import Client
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model id, or id@version.")]
-Input = Annotated[Path, typer.Option("--input", help="A JSON file; - is stdin.")]
+Input = Annotated[Path, typer.Option("--input", metavar="FILE", help="A JSON file; - is stdin.")]
 
 _PREDICT = """Predict the state at one or more horizons (seconds).
 
@@ -42,8 +42,10 @@ def _predict(
     session: Session,
     model: Model,
     source: Input,
-    horizon: Annotated[list[str], typer.Option(help="Seconds ahead; more may follow, or repeat it.")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[HORIZON]...", help="More horizons.")] = None,
+    horizon: Annotated[
+        list[str], typer.Option(metavar="SECONDS", help="Seconds ahead; more may follow, or repeat it.")
+    ],
+    more: Annotated[list[str] | None, typer.Argument(metavar="SECONDS", help="More horizons.")] = None,
 ) -> None:
     from aether.cli.parse import horizons_s
 

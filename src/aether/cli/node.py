@@ -108,9 +108,9 @@ def _probe_here() -> Sequence[dict[str, Any]]:
 
 def _explain(
     session: Session,
-    argv: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The command.")],
-    memory: Annotated[str | None, typer.Option(help="Memory bound: 256M.")] = None,
-    require: Annotated[list[str] | None, typer.Option(help="A level it must have.")] = None,
+    argv: Annotated[list[str], typer.Argument(metavar="-- CMD", help="The command.")],
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory bound: 256M.")] = None,
+    require: Annotated[list[str] | None, typer.Option(metavar="LEVEL", help="A level it must have.")] = None,
 ) -> None:
     from aether.cli.output import show_json
     from aether.cli.parse import size_bytes

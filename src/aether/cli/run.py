@@ -38,19 +38,25 @@ def register(app: typer.Typer) -> None:
 
 def _run(
     session: Session,
-    argv: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The command and its arguments.")],
-    file: Annotated[list[str] | None, typer.Option("--file", help="Put a file into /work: SRC[:DEST].")] = None,
-    directory: Annotated[Path | None, typer.Option("--dir", help="Copy a directory into /work.")] = None,
-    output: Annotated[list[str] | None, typer.Option(help="Fetch files matching this glob afterwards.")] = None,
-    output_dir: Annotated[Path, typer.Option(help="Where to put them.")] = Path(),
+    argv: Annotated[list[str], typer.Argument(metavar="-- CMD", help="The command and its arguments.")],
+    file: Annotated[
+        list[str] | None, typer.Option("--file", metavar="FILE", help="Put a file into /work: SRC[:DEST].")
+    ] = None,
+    directory: Annotated[Path | None, typer.Option("--dir", metavar="DIR", help="Copy a directory into /work.")] = None,
+    output: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Fetch files matching this glob afterwards.")
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where to put them.")] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
-    memory: Annotated[str | None, typer.Option(help="Memory bound: 256M, 1G.")] = None,
-    cpu: Annotated[str | None, typer.Option(help="CPUs: 0.5, 2.")] = None,
-    timeout: Annotated[str | None, typer.Option(help="Wall time: 10s, 5m.")] = None,
-    pids: Annotated[int | None, typer.Option(help="Processes and threads.")] = None,
-    env: Annotated[list[str] | None, typer.Option(help="K=V, for the command.")] = None,
-    require: Annotated[list[str] | None, typer.Option(help="Refuse to start without this level.")] = None,
-    label: Annotated[list[str] | None, typer.Option(help="A data-flow label.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory bound: 256M, 1G.")] = None,
+    cpu: Annotated[str | None, typer.Option(metavar="CPUS", help="CPUs: 0.5, 2.")] = None,
+    timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Wall time: 10s, 5m.")] = None,
+    pids: Annotated[int | None, typer.Option(metavar="N", help="Processes and threads.")] = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="K=V", help="K=V, for the command.")] = None,
+    require: Annotated[
+        list[str] | None, typer.Option(metavar="LEVEL", help="Refuse to start without this level.")
+    ] = None,
+    label: Annotated[list[str] | None, typer.Option(metavar="LABEL", help="A data-flow label.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Print the job id and leave.")] = False,
 ) -> int:
     from aether.cli.download import save_outputs

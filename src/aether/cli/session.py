@@ -21,9 +21,18 @@ if TYPE_CHECKING:
 
 _OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "as_json": (Annotated[bool, typer.Option("--json", help="Print JSON.")], False),
-    "ticket": (Annotated[str | None, typer.Option(envvar="AETHER_TICKET", help="A ticket, aetk1_...")], None),
-    "state": (Annotated[Path | None, typer.Option(envvar="AETHER_STATE", help="The instance's directory.")], None),
-    "socket": (Annotated[Path | None, typer.Option(help="The instance's socket, instead of --state.")], None),
+    "ticket": (
+        Annotated[str | None, typer.Option(envvar="AETHER_TICKET", metavar="TICKET", help="A ticket, aetk1_...")],
+        None,
+    ),
+    "state": (
+        Annotated[Path | None, typer.Option(envvar="AETHER_STATE", metavar="DIR", help="The instance's directory.")],
+        None,
+    ),
+    "socket": (
+        Annotated[Path | None, typer.Option(metavar="PATH", help="The instance's socket, instead of --state.")],
+        None,
+    ),
 }
 
 

@@ -12,18 +12,30 @@ import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import uvloop
 
 from aether.api.http import HttpApp
 from aether.api.server import Deadlines, HttpServer
-from aether.contract import calls, ids, wire
+from aether.contract import calls, ids, limits, wire
+from aether.contract.cells import Requirement
 from aether.contract.errors import AetherError
-from aether.contract.jobs import TERMINAL, ArtifactRef, JobRequest, JobState, JobView, parse_command, parse_model
+from aether.contract.jobs import (
+    SCHEMA_VERSION,
+    TERMINAL,
+    ArtifactRef,
+    JobRequest,
+    JobState,
+    JobView,
+    check_labels,
+    parse_command,
+    parse_model,
+)
 from aether.contract.records import InclusionProof, Receipt, ReceiptEntry
 
 NOW = "2026-09-21T13:33:20.123456Z"
@@ -116,12 +128,16 @@ class FakeService:
             labels=request.labels, schema_version="1.0", input_hash=DIGEST, created_at=NOW,
         )  # fmt: skip
         job = FakeJob(view)
+        check_labels(request.labels)
+        if request.schema_version != SCHEMA_VERSION:
+            raise AetherError("BAD_FIELD", f"cannot accept schema_version {request.schema_version!r}")
         if request.kind == "model":
             parse_model(request)
             job.result = msgspec.json.encode({"op": request.op, "inputs": sorted(request.inputs)})
             job.change(state=JobState.SUCCEEDED, model_id="pendulum", finished_at=NOW, result_digest=DIGEST)
         else:
             params, inputs = parse_command(request)
+            _check_require(params.require)
             for file in inputs.files:
                 if file.artifact not in self.artifacts:
                     raise AetherError("NOT_FOUND", f"cannot find artifact {file.artifact}")
@@ -238,6 +254,8 @@ class FakeService:
 
     async def stop(self, caller: calls.Caller, call: calls.StopCall) -> JobView:
         job = self._job(call.job_id)
+        if not 0 <= call.grace_ms <= limits.STOP_GRACE_MS_MAX:
+            raise AetherError("BAD_FIELD", f"cannot accept grace_ms = {call.grace_ms}")
         if not job.terminal:
             if job.task:
                 job.task.cancel()
@@ -283,10 +301,18 @@ class FakeService:
         return calls.RawReply(b"node_x\n1\nAAAA\n\n-- node_x AAAA\n", "text/plain; charset=utf-8")
 
     async def explain(self, caller: calls.Caller, call: calls.ExplainCall) -> calls.Explanation:
+        _check_require(call.params.require)
+        parse_command(JobRequest(kind="command", op="run", params=msgspec.to_builtins(call.params)))
         return calls.Explanation(plan_digest=DIGEST, lines=("mount tmpfs on /",), plan={}, missing={})
 
     async def doctor(self, caller: calls.Caller, request: calls.Nothing) -> calls.Doctor:
         return calls.Doctor(checks=({"name": "userns", "ok": True, "value": "yes", "reason": None, "remedy": None},))
+
+
+def _check_require(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in get_args(Requirement):
+            raise AetherError("BAD_FIELD", f"cannot accept require {name!r}")
 
 
 def _read_all(fd: int, size: int) -> bytes:
@@ -346,10 +372,8 @@ class HttpNode:
     def exchange(self, data: bytes, timeout_s: float = 10.0) -> bytes:
         """Sends `data`, reads until the server closes or one whole answer with Content-Length is there."""
         with self.connect(timeout_s) as connection:
-            try:
+            with suppress(BrokenPipeError, ConnectionResetError):
                 connection.sendall(data)
-            except (BrokenPipeError, ConnectionResetError):
-                pass
             return read_answer(connection)
 
 
@@ -374,3 +398,18 @@ def _complete(received: bytes) -> bool:
         if line.startswith(b"content-length:"):
             return len(body) >= int(line.split(b":")[1])
     return b" 204 " in head or received.endswith(b"0\r\n\r\n")
+
+
+def serve_until_eof(root: Path) -> None:
+    """The node as a process of its own: `ready` on stdout, ends when stdin does."""
+    import sys
+
+    with HttpNode(root):
+        print("ready", flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    import sys
+
+    serve_until_eof(Path(sys.argv[1]))
