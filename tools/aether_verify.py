@@ -271,12 +271,10 @@ def like(pattern: str) -> Callable[[Json], bool]:
 
 
 KINDS: dict[str, Callable[[Json], bool]] = {
-    "any": lambda value: True,
     "plain": lambda value: value is None or isinstance(value, str | int),
     "text": lambda value: isinstance(value, str),
     "integer": lambda value: type(value) is int,  # true is an int to isinstance
     "boolean": lambda value: isinstance(value, bool),
-    "amount": lambda value: type(value) is int or like(r"[1-9][0-9]{15,}")(value),
     "digest": like(r"sha256:[0-9a-f]{64}"),
     "hash": like(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]="),
     "time": is_time,
@@ -285,21 +283,24 @@ KINDS: dict[str, Callable[[Json], bool]] = {
 TYPES = ("|node.started|node.stopped|ticket.minted|policy.loaded|access.denied|document.stored"
          "|job.intent|job.started|job.stop|job.outcome|")
 TEXTS = "tenant_id principal request_id traceparent operation job_id kind op model_id model_version cell_id state"
+FIGURES = ("wall_us cpu_user_us cpu_system_us memory_peak_bytes io_read_bytes io_write_bytes pids_peak oom_kills "
+           "throttled_us stdout_bytes stderr_bytes output_dropped_bytes batch_size")
 RECORD = {
     "schema_version": "|1.0|", "type": TYPES, "log_index": "integer", "time": "time", "node_id": "text",
     **dict.fromkeys(TEXTS.split(), "text?"), "effect": "|pure|cell|read|control|?", "attempt": "integer?",
     **dict.fromkeys(["input_hash", "idempotency_hash", "result_digest"], "digest?"), "labels": ["text"],
     "ticket": ({"implicit": "boolean", "kid": "text", "link_ids": ["text"], "role": "text"},),
     "policy": ({"decision": "|allow|deny|", "determining": ["text"], "digest": "digest"},),
-    "budget": ({"accounts": ["text"], "cpu_ms": "amount", "ops": "amount", "reservation_id": "text",
+    "budget": ({"accounts": ["text"], "cpu_ms": "integer", "ops": "integer", "reservation_id": "text",
                 "settled": "boolean"},),
     "code": ({**dict.fromkeys(["engine", "model_digest", "route", "rung"], "text?"),
               **dict.fromkeys(["plan_digest", "sandbox_digest"], "digest?")},),
-    "exit": ({"code": "integer?", "oom_killed": "boolean?", "reason": "text?", "signal": "integer?",
-              "timed_out": "boolean?"},),
-    "error": ({"code": "text", "details": {"*": "plain"}, "message": "text", "remedy": "text?"},),
-    "usage": ({"*": "any"},), "result_bytes": "integer?",
-    "artifacts": [{"digest": "digest", "media_type": "text?", "name": "text?", "size_bytes": "amount"}],
+    "exit": ({"code": "integer?", "oom_killed": "boolean", "reason": "text?", "signal": "integer?",
+              "timed_out": "boolean"},),
+    "error": ({"code": "text", "details": {"*": "plain"}, "message": "text", "remedy": "text"},),
+    "usage": ({**dict.fromkeys(FIGURES.split(), "integer?"), "basis": {"*": "|measured|apportioned|"}},),
+    "artifacts": [{"digest": "digest", "media_type": "text", "name": "text", "size_bytes": "integer"}],
+    "result_bytes": "integer?",
     **dict.fromkeys(["created_at", "started_at", "finished_at"], "time?"),
     "timings_us": {"*": "integer"}, "detail": {"*": "text"},
 }

@@ -21,6 +21,10 @@ ORIGIN = "aether/node_test/1"
 JOB = "job_018f6d2e-0000-7000-8000-000000000001"
 OTHER_JOB = "job_018f6d2e-0000-7000-8000-000000000002"
 POLICY, PLAN, SANDBOX = "permit(principal, action, resource);\n", "plan: näive ✓\n", "sandbox report\n"
+FIGURES = (
+    "wall_us cpu_user_us cpu_system_us memory_peak_bytes io_read_bytes io_write_bytes pids_peak oom_kills throttled_us "
+    "stdout_bytes stderr_bytes output_dropped_bytes batch_size"
+)
 Files = dict[str, bytes]
 
 
@@ -119,7 +123,7 @@ def job_records(first: int, job_id: str) -> list[dict[str, Any]]:
     code = {"engine": "process", "model_digest": None, "plan_digest": digest(PLAN), "route": "local", "rung": "cell"}
     code |= {"sandbox_digest": digest(SANDBOX)}
     ended = {"code": 0, "oom_killed": False, "reason": None, "signal": None, "timed_out": False}
-    usage = {"cpu_ms": 7, "wall_ms": 12, "basis": {"cpu_ms": "measured"}}
+    usage = dict.fromkeys(FIGURES.split()) | {"wall_us": 12, "basis": {"wall_us": "measured"}}
     return [
         record(first, "job.intent", **same, ticket=ticket, policy=policy, budget=budget, state="queued"),
         record(first + 1, "job.started", **same, code=code, cell_id="cell_1", state="running"),
