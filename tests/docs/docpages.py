@@ -38,7 +38,7 @@ def prose(text: str) -> str:
 
 
 def links(text: str) -> list[str]:
-    return _LINK.findall(prose(text))
+    return _LINK.findall(_SPAN.sub("", prose(text)))
 
 
 def code_spans(text: str) -> list[str]:

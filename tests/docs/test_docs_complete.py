@@ -1,14 +1,13 @@
-"""What a user can meet is documented: operations, error codes, exit codes, environment, commands - and nothing else is."""
+"""What a user can meet is documented, and nothing else is: operations, codes, environment, commands, states, paths."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import docpages
 import pytest
 import typer
 
@@ -17,6 +16,7 @@ from aether.cli import main
 from aether.contract import errors
 from aether.contract.jobs import JobState
 from aether.contract.paths import Layout
+from tests.docs import docpages
 
 VARIABLE = re.compile(r"\bAETHER_[A-Z][A-Z0-9_]*\b")
 # Set by the tests and the build, and no setting of the product.
@@ -25,9 +25,11 @@ OPERATIONS_PAGE = "docs/operations.md"
 
 
 def sources() -> Iterator[Path]:
-    for path in sorted(docpages.SRC.rglob("*.py")):
-        if "/spawner/native/" not in str(path):
-            yield path
+    yield from sorted(docpages.SRC.rglob("*.py"))
+
+
+def variables(files: Iterable[Path]) -> set[str]:
+    return {name for path in files for name in VARIABLE.findall(path.read_text())} - NOT_SETTINGS
 
 
 def commands() -> dict[str, Any]:
@@ -72,10 +74,12 @@ def test_exit_codes_are_documented() -> None:
 
 
 def test_environment_variables_are_documented_and_no_others() -> None:
-    read = {name for path in sources() for name in VARIABLE.findall(path.read_text())} - NOT_SETTINGS
+    read = variables(sources())
     rows = docpages.table_with(docpages.page(OPERATIONS_PAGE), "variable")
     assert {row[0].strip("`") for row in rows} == read
-    known = read | {name for path in (docpages.ROOT / "tests").rglob("*.py") for name in VARIABLE.findall(path.read_text())}
+    known = read | {
+        name for path in (docpages.ROOT / "tests").rglob("*.py") for name in VARIABLE.findall(path.read_text())
+    }
     for path in docpages.pages():
         for name in VARIABLE.findall(path.read_text()):
             assert name in known, f"{path.name} names {name}, which nothing reads"

@@ -6,11 +6,10 @@ import re
 import tomllib
 from typing import Any
 
-import docpages
-import limits_table
 import pytest
 
 from aether.contract import limits
+from tests.docs import docpages, limits_table
 
 STATUSES = {"real", "protocol-mock", "untested"}
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*(.*)")
