@@ -37,7 +37,7 @@ from aether.orchestrator.engines.model import Inference, ModelEngine
 from aether.orchestrator.engines.worker import finish_body, retire
 from aether.orchestrator.jobs import machine
 from aether.orchestrator.jobs.desk import Desk
-from aether.orchestrator.metrics import Metrics
+from aether.orchestrator.metrics import JobMetrics
 from aether.orchestrator.queries import Queries
 from aether.orchestrator.queue.scheduler import Scheduler
 from aether.orchestrator.reconcile import Watermark, reconcile
@@ -71,7 +71,7 @@ class Aurora:
     def __init__(self, store: Store, settings: Settings, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._store = store
         self._clock_ns = clock_ns
-        self._metrics = Metrics()
+        self._metrics = JobMetrics()
         self._scheduler = Scheduler(settings.cells_running_max)
         self._artifacts = ArtifactStore(settings.artifacts, store)
         self._desk = Desk(store, self._scheduler, self._perform, clock_ns, self._metrics)
@@ -99,10 +99,10 @@ class Aurora:
         await self._desk.load()
         await self._models.start()
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
-        self._metrics.gauge("aether_jobs_open", "Jobs that are not done", lambda: len(self._desk.open))
-        self._metrics.gauge("aether_jobs_waiting", "Command jobs that wait", lambda: self._scheduler.waiting)
-        self._metrics.gauge("aether_cells_running", "Command jobs in a cell", lambda: self._scheduler.running)
-        self._metrics.gauge("aether_model_requests_in_flight", "At runtimes", lambda: self._models.in_flight)
+        self._metrics.gauge("jobs_open", "Jobs that are not done", lambda: len(self._desk.open))
+        self._metrics.gauge("jobs_waiting", "Command jobs that wait", lambda: self._scheduler.waiting)
+        self._metrics.gauge("cells_running", "Command jobs in a cell", lambda: self._scheduler.running)
+        self._metrics.gauge("model_requests_in_flight", "At runtimes", lambda: self._models.in_flight)
 
     async def close(self) -> None:
         """Stops where it stands: what is open goes on at the next start."""
@@ -114,15 +114,19 @@ class Aurora:
         await self._store.close()
 
     async def attach(self, link: Link) -> None:
-        """Shakes hands and reconciles. On an error the link is closed and the error raised; connect again."""
+        """Shakes hands and reconciles. On an AetherError the link is closed; connect again."""
         self._unready()
         self._link = link
         try:
             await self._shake(link)
             orphans = await reconcile(link, self._store, self._desk, self._is_runtime)
-        except BaseException:
+        except (AetherError, asyncio.CancelledError):
             link.close()
             raise
+        except Exception as error:
+            _log.exception("cannot reconcile")
+            link.close()
+            raise AetherError("INTERNAL", f"cannot reconcile: {type(error).__name__}: {error}") from error
         if link is not self._link:
             return
         self._scheduler.paused = False
@@ -221,10 +225,10 @@ class Aurora:
             self._desk.post(event.job_id, machine.CellExited(end=event.end))
 
     def _on_outcome(self, event: wire.JobOutcome) -> None:
-        self._watermark.saw(event.log_index)
         self._take_outcome(event)
 
     def _take_outcome(self, event: wire.JobOutcome) -> None:
+        self._watermark.saw(event.log_index)
         self._answered.pop(event.view.job_id, None)
         written = self._desk.outcome(event.view, event.log_index)
         if written is not None:

@@ -21,7 +21,7 @@ from aether.contract.cells import ExecEnd, ExitStatus, Usage
 from aether.contract.clock import rfc3339
 from aether.contract.codec import FrameBuffer, encode_frame
 from aether.contract.errors import AetherError
-from aether.contract.jobs import TERMINAL, JobRequest, JobState, JobView
+from aether.contract.jobs import JobRequest, JobState, JobView
 from aether.contract.modelwire import Hello, InferReply, InferRequest, ModelInfo, ModelSchema, RuntimeLimits
 from aether.contract.records import Record
 from aether.contract.store import Blob, Entry, JobRow
@@ -204,7 +204,10 @@ class Authority:
     def _body(self, intent: Record) -> wire.JobSubmit:
         assert intent.job_id is not None
         return wire.JobSubmit(
-            grant=grant_of(intent.job_id), request=self.requests[intent.job_id], view=view_of(intent), batch_key="default"
+            grant=grant_of(intent.job_id),
+            request=self.requests[intent.job_id],
+            view=view_of(intent),
+            batch_key="default",
         )
 
     async def submit(self, request: JobRequest) -> str | None:
@@ -273,7 +276,7 @@ class Authority:
     async def _reconcile(self, body: wire.Reconcile) -> wire.Reconciled:
         stated = {job.job_id for job in body.open_jobs}
         for job_id, intent in list(self.open.items()):
-            if job_id not in stated and intent.kind != "worker" and job_id not in self.cells:
+            if job_id not in stated and intent.op != "serve" and job_id not in self.cells:
                 self._outcome(job_id, JobState.FAILED, AetherError("ABANDONED", "no row"))
         known = self.open.keys() | self.outcomes.keys()
         cells = [
@@ -384,12 +387,12 @@ class Authority:
             raise self.refuse_launch
         job_id = ids.new(ids.JOB)
         intent = Record(
-            type="job.intent", log_index=len(self.log), time=rfc3339(CLOCK_NS), node_id="node_x", tenant_id="node",
-            principal="node", job_id=job_id, attempt=1, kind="worker", op="serve",
+            type="job.intent", log_index=len(self.log), time=rfc3339(CLOCK_NS), node_id="node_x", tenant_id="default",
+            principal="node", job_id=job_id, attempt=1, kind="model", op="serve",
         )  # fmt: skip
         self._write(intent)
         cell = self._make_cell(grant_of(job_id))
-        cell.runtime = Runtime(body, self.answer)
+        cell.runtime = Runtime(body, lambda request: self.answer(request))
         cell.runtime.task.add_done_callback(lambda _: self.end_cell(cell, ExitStatus(code=0)))
         token = await self.link.send_fd(cell.runtime.socket.fileno())
         cell.runtime.socket.close()
@@ -440,6 +443,7 @@ class World:
         self.aurora: Aurora | None = None
         self.link: UnixLink | None = None
         self.dead = asyncio.Event()
+        self.ready = False
 
     async def start(self) -> None:
         self.store.revive()
@@ -459,8 +463,10 @@ class World:
             lambda side: UnixLink(side, aurora.handlers(), aurora.events(), aurora.detach),
         )
         self.authority.link = theirs
+        self.ready = False
         try:
             await aurora.attach(self.link)
+            self.ready = True
         except AetherError:
             if not self.dead.is_set():
                 raise
@@ -544,7 +550,9 @@ def command(*argv: str, outputs: tuple[str, ...] = (), **more: Any) -> JobReques
 
 
 def predict(model: str = "pendulum", **inputs: Any) -> JobRequest:
-    return JobRequest(kind="model", op="predict_next_state", params={"model": model, "horizons_s": [0.1]}, inputs=inputs)
+    return JobRequest(
+        kind="model", op="predict_next_state", params={"model": model, "horizons_s": [0.1]}, inputs=inputs
+    )
 
 
 def install_model(models: Path, model_id: str = "pendulum", version: str = "1.0.0") -> None:
@@ -558,5 +566,3 @@ def install_model(models: Path, model_id: str = "pendulum", version: str = "1.0.
     }  # fmt: skip
     (directory / "manifest.json").write_bytes(msgspec.json.encode(manifest))
     (directory / "schema.json").write_bytes(b"{}")
-
-

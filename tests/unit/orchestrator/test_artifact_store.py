@@ -36,9 +36,7 @@ def _file(tmp_path: Path, data: bytes) -> int:
     return os.open(path, os.O_RDONLY)
 
 
-@pytest.mark.parametrize(
-    "size", [0, 1, RESULT_INLINE_BYTES_MAX, RESULT_INLINE_BYTES_MAX + 1, 3 * 1024 * 1024 + 17]
-)
+@pytest.mark.parametrize("size", [0, 1, RESULT_INLINE_BYTES_MAX, RESULT_INLINE_BYTES_MAX + 1, 3 * 1024 * 1024 + 17])
 def test_bytes_come_back_under_their_digest(tmp_path: Path, size: int) -> None:
     data = os.urandom(size)
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from fake_world import World, command, eventually, install_model, predict
 
 from aether.contract.cells import ExitStatus
 from aether.contract.errors import AetherError
 from aether.contract.jobs import TERMINAL, JobState
 from aether.contract.wire import Empty, JobStop
+from tests.unit.orchestrator.fake_world import World, command, eventually, install_model, predict
 
 Scenario = Callable[[World], Awaitable[None]]
 
@@ -34,10 +35,8 @@ async def _stopped(world: World) -> None:
         if job_id is None or job_id in world.authority.outcomes:
             return
         if world.authority.link is not None and not world.authority.link.closed:
-            try:
+            with contextlib.suppress(AetherError):
                 await world.authority.link.call("job.stop", JobStop(job_id=job_id, grace_ms=0), Empty)
-            except AetherError:
-                pass
         await asyncio.sleep(0.005)
 
 
@@ -46,16 +45,14 @@ async def _model(world: World) -> None:
 
 
 async def _run(world: World) -> None:
-    try:
+    with contextlib.suppress(AetherError):
         await world.authority.run(predict(x=1))
-    except AetherError:
-        pass
 
 
 async def _all_over(world: World) -> bool | None:
     """Every admitted job has its outcome, every row is done, every cell of a job is freed."""
     authority = world.authority
-    if any(intent.kind != "worker" for intent in authority.open.values()):
+    if any(intent.op != "serve" for intent in authority.open.values()):
         return None
     rows = await world.store.open_jobs()
     jobs = [cell for job_id, cell in authority.cells.items() if authority.outcomes.get(job_id) is not None]
@@ -96,7 +93,7 @@ async def _judge(world: World) -> None:
         row = await world.store.get(job_id)
         if row is not None:
             assert (row.state, row.outcome_index) == (outcome.state, outcome.log_index)
-        elif outcome.kind != "worker":
+        elif outcome.op != "serve":
             assert outcome.error is not None and outcome.error.code == "ABANDONED", f"{job_id} has no row"
     for job_id, reply in authority.released.items():
         row = await world.store.get(job_id)

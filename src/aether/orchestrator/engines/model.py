@@ -28,7 +28,7 @@ from aether.contract.wire import ModelList
 from aether.orchestrator.engines import packages
 from aether.orchestrator.engines.packages import Package
 from aether.orchestrator.engines.worker import Worker
-from aether.orchestrator.metrics import Metrics
+from aether.orchestrator.metrics import JobMetrics
 
 DEADLINE_S: Final = 10.0
 WORKERS_MAX: Final = 8
@@ -53,7 +53,7 @@ class Inference:
 class ModelEngine:
     """Owns the workers. `link` waits for a connected, reconciled link."""
 
-    def __init__(self, models: Path, link: Callable[[], Awaitable[Link]], metrics: Metrics) -> None:
+    def __init__(self, models: Path, link: Callable[[], Awaitable[Link]], metrics: JobMetrics) -> None:
         self._models = models
         self._link = link
         self._metrics = metrics

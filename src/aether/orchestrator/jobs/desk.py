@@ -18,12 +18,12 @@ import msgspec
 
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
-from aether.contract.jobs import JobView
+from aether.contract.jobs import MODEL_OPS, JobView
 from aether.contract.limits import JOBS_OPEN_MAX
 from aether.contract.store import Blob, Entry, Facts, JobRow, Store
 from aether.contract.wire import Grant, JobSubmit
 from aether.orchestrator.jobs import machine, story
-from aether.orchestrator.metrics import Metrics
+from aether.orchestrator.metrics import JobMetrics
 from aether.orchestrator.queue.scheduler import Scheduler
 from aether.orchestrator.tasks import cancel
 
@@ -36,7 +36,7 @@ class Desk:
     """Owns the rows that are not done, and the tasks that perform their commands, until `close`."""
 
     def __init__(
-        self, store: Store, scheduler: Scheduler, perform: Perform, clock_ns: Callable[[], int], metrics: Metrics
+        self, store: Store, scheduler: Scheduler, perform: Perform, clock_ns: Callable[[], int], metrics: JobMetrics
     ) -> None:
         self._store = store
         self._scheduler = scheduler
@@ -104,6 +104,8 @@ class Desk:
         """
         event = machine.Finished(state=view.state, log_index=log_index)
         row = self.open.get(view.job_id)
+        if row is None and not _has_row(view):
+            return None
         if row is None:
             return self._store.submit(_rebuilt_row(view), self._entry(event))
         if row.outcome_index is not None:
@@ -190,6 +192,11 @@ class Desk:
     async def _perform_all(self, row: JobRow, commands: tuple[machine.Command, ...]) -> None:
         for command in commands:
             await self._perform(row, command)
+
+
+def _has_row(view: JobView) -> bool:
+    """A model runtime is a job of the node itself, without a row: the model operations are what clients submit."""
+    return view.kind != "model" or view.op in MODEL_OPS
 
 
 def _new_row(body: JobSubmit, state: machine.State) -> JobRow:
