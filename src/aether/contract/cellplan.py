@@ -202,7 +202,11 @@ class Rlimit:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One cell. At level `process` there are no namespaces and no steps."""
+    """One cell. At level `process` there are no namespaces and no steps.
+
+    Seccomp profile `cell` allows sockets of the cell's own network namespace; `offline` allows AF_UNIX alone and
+    is the only one where the host's network would be in reach.
+    """
 
     cell_id: str
     level: str
@@ -465,6 +469,8 @@ def parse_plan(obj: object, *, source_roots: Sequence[str], devices: Collection[
 
 
 def _check_whole(plan: Plan) -> None:
+    if "net" not in plan.namespaces and plan.seccomp_profile != "offline":
+        _refuse("plan.seccomp_profile", "without a network namespace it must be offline")
     if sum(len(s.content.encode("utf-8", "surrogateescape")) for s in plan.steps if isinstance(s, File)) > (
         CONTENT_BYTES_MAX
     ):
@@ -514,11 +520,12 @@ def parse_exec(obj: object) -> ExecSpec:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def _plain(value: object) -> Any:
+def to_plain(value: object) -> Any:
+    """A step, rule or other part of a plan as JSON; integers above 2^53 become decimal strings."""
     if isinstance(value, tuple):
-        return [_plain(v) for v in value]
+        return [to_plain(v) for v in value]
     if hasattr(value, "__dataclass_fields__"):
-        obj = {f.name: _plain(getattr(value, f.name)) for f in fields(cast("Any", value))}
+        obj = {f.name: to_plain(getattr(value, f.name)) for f in fields(cast("Any", value))}
         op = getattr(value, "op", None)
         return {"op": op, **obj} if op is not None else obj
     if isinstance(value, int) and not isinstance(value, bool) and value > 1 << 53:
@@ -528,12 +535,12 @@ def _plain(value: object) -> Any:
 
 def to_obj(plan: Plan) -> dict[str, Any]:
     """The JSON object that `parse_plan` reads back into an equal Plan."""
-    return cast("dict[str, Any]", _plain(plan))
+    return cast("dict[str, Any]", to_plain(plan))
 
 
 def exec_to_obj(spec: ExecSpec) -> dict[str, Any]:
     """The JSON object that `parse_exec` reads back into an equal ExecSpec."""
-    obj = cast("dict[str, Any]", _plain(spec))
+    obj = cast("dict[str, Any]", to_plain(spec))
     obj["env"] = dict(spec.env)
     return obj
 

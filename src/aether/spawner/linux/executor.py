@@ -78,6 +78,10 @@ class Executor(Protocol):
         """
         ...
 
+    def pids(self) -> frozenset[int]:
+        """Children of this process that belong to the executor itself, not to a cell."""
+        ...
+
     def close(self) -> None:
         """Release what the executor itself holds; running cells are not touched."""
         ...

@@ -11,9 +11,7 @@ Requests to PID 1: Exec, Signal, Shutdown. Events from PID 1: Ready, StepFailed,
 from __future__ import annotations
 
 import array
-import errno
 import os
-import resource
 import socket
 import struct
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from aether.contract.cellplan import ExecSpec, Rlimit
+from aether.spawner.linux.program import RESOURCES, Program
 
 WIRE_VERSION: Final = 1
 MESSAGE_BYTES_MAX: Final = 160 * 1024
@@ -35,6 +34,14 @@ EXEC_STEPS: Final = (
     "none", "session", "stdio", "descriptors", "terminal", "rlimits", "ids", "capabilities", "no_new_privs",
     "landlock", "seccomp", "cwd", "exec", "fork",
 )  # fmt: skip
+
+PHASE_BASE: Final = 0x10000
+PHASES: Final = (
+    "program", "user namespace", "clone", "cgroup", "namespaces", "id map", "host name", "loopback", "new root",
+    "pivot", "ids", "capabilities", "no_new_privs", "landlock", "seccomp", "signals",
+)  # fmt: skip
+PROGRAM_CGROUP2, PROGRAM_JOIN_USERNS, PROGRAM_PER_EXEC_LANDLOCK, PROGRAM_EXEC = 1, 2, 4, 8
+EXEC_TTY: Final = 8
 
 
 class WireError(ValueError):
@@ -52,9 +59,10 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class StepFailed:
-    """The launch ended at `step` (index into the program's operations) with `errno`."""
+    """The launch ended with `errno` at a step of the plan (its index), or in a fixed phase (`step` None)."""
 
-    step: int
+    step: int | None
+    phase: str
     errno: int
 
 
@@ -104,4 +112,278 @@ class Exited:
     maxrss_kb: int
 
 
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """A request: signal the process group of an executable."""
+
+    exec_id: str
+    signo: int
+
+
 Event = Ready | StepFailed | Started | ExecFailed | Exited
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def _text(value: str) -> bytes:
+    data = os.fsencode(value)
+    return struct.pack("<I", len(data)) + data + b"\0"
+
+
+def _message(kind: int, *parts: bytes) -> bytes:
+    body = b"".join(parts)
+    total = HEADER.size + len(body)
+    if total > MESSAGE_BYTES_MAX:
+        raise WireError(f"a message of {total} bytes is too large")
+    return HEADER.pack(kind, WIRE_VERSION, total) + body
+
+
+def _limits(limits: Sequence[Rlimit]) -> bytes:
+    rows = (struct.pack("<IQQ", RESOURCES[r.name], r.soft, r.hard) for r in limits)
+    return struct.pack("<I", len(limits)) + b"".join(rows)
+
+
+def _exec_body(spec: ExecSpec) -> bytes:
+    flags = sum(1 << i for i, kind in enumerate(spec.stdio) if kind == "null")
+    flags |= EXEC_TTY if spec.tty else 0
+    parts = [_text(spec.exec_id), _text(spec.cwd), struct.pack("<II", flags, spec.extra_fds), _limits(spec.rlimits)]
+    for strings in (spec.argv, tuple(f"{k}={v}" for k, v in spec.env)):
+        parts.append(struct.pack("<I", len(strings)))
+        parts.extend(_text(s) for s in strings)
+    return b"".join(parts)
+
+
+def encode_exec(spec: ExecSpec) -> bytes:
+    return _message(EXEC, _exec_body(spec))
+
+
+def encode_signal(exec_id: str, signo: int) -> bytes:
+    return _message(SIGNAL, _text(exec_id), struct.pack("<I", signo))
+
+
+def encode_shutdown() -> bytes:
+    return _message(SHUTDOWN)
+
+
+def encode_ready(inodes: Sequence[int], landlock_abi: int, setup_us: int) -> bytes:
+    return _message(READY, struct.pack("<7QIQ", *inodes, landlock_abi, setup_us))
+
+
+def encode_step_failed(number: int, code: int) -> bytes:
+    """`number` is a step of the plan, or as from `phase_number`."""
+    return _message(STEP_FAILED, struct.pack("<II", number, code))
+
+
+def encode_started(exec_id: str, pid: int, facts: Sequence[int]) -> bytes:
+    """`facts` in the order of Enforced."""
+    return _message(STARTED, _text(exec_id), struct.pack("<7I4Q", pid, *facts))
+
+
+def encode_exec_failed(exec_id: str, step: str, code: int) -> bytes:
+    return _message(EXEC_FAILED, _text(exec_id), struct.pack("<II", EXEC_STEPS.index(step), code))
+
+
+def encode_exited(exec_id: str, exit_code: int, usage: tuple[int, int, int]) -> bytes:
+    """`exit_code` as of os.waitstatus_to_exitcode: negative is a signal."""
+    pair = (-exit_code, 0) if exit_code < 0 else (0, exit_code)
+    return _message(EXITED, _text(exec_id), struct.pack("<II3Q", *pair, *usage))
+
+
+def encode_launch(program: Program, attach_count: int, cgroup2: bool, spec: ExecSpec | None) -> bytes:
+    """The whole program and, if any, the first executable, for the native launcher."""
+    flags = PROGRAM_CGROUP2 * cgroup2 | PROGRAM_JOIN_USERNS * program.join_userns
+    flags |= PROGRAM_PER_EXEC_LANDLOCK * program.per_exec_landlock | PROGRAM_EXEC * (spec is not None)
+    ids = program.ids
+    parts = [struct.pack("<QQII", program.clone_flags, program.unshare_flags, flags, attach_count)]
+    parts.append(struct.pack("<6I", ids.host_uid, ids.host_gid, ids.count, ids.init_uid, ids.job_uid, ids.job_gid))
+    parts += [struct.pack("<I", program.last_cap), _text(program.hostname), struct.pack("<I", len(program.ops))]
+    for op in program.ops:
+        parts.append(struct.pack("<IIIIQQ", op.kind, op.step, op.mode, op.flags, op.size, op.inodes))
+        parts += [_text(op.path), _text(op.text), _text(op.text2)]
+    landlock = program.landlock
+    if landlock is None:
+        parts.append(struct.pack("<IIQQQI", 0, 0, 0, 0, 0, 0))
+    else:
+        parts.append(struct.pack("<IIQQQI", landlock.abi, landlock.size, *landlock.attr, len(landlock.rules)))
+        parts += [struct.pack("<Q", access) + _text(path) for path, access in landlock.rules]
+    parts += [_limits(program.rlimits), struct.pack("<I", len(program.filter) // 8), program.filter]
+    if spec is not None:
+        parts.append(_exec_body(spec))
+    return _message(LAUNCH, *parts)
+
+
+def send(sock: socket.socket, message: bytes, fds: Sequence[int] = ()) -> None:
+    """One datagram with its descriptors. Raises OSError: BrokenPipeError when the other side is gone."""
+    if len(fds) > FDS_MAX:
+        raise WireError(f"{len(fds)} descriptors are too many")
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+
+
+def send_exec(sock: socket.socket, spec: ExecSpec, fds: Sequence[int]) -> None:
+    """Ask PID 1 to start `spec`; `fds` as in Executor.launch. Answered by Started or ExecFailed."""
+    if len(fds) != spec.fd_count:
+        raise WireError(f"{spec.fd_count} descriptors are needed, {len(fds)} given")
+    send(sock, encode_exec(spec), fds)
+
+
+def send_signal(sock: socket.socket, exec_id: str, signo: int) -> None:
+    """Signal the process group of an executable; unknown or ended ones are ignored."""
+    send(sock, encode_signal(exec_id, signo))
+
+
+def send_shutdown(sock: socket.socket) -> None:
+    """End PID 1 and with it every process of the cell."""
+    send(sock, encode_shutdown())
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+class Reader:
+    """Bounded reading of one message; `finish` refuses what is left over."""
+
+    def __init__(self, data: bytes) -> None:
+        if len(data) < HEADER.size:
+            raise WireError("a message is shorter than its header")
+        self.kind, version, total = HEADER.unpack_from(data)
+        if version != WIRE_VERSION or total != len(data):
+            raise WireError("a message has the wrong version or length")
+        self._data = data
+        self._at = HEADER.size
+
+    def take(self, size: int) -> bytes:
+        if size > len(self._data) - self._at:
+            raise WireError("a message ends too early")
+        start, self._at = self._at, self._at + size
+        return self._data[start : self._at]
+
+    def u32(self) -> int:
+        return int.from_bytes(self.take(4), "little")
+
+    def u64(self) -> int:
+        return int.from_bytes(self.take(8), "little")
+
+    def text(self, bytes_max: int = MESSAGE_BYTES_MAX) -> str:
+        size = self.u32()
+        if size > bytes_max:
+            raise WireError("a text is too long")
+        data = self.take(size + 1)
+        if data.find(0) != size:
+            raise WireError("a text holds NUL or lacks its end")
+        return os.fsdecode(data[:-1])
+
+    def finish(self) -> None:
+        if self._at != len(self._data):
+            raise WireError("a message goes on after its end")
+
+
+def _name(names: Sequence[str], index: int) -> str:
+    return names[index] if index < len(names) else f"unknown ({index})"
+
+
+def phase_number(phase: str) -> int:
+    """The number of a fixed phase on the wire."""
+    return PHASE_BASE + PHASES.index(phase)
+
+
+def phase_of(number: int) -> tuple[int | None, str]:
+    """(index of the plan's step, phase) from the number on the wire."""
+    return (number, "plan") if number < PHASE_BASE else (None, _name(PHASES, number - PHASE_BASE))
+
+
+def _decode_event(r: Reader) -> Event:
+    match r.kind:
+        case 17:
+            inodes = {kind: r.u64() for kind in NAMESPACE_KINDS}
+            return Ready(inodes, r.u32(), r.u64())
+        case 18:
+            step, phase = phase_of(r.u32())
+            return StepFailed(step, phase, r.u32())
+        case 19:
+            exec_id, pid = r.text(64), r.u32()
+            uid, gid, groups, nnp, mode, dumpable = (r.u32() for _ in range(6))
+            caps = [r.u64() for _ in range(4)]
+            return Started(exec_id, pid, Enforced(uid, gid, groups, nnp == 1, mode, dumpable == 1, *caps))
+        case 20:
+            return ExecFailed(r.text(64), _name(EXEC_STEPS, r.u32()), r.u32())
+        case 21:
+            exec_id, signal, code = r.text(64), r.u32(), r.u32()
+            by_signal = signal != 0
+            usage = (r.u64(), r.u64(), r.u64())
+            return Exited(exec_id, None if by_signal else code, signal if by_signal else None, *usage)
+    raise WireError(f"message type {r.kind} is not an event")
+
+
+def decode_event(data: bytes) -> Event:
+    """One event, or WireError."""
+    reader = Reader(data)
+    event = _decode_event(reader)
+    reader.finish()
+    return event
+
+
+def decode_launched(data: bytes) -> tuple[int, int, int]:
+    """The launcher's answer: pid (or -1), phase number, errno."""
+    reader = Reader(data)
+    if reader.kind != LAUNCHED:
+        raise WireError(f"message type {reader.kind} does not answer a launch")
+    pid, phase, code = struct.unpack("<iII", reader.take(12))
+    reader.finish()
+    return pid, phase, code
+
+
+def receive(sock: socket.socket) -> Event | None:
+    """The next event; None when PID 1 has closed its end. Raises BlockingIOError when there is none yet."""
+    try:
+        data = sock.recv(4096)
+    except ConnectionResetError:  # it died with requests of ours unread
+        return None
+    return decode_event(data) if data else None
+
+
+def _decode_exec(r: Reader) -> ExecSpec:
+    exec_id, cwd, flags, extra = r.text(64), r.text(1024), r.u32(), r.u32()
+    limits = []
+    for _ in range(r.u32()):
+        number, soft, hard = r.u32(), r.u64(), r.u64()
+        name = next((n for n, value in RESOURCES.items() if value == number), None)
+        if name is None:
+            raise WireError("a limit has an unknown number")
+        limits.append(Rlimit(name, soft, hard))
+    argv = tuple(r.text() for _ in range(r.u32()))
+    env = tuple(r.text().partition("=")[::2] for _ in range(r.u32()))
+    kinds = ["null" if flags >> i & 1 else "fd" for i in range(3)]
+    stdio = (kinds[0], kinds[1], kinds[2])
+    return ExecSpec(exec_id, argv, env, cwd, stdio, extra, tuple(limits), bool(flags & EXEC_TTY))
+
+
+def decode_request(data: bytes) -> ExecSpec | Signal | None:
+    """What PID 1 is asked: an executable, a signal, or (None) to end. Raises WireError."""
+    reader = Reader(data)
+    request: ExecSpec | Signal | None
+    if reader.kind == EXEC:
+        request = _decode_exec(reader)
+    elif reader.kind == SIGNAL:
+        request = Signal(reader.text(64), reader.u32())
+    elif reader.kind == SHUTDOWN:
+        request = None
+    else:
+        raise WireError(f"message type {reader.kind} is not a request")
+    reader.finish()
+    return request
+
+
+def receive_request(sock: socket.socket) -> tuple[ExecSpec | Signal | None, list[int]]:
+    """In PID 1: the next request and its descriptors; None also at the end of the socket."""
+    fds: list[int] = []
+    data, rights, flags, _ = sock.recvmsg(MESSAGE_BYTES_MAX, socket.CMSG_SPACE(4 * FDS_MAX), socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in rights:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds = list(memoryview(content[: len(content) // 4 * 4]).cast("i"))
+    if not data:
+        return None, fds
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        raise WireError("a message was cut short")
+    return decode_request(data), fds

@@ -1,0 +1,235 @@
+"""The root of a cell in Python: the operations of a program against a new tmpfs that then becomes "/".
+
+The twin of native/mounts.c, where the reasons are. Runs in the process that becomes PID 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import stat
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from aether.spawner.linux import kernel
+from aether.spawner.linux import program as pg
+from aether.spawner.linux.initwire import phase_number
+
+RDONLY, NOSUID, NODEV, NOEXEC = 1, 2, 4, 8
+_MS_PRIVATE, _MS_SLAVE, _MS_REC = 1 << 18, 1 << 19, 1 << 14
+_AT_EMPTY_PATH, _AT_RECURSIVE, _OPEN_TREE_CLONE, _CLOEXEC = 0x1000, 0x8000, 1, os.O_CLOEXEC
+_NO_MAGICLINKS, _NO_SYMLINKS, _BENEATH = 0x02, 0x04, 0x08
+_SET_STRING, _CMD_CREATE = 1, 6
+_DEVICES: Final = (("null", 3), ("zero", 5), ("full", 7), ("random", 8), ("urandom", 9))
+_LINKS: Final = (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2"))
+
+
+def open_beneath(directory: int, path: str, flags: int, resolve: int = 0) -> int:
+    how = struct.pack("<3Q", flags | os.O_CLOEXEC, 0, resolve | _BENEATH | _NO_MAGICLINKS)
+    return kernel.syscall("openat2", directory, os.fsencode(path or ".") + b"\0", how, len(how))
+
+
+def _open_inside(root: int, path: str) -> int:
+    return open_beneath(root, path.lstrip("/"), os.O_PATH, _NO_SYMLINKS)
+
+
+def _open_parent(root: int, path: str) -> tuple[int, str]:
+    above, leaf = posixpath.split(path)
+    if above == "/":
+        return os.dup(root), leaf
+    with contextlib.suppress(FileNotFoundError):
+        return _open_inside(root, above), leaf
+    parent, name = _open_parent(root, above)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o755, dir_fd=parent)
+        return open_beneath(parent, name, os.O_PATH | os.O_DIRECTORY, _NO_SYMLINKS), leaf
+    finally:
+        os.close(parent)
+
+
+def _make_dir(root: int, path: str, mode: int) -> None:
+    parent, leaf = _open_parent(root, path)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(leaf, mode, dir_fd=parent)
+    finally:
+        os.close(parent)
+
+
+def _make_file(root: int, path: str, content: str, mode: int) -> None:
+    parent, leaf = _open_parent(root, path)
+    try:
+        fd = os.open(leaf, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=parent)
+        with open(fd, "wb") as f:
+            f.write(os.fsencode(content))
+    except OSError as error:
+        if error.errno not in (30, 13):  # EROFS, EACCES: an existing mount point, the mount decides
+            raise
+    finally:
+        os.close(parent)
+
+
+def _make_symlink(root: int, path: str, target: str) -> None:
+    parent, leaf = _open_parent(root, path)
+    try:
+        os.symlink(target, leaf, dir_fd=parent)
+    finally:
+        os.close(parent)
+
+
+def _attach(tree: int, root: int, path: str) -> None:
+    try:
+        at = _open_inside(root, path)
+        try:
+            kernel.syscall("move_mount", tree, b"\0", at, b"\0", 0x04 | 0x40)
+        finally:
+            os.close(at)
+    finally:
+        os.close(tree)
+
+
+def _set_attributes(mount: int, attributes: int, flags: int = 0, propagation: int = 0) -> None:
+    attr = struct.pack("<4Q", attributes, 0, propagation, 0)
+    kernel.syscall("mount_setattr", mount, b"\0", _AT_EMPTY_PATH | flags, attr, len(attr))
+
+
+def _clone_tree(source: int, attributes: int) -> int:
+    flags = _OPEN_TREE_CLONE | _CLOEXEC | _AT_EMPTY_PATH | _AT_RECURSIVE
+    tree = kernel.syscall("open_tree", source, b"\0", flags)
+    try:
+        _set_attributes(tree, attributes, _AT_RECURSIVE, _MS_PRIVATE)
+    except OSError:
+        os.close(tree)
+        raise
+    return tree
+
+
+def _new_mount(kind: bytes, options: dict[bytes, bytes], attributes: int) -> int:
+    context = kernel.syscall("fsopen", kind, 1)
+    try:
+        for name, value in options.items():
+            kernel.syscall("fsconfig", context, _SET_STRING, name, value, 0)
+        kernel.syscall("fsconfig", context, _CMD_CREATE, None, None, 0)
+        return kernel.syscall("fsmount", context, 1, attributes)
+    finally:
+        os.close(context)
+
+
+def _new_tmpfs(size: int, inodes: int, mode: int, attributes: int) -> int:
+    options = {b"size": b"%d" % size, b"nr_inodes": b"%d" % inodes, b"mode": b"%o" % mode}
+    return _new_mount(b"tmpfs", options, attributes)
+
+
+def _bind(root: int, op: pg.Op) -> None:
+    device = bool(op.flags & pg.BIND_DEVICE)
+    attributes = NOSUID | (NOEXEC if device else NODEV)
+    if not op.flags:
+        attributes |= RDONLY
+    allowed = os.open(op.text, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        source = open_beneath(allowed, op.text2, os.O_PATH, _NO_SYMLINKS if op.flags else 0)
+    finally:
+        os.close(allowed)
+    try:
+        mode = os.fstat(source).st_mode
+        if device and not stat.S_ISCHR(mode):
+            raise OSError(19, "not a character device")
+        if stat.S_ISDIR(mode):
+            _make_dir(root, op.path, 0o755)
+        else:
+            _make_file(root, op.path, "", 0o444)
+        tree = _clone_tree(source, attributes)
+    finally:
+        os.close(source)
+    _attach(tree, root, op.path)
+
+
+def _mount_at(root: int, path: str, mount: int) -> None:
+    try:
+        _make_dir(root, path, 0o755)
+    except OSError:
+        os.close(mount)
+        raise
+    _attach(mount, root, path)
+
+
+def _minimal_dev(root: int, op: pg.Op) -> None:
+    mount = _new_tmpfs(65536, 64, 0o755, NOSUID | NOEXEC)
+    dev = os.dup(mount)
+    try:
+        _mount_at(root, op.path, mount)
+        for name, minor in _DEVICES:
+            try:
+                os.mknod(name, stat.S_IFCHR | 0o666, os.makedev(1, minor), dir_fd=dev)
+            except PermissionError:
+                _bind(dev, pg.Op(pg.OP_BIND, op.step, f"/{name}", flags=pg.BIND_DEVICE, text="/dev", text2=name))
+        for name, target in _LINKS:
+            os.symlink(target, name, dir_fd=dev)
+        os.mkdir("shm", 0o1777, dir_fd=dev)
+        if op.flags & pg.DEV_PTY:
+            _mount_at(dev, "/pts", _new_mount(b"devpts", {b"ptmxmode": b"0666", b"mode": b"0620"}, NOSUID | NOEXEC))
+            os.symlink("pts/ptmx", "ptmx", dir_fd=dev)
+        _set_attributes(dev, RDONLY)
+    finally:
+        os.close(dev)
+
+
+def _mask(root: int, path: str) -> None:
+    try:
+        target = _open_inside(root, path)
+    except FileNotFoundError:
+        return
+    is_dir = stat.S_ISDIR(os.fstat(target).st_mode)
+    os.close(target)
+    if is_dir:
+        tree = _new_tmpfs(4096, 2, 0o555, NOSUID | NODEV | NOEXEC | RDONLY)
+    else:
+        null = _open_inside(root, "/dev/null")
+        tree = _clone_tree(null, NOSUID | NOEXEC)
+        os.close(null)
+    _attach(tree, root, path)
+
+
+def _perform(root: int, op: pg.Op) -> None:
+    match op.kind:
+        case pg.OP_DIR:
+            _make_dir(root, op.path, op.mode)
+        case pg.OP_SYMLINK:
+            _make_symlink(root, op.path, op.text)
+        case pg.OP_FILE:
+            _make_file(root, op.path, op.text, op.mode)
+        case pg.OP_BIND:
+            _bind(root, op)
+        case pg.OP_TMPFS:
+            attributes = NOSUID | NODEV | (NOEXEC if op.flags & pg.TMPFS_NOEXEC else 0)
+            _mount_at(root, op.path, _new_tmpfs(op.size, op.inodes, op.mode, attributes))
+        case pg.OP_PROC:
+            _mount_at(root, op.path, _new_mount(b"proc", {}, NOSUID | NODEV | NOEXEC | RDONLY))
+        case pg.OP_DEV:
+            _minimal_dev(root, op)
+        case _:
+            _mask(root, op.path)
+
+
+def build_root(ops: Sequence[pg.Op], phase: list[int]) -> None:
+    """Keeps `phase[0]` at the plan's step, or at the number of a fixed phase."""
+    phase[0] = phase_number("new root")
+    os.umask(0)
+    kernel.mount(b"/", _MS_REC | _MS_SLAVE)
+    root = _new_tmpfs(1 << 20, 2048, 0o755, NOSUID | NODEV)
+    kernel.syscall("move_mount", root, b"\0", -100, b"/\0", 0x04)
+    for op in ops:
+        phase[0] = op.step
+        _perform(root, op)
+    phase[0] = phase_number("new root")
+    _set_attributes(root, RDONLY)
+    phase[0] = phase_number("pivot")
+    os.fchdir(root)
+    kernel.syscall("pivot_root", b".\0", b".\0")
+    kernel.umount_detach(b".")
+    os.chdir("/")
+    os.close(root)
+    os.umask(0o22)

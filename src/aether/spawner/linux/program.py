@@ -1,0 +1,124 @@
+"""A plan lowered to what one kernel is told: flags, flat operations, masks, a filter. No decision is left in it.
+
+Both executors carry out a Program; the native one receives it through `initwire`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from aether.contract import cellplan as cp
+from aether.spawner.linux import kernel, landlock, seccomp
+
+OP_DIR, OP_SYMLINK, OP_FILE, OP_BIND, OP_TMPFS, OP_PROC, OP_DEV, OP_MASK = range(1, 9)
+BIND_WRITABLE, BIND_DEVICE, TMPFS_NOEXEC, DEV_PTY = 1, 2, 1, 1
+RESOURCES: Final = {
+    "cpu": 0, "fsize": 1, "data": 2, "stack": 3, "core": 4, "rss": 5, "nproc": 6, "nofile": 7, "memlock": 8,
+    "as": 9, "locks": 10, "sigpending": 11, "msgqueue": 12, "nice": 13, "rtprio": 14, "rttime": 15,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What lowering must know of the kernel."""
+
+    arch: str
+    landlock_abi: int
+    last_cap: int
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """`step` is the index in the plan. text: link target, file content, or the allowed root of a bind;
+    text2: the bind source beneath that root."""
+
+    kind: int
+    step: int
+    path: str
+    mode: int = 0
+    flags: int = 0
+    size: int = 0
+    inodes: int = 0
+    text: str = ""
+    text2: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    clone_flags: int
+    unshare_flags: int
+    join_userns: bool
+    per_exec_landlock: bool
+    ids: cp.IdMap
+    last_cap: int
+    hostname: str
+    ops: tuple[Op, ...]
+    landlock: landlock.Lowered | None
+    rlimits: tuple[cp.Rlimit, ...]
+    filter: bytes
+
+
+def host_facts() -> HostFacts:
+    return HostFacts(kernel.ARCH, landlock.probe_abi(), kernel.last_capability())
+
+
+def _source(source: str, roots: Sequence[str]) -> tuple[str, str]:
+    """(allowed root, path beneath it): the deepest root wins."""
+    holding = [root for root in roots if cp.is_beneath(source, root)]
+    if not holding:
+        raise cp.PlanError("source", "lies outside the allowed roots")
+    root = max(holding, key=len)
+    return root, source[len(root) :].lstrip("/")
+
+
+def _lower_step(index: int, step: cp.Step, roots: Sequence[str]) -> list[Op]:
+    match step:
+        case cp.Dir():
+            return [Op(OP_DIR, index, step.path, mode=step.mode)]
+        case cp.Symlink():
+            return [Op(OP_SYMLINK, index, step.path, text=step.target)]
+        case cp.File():
+            return [Op(OP_FILE, index, step.path, mode=step.mode, text=step.content)]
+        case cp.BindRo():
+            root, rest = _source(step.source, roots)
+            return [Op(OP_BIND, index, step.path, text=root, text2=rest)]
+        case cp.BindRw():
+            root, rest = _source(step.source, roots)
+            return [Op(OP_BIND, index, step.path, flags=BIND_WRITABLE, text=root, text2=rest)]
+        case cp.BindDev():
+            return [Op(OP_BIND, index, step.path, flags=BIND_DEVICE, text="/dev", text2=step.source[5:])]
+        case cp.Tmpfs():
+            flags = 0 if step.exec_allowed else TMPFS_NOEXEC
+            return [Op(OP_TMPFS, index, step.path, step.mode, flags, step.size_bytes, step.inodes_max)]
+        case cp.Proc():
+            return [Op(OP_PROC, index, step.path)]
+        case cp.DevMinimal():
+            return [Op(OP_DEV, index, step.path, flags=DEV_PTY if step.pty else 0)]
+        case cp.Mask():
+            return [Op(OP_MASK, index, path) for path in step.paths]
+
+
+def lower(plan: cp.Plan, roots: Sequence[str], facts: HostFacts) -> Program:
+    """Pure. Raises PlanError when the plan asks for what this kernel does not have."""
+    if plan.landlock is not None and facts.landlock_abi < 1:
+        raise cp.PlanError("plan.landlock", "this kernel has no Landlock")
+    if facts.arch not in seccomp.AUDIT_ARCH:
+        raise cp.PlanError("plan.seccomp_profile", f"there is no reviewed profile for {facts.arch}")
+    block = plan.id_map.count > 1
+    flags = {name: kernel.NAMESPACE_FLAGS[name] for name in plan.namespaces}
+    at_clone = {"pid"} if block else {"pid", "user"}
+    return Program(
+        clone_flags=sum(f for n, f in flags.items() if n in at_clone),
+        unshare_flags=sum(f for n, f in flags.items() if n not in at_clone and n != "user"),
+        join_userns=block and "user" in flags,
+        per_exec_landlock="pid" not in flags,
+        ids=plan.id_map,
+        last_cap=facts.last_cap,
+        hostname=plan.hostname,
+        ops=tuple(op for i, step in enumerate(plan.steps) for op in _lower_step(i, step, roots)),
+        landlock=landlock.lower(plan.landlock, facts.landlock_abi) if plan.landlock is not None else None,
+        rlimits=plan.rlimits,
+        filter=seccomp.filter_program(plan.seccomp_profile, facts.arch),
+    )

@@ -1,0 +1,186 @@
+/* The launcher: `aether-init FD`, resident, child of the spawner, one request at a time over a SEQPACKET socket.
+ *
+ * A cell is cloned from this small process instead of from the interpreter (whose fork costs a millisecond), with
+ * CLONE_PARENT so that the spawner is the parent, holds the pidfd, and PDEATHSIG ties the cell to it. User
+ * namespaces of id blocks are made once and kept: a block serves one cell at a time, and mounts that belong to the
+ * initial user namespace cannot be undone from inside. */
+#define _GNU_SOURCE
+#include "init.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/sched.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { USERNS_KEPT = 64 };
+
+static struct { uint32_t host_uid, host_gid, count; int fd; } kept[USERNS_KEPT];
+static unsigned kept_next;
+static uint8_t message[MESSAGE_BYTES_MAX];
+static struct program program;
+
+void put(struct writer *w, const void *bytes, size_t size) {
+    if (size > sizeof w->data - w->size) abort();
+    memcpy(w->data + w->size, bytes, size);
+    w->size += size;
+}
+
+void put_u32(struct writer *w, uint32_t value) { put(w, &value, sizeof value); }
+void put_u64(struct writer *w, uint64_t value) { put(w, &value, sizeof value); }
+
+void put_text(struct writer *w, const char *text) {
+    put_u32(w, (uint32_t)strlen(text));
+    put(w, text, strlen(text) + 1);
+}
+
+void begin_message(struct writer *w, int type) {
+    uint16_t head[2] = {(uint16_t)type, WIRE_VERSION};
+    w->size = 0;
+    put(w, head, sizeof head);
+    put_u32(w, 0);
+}
+
+int send_message(int fd, struct writer *w) {
+    uint32_t total = (uint32_t)w->size;
+    memcpy(w->data + 4, &total, sizeof total);
+    for (;;) {
+        if (send(fd, w->data, w->size, MSG_NOSIGNAL) >= 0) return 0;
+        if (errno != EINTR) return -1;
+    }
+}
+
+ssize_t receive_message(int fd, uint8_t *data, size_t size, int *fds, int *fd_count) {
+    union { char bytes[CMSG_SPACE(MESSAGE_FDS_MAX * sizeof(int))]; struct cmsghdr align; } control;
+    struct iovec iov = {data, size};
+    struct msghdr head = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.bytes};
+    head.msg_controllen = sizeof control.bytes;
+    *fd_count = 0;
+    ssize_t got = recvmsg(fd, &head, MSG_CMSG_CLOEXEC);
+    if (got < 0) return -1;
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(&head); c; c = CMSG_NXTHDR(&head, c)) {
+        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
+        *fd_count = (int)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+        memcpy(fds, CMSG_DATA(c), (size_t)*fd_count * sizeof(int));
+    }
+    return head.msg_flags & (MSG_TRUNC | MSG_CTRUNC) ? (errno = EMSGSIZE, 0) : got;
+}
+
+static int write_map(pid_t pid, const char *file, uint32_t host, uint32_t count) {
+    char path[64], line[64];
+    snprintf(path, sizeof path, "/proc/%d/%s", pid, file);
+    int size = snprintf(line, sizeof line, "0 %u %u", host, count);
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    if (fd < 0) return -1;
+    ssize_t done = write(fd, line, (size_t)size);
+    int error = errno;
+    close(fd);
+    errno = error;
+    return done == size ? 0 : -1;
+}
+
+/* A user namespace with this block mapped; its first process is gone, the descriptor keeps it. */
+static int make_userns(const struct program *p) {
+    char path[64];
+    struct clone_args args = {.flags = CLONE_NEWUSER, .exit_signal = SIGCHLD};
+    pid_t pid = (pid_t)syscall(SYS_clone3, &args, sizeof args);
+    if (pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+        for (;;) pause();
+    }
+    if (pid < 0) return -1;
+    int fd = -1;
+    if (write_map(pid, "uid_map", p->host_uid, p->id_count) == 0 &&
+        write_map(pid, "gid_map", p->host_gid, p->id_count) == 0) {
+        snprintf(path, sizeof path, "/proc/%d/ns/user", pid);
+        fd = open(path, O_RDONLY | O_CLOEXEC);
+    }
+    int error = errno;
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+    errno = error;
+    return fd;
+}
+
+static int userns_of(const struct program *p) {
+    for (int i = 0; i < USERNS_KEPT; i++)
+        if (kept[i].count == p->id_count && kept[i].host_uid == p->host_uid && kept[i].host_gid == p->host_gid)
+            return kept[i].fd;
+    int fd = make_userns(p);
+    if (fd < 0) return -1;
+    unsigned slot = kept_next++ % USERNS_KEPT;
+    if (kept[slot].count) close(kept[slot].fd);
+    kept[slot].host_uid = p->host_uid;
+    kept[slot].host_gid = p->host_gid;
+    kept[slot].count = p->id_count;
+    kept[slot].fd = fd;
+    return fd;
+}
+
+/* Descriptors of a launch, in order: control, the v2 directory if any, attach files, those of the executable. */
+static pid_t launch(int socket_fd, const int *fds, int fd_count, uint32_t *phase) {
+    const struct program *p = &program;
+    int has_dir = !!(p->flags & PROGRAM_CGROUP2);
+    int fixed = 1 + has_dir + (int)p->attach_count;
+    *phase = PHASE_PROGRAM;
+    if (fd_count < fixed) return errno = EBADMSG, -1;
+    struct cell cell = {.program = p, .control = fds[0], .userns = -1, .attach = fds + 1 + has_dir};
+    cell.exec_fds = fds + fixed;
+    cell.exec_fd_count = fd_count - fixed;
+    cell.started_us = now_us();
+    *phase = PHASE_USERNS;
+    if (p->flags & PROGRAM_JOIN_USERNS && (cell.userns = userns_of(p)) < 0) return -1;
+    *phase = PHASE_CLONE;
+    /* With CLONE_PARENT the exit signal must be 0: the child has that of this process (clone(2)). */
+    struct clone_args args = {.flags = p->clone_flags | CLONE_PARENT};
+    if (has_dir) {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = (uint64_t)fds[1];
+    }
+    pid_t pid = (pid_t)syscall(SYS_clone3, &args, sizeof args);
+    if (pid != 0) return pid;
+    close(socket_fd);
+    if (has_dir) close(fds[1]);
+    for (int i = 0; i < USERNS_KEPT; i++)
+        if (kept[i].count && kept[i].fd != cell.userns) close(kept[i].fd);
+    run_cell(&cell);
+}
+
+static void answer(int fd, int32_t pid, uint32_t phase, int error) {
+    struct writer w;
+    begin_message(&w, MSG_LAUNCHED);
+    put_u32(&w, (uint32_t)pid);
+    put_u32(&w, PHASE_BASE + phase);
+    put_u32(&w, (uint32_t)error);
+    if (send_message(fd, &w) < 0) _exit(1);
+}
+
+int main(int argc, char **argv) {
+    int fds[MESSAGE_FDS_MAX], fd_count;
+    if (argc != 2) return 64;
+    int socket_fd = atoi(argv[1]);
+    /* The spawner dies: so does its launcher. It may have died before this call: the socket then ends. */
+    prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+    if (fcntl(socket_fd, F_SETFD, FD_CLOEXEC) < 0) return 64;
+    for (;;) {
+        uint32_t phase = PHASE_PROGRAM;
+        ssize_t size = receive_message(socket_fd, message, sizeof message, fds, &fd_count);
+        if (size < 0 && errno == EINTR) continue;
+        if (size <= 0) return 0;
+        pid_t pid = -1;
+        errno = EBADMSG;
+        if (parse_program(message, (size_t)size, &program) == 0) pid = launch(socket_fd, fds, fd_count, &phase);
+        int error = pid < 0 ? errno : 0;
+        answer(socket_fd, pid, phase, error);
+        for (int i = 0; i < fd_count; i++) close(fds[i]);
+        memset(message, 0, (size_t)size); /* the next cell's PID 1 inherits this memory */
+    }
+}
