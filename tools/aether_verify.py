@@ -12,8 +12,9 @@ Exit status: 0 verified, 1 not verified (each failure with its name in docs/form
 offset where known), 2 usage. `--json` prints the report as one JSON object.
 
 Nothing here writes. Every byte read is taken as hostile. A check that cannot be made is a failure, never a pass; files
-that no check looked at are listed as `unchecked`. `--checkpoint` names a checkpoint kept elsewhere that the log must
-still contain: the only way to see that the holder of the key cut or rewrote the log.
+that no check looked at are listed as `unchecked`, entries that no signature covers yet are counted as
+`entries_unproven`. `--checkpoint` names a checkpoint kept elsewhere that the log must still contain: nothing else shows
+a log that was cut back to an older checkpoint, or that the holder of the key wrote anew.
 """
 
 from __future__ import annotations
@@ -206,10 +207,11 @@ def check_checkpoint(data: bytes, key: Key, report: Report, file: str, where: st
         if match is None or len(root) != 32:
             raise VerifyError("NOTE_FORMAT", "the text is not origin, size and base64 of a 32-byte root")
         claim = Checkpoint(match[1], int(match[2]), root)
-        if claim.origin != key.name:
-            raise VerifyError("CHECKPOINT_ORIGIN", f"origin {claim.origin} is not the key's name {key.name}")
         if bad:
             raise bad
+    with report.at(file, field=where):
+        if claim and claim.origin != key.name:
+            raise VerifyError("CHECKPOINT_ORIGIN", f"origin {claim.origin} is not the key's name {key.name}")
     return claim
 
 
@@ -233,9 +235,9 @@ def read_json(data: bytes) -> Json:
     text = data.decode("utf-8")
     try:
         value = json.loads(text, parse_int=number, parse_float=refuse, parse_constant=refuse, object_pairs_hook=members)
+        write_json(value)  # a lone surrogate has no UTF-8
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    write_json(value)  # a lone surrogate has no UTF-8
     return value
 
 
@@ -461,12 +463,12 @@ class LogCheck:
         self.size = self.entries = self.torn_bytes = 0
 
     def run(self) -> Report:
-        claims = {"checkpoint": self.checkpoint()}
+        claims = [("checkpoint", self.checkpoint())]
         for path in self.held:
-            claims[str(path)] = check_checkpoint(path.read_bytes(), self.key, self.report, str(path))
+            claims.append((str(path), check_checkpoint(path.read_bytes(), self.key, self.report, str(path))))
         for index, entry, file, offset in self.segments():
             self.entry(index, entry, file, offset)
-        for file, claim in claims.items():
+        for file, claim in claims:
             with self.report.at(file):
                 self.root(claim)
         self.tiles()
@@ -474,7 +476,8 @@ class LogCheck:
         files = (str(path.relative_to(self.directory)) for path in self.directory.rglob("*") if not path.is_dir())
         self.report.facts = {
             **{"origin": self.key.name, "size": self.size, "root": root_of(self.leaves[: self.size]).hex()},
-            **{"entries": self.entries, "torn_bytes": self.torn_bytes, "held_checkpoints": len(self.held)},
+            **{"entries": self.entries, "entries_unproven": max(self.entries - self.size, 0)},
+            **{"torn_bytes": self.torn_bytes, "held_checkpoints": len(self.held)},
             "unchecked": sorted(set(files) - self.looked_at),
         }
         return self.report

@@ -1,21 +1,15 @@
-"""Makes the stand-alone verifier importable here, and writes the small log that these tests damage."""
+"""The logs that these tests damage."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import independent_writer as writer  # noqa: E402
+from tests.conformance.second_verifier import independent_writer as writer
 
 
 @pytest.fixture(scope="session")
 def small() -> writer.World:
-    """23 entries in two segments, all covered by the checkpoint; one whole job among them."""
+    """23 entries in two segments, all covered by the checkpoint; two whole jobs among them."""
     return writer.world(count=23, per_segment=13, covered=23)
 
 

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import aether_verify as verifier
-import independent_writer as writer
 import pytest
-from independent_writer import World
+
+from tests.conformance.second_verifier import independent_writer as writer
+from tests.conformance.second_verifier.independent_writer import World
+from tools import aether_verify as verifier
 
 SCRIPT = Path(verifier.__file__)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import aether_verify as verifier
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tools import aether_verify as verifier
 
 # public key, message, signature: TEST 1, 2, 3 and SHA(abc).
 VECTORS = [

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import aether_verify as verifier
-import independent_writer as writer
 import pytest
-from independent_writer import World
+
+from tests.conformance.second_verifier import independent_writer as writer
+from tests.conformance.second_verifier.independent_writer import World
+from tools import aether_verify as verifier
 
 SEED = 20260921
 
@@ -46,7 +47,7 @@ def test_more_entries_than_the_checkpoint_covers(tmp_path: Path) -> None:
     log = writer.world(300, per_segment=100, covered=256)
     report = verify(log.write(tmp_path), log.by)
     assert report.failures == []
-    assert (report.facts["size"], report.facts["entries"]) == (256, 300)
+    assert (report.facts["size"], report.facts["entries"], report.facts["entries_unproven"]) == (256, 300, 44)
 
 
 @pytest.mark.parametrize("which", ["small", "large"])
@@ -168,7 +169,7 @@ def test_foreign_keys(small: World, tmp_path: Path) -> None:
     other, renamed = writer.signer(2), writer.signer(1, "aether/other/1")
     log = small.write(tmp_path)
     assert names(verify(log, other).failures) == {"NOTE_SIGNATURE"}
-    assert names(verify(log, renamed).failures) >= {"CHECKPOINT_ORIGIN", "SEGMENT_HEADER"}
+    assert names(verify(log, renamed).failures) >= {"NOTE_SIGNATURE", "CHECKPOINT_ORIGIN", "SEGMENT_HEADER"}
     foreign = writer.checkpoint(small.entries, other)
     assert names(failures_of(small, tmp_path, checkpoint=foreign.encode())) == {"NOTE_SIGNATURE"}
     lookalike = foreign.replace(other.line(foreign.split("\n\n")[0] + "\n"), "") + small.by.line("another text\n")
@@ -215,6 +216,17 @@ def test_truncation_by_the_key_holder_shows_against_a_held_checkpoint(small: Wor
     assert names(verify(other.write(tmp_path / "other"), other.by, [held]).failures) == {"ROOT_MISMATCH"}
     grown = writer.world(30, per_segment=13, covered=30)
     assert verify(grown.write(tmp_path / "grown"), grown.by, [held]).failures == []
+
+
+def test_a_held_checkpoint_never_stands_in_for_the_published_one(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also not when it goes by the same name."""
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoint").write_bytes(small.files["checkpoint"])
+    longer = writer.world(30, per_segment=13, covered=30).files["checkpoint"]
+    report = verify(small.write(tmp_path / "log", checkpoint=longer), small.by, [Path("checkpoint")])
+    assert "LOG_SHORT" in names(report.failures)
 
 
 def test_a_record_in_the_wrong_place_or_form(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import aether_verify as verifier
-import independent_writer as writer
 import pytest
-from independent_writer import World
+
+from tests.conformance.second_verifier import independent_writer as writer
+from tests.conformance.second_verifier.independent_writer import World
+from tools import aether_verify as verifier
 
 Receipt = dict[str, Any]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import aether_verify as verifier
-import independent_writer as writer
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.conformance.second_verifier import independent_writer as writer
+from tools import aether_verify as verifier
 
 LEAVES = [bytes.fromhex(each) for each in ("", "00", "10", "2021", "3031", "40414243", "5051525354555657")]
 LEAVES.append(bytes(range(0x60, 0x70)))
@@ -86,6 +87,12 @@ def test_not_canonical(text: bytes, offset: int | None) -> None:
         verifier.read_record(text)
     assert caught.value.failure["name"] == "ENTRY_NOT_CANONICAL"
     assert offset is None or caught.value.failure["offset"] == offset
+
+
+@pytest.mark.parametrize("depth", range(880, 1020, 3))
+def test_nesting_is_refused_in_order(depth: int) -> None:
+    with pytest.raises(verifier.VerifyError):
+        verifier.read_record(b"[" * depth + b"]" * depth)
 
 
 @given(st.binary(max_size=200) | st.text().map(str.encode))
