@@ -304,6 +304,8 @@ class Authority:
         if self.refuse_launch is not None:
             raise self.refuse_launch
         cell = self.cells.get(job_id)
+        if cell is None and (job_id, attempt) in self.launches:
+            raise AetherError("LOST", f"cannot launch {job_id} again: it ran, and its cell is gone")
         if cell is None:
             self.launches[job_id, attempt] = self.launches.get((job_id, attempt), 0) + 1
             cell = self._make_cell(body.grant)
@@ -419,7 +421,8 @@ class Authority:
         intent = self.open[job_id]
         cell = self.cells.get(job_id)
         record = msgspec.structs.replace(
-            intent, type="job.outcome", log_index=len(self.log), state=state.value, error=error.body() if error else None,
+            intent, type="job.outcome", log_index=len(self.log), state=state.value,
+            error=error.body() if error else None,
             result_digest=digest, result_bytes=size, finished_at=rfc3339(CLOCK_NS + len(self.log)),
             cell_id=cell.cell_id if cell else None, exit=cell.end.exit if cell and cell.end else None,
             artifacts=finish.artifacts if finish else (), detail={"intent_index": str(intent.log_index)},

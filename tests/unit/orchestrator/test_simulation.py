@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from aether.contract.cells import ExitStatus
+from aether.contract.cells import ExecEnd, ExitStatus, Usage
 from aether.contract.errors import AetherError
 from aether.contract.jobs import JobState
 from aether.contract.wire import Empty, JobStop
@@ -20,6 +20,7 @@ from tests.unit.orchestrator.fake_world import Cell, World, command, eventually,
 from tests.unit.orchestrator.test_crash_points import _all_over, _judge
 
 JOBS = 25
+GONE = ExecEnd(cell_id="", exec_id="", exit=ExitStatus(), usage=Usage())
 ENDS = (
     ExitStatus(code=0),
     ExitStatus(code=7),
@@ -101,6 +102,8 @@ async def _trouble(world: World, rng: random.Random) -> None:
             await _kill(world, rng)
         elif what < 0.7:
             await _break(world)
+        elif what < 0.8:
+            await _lose_cells(world, rng)
         else:
             for cell in list(world.authority.cells.values()):
                 if cell.runtime is not None and cell.end is None:
@@ -118,6 +121,15 @@ async def _kill(world: World, rng: random.Random) -> None:
 async def _again(world: World) -> None:
     await world.bury()
     await world.start()
+
+
+async def _lose_cells(world: World, rng: random.Random) -> None:
+    """The authority comes back and knows nothing of some cells."""
+    for job_id, cell in list(world.authority.cells.items()):
+        if cell.runtime is None and cell.end is None and rng.random() < 0.5:
+            del world.authority.cells[job_id]
+            cell.end = GONE
+    await _break(world)
 
 
 async def _break(world: World) -> None:
