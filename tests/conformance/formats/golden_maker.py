@@ -1,6 +1,7 @@
 """Writes what docs/formats.md describes, from fixed keys and times: the same bytes every time.
 
-Run as a script, it writes `schema/v1/` again: only after a deliberate change of the formats.
+`python -m tests.conformance.formats.golden_maker` writes `schema/v1/` again: only after a deliberate change of the
+formats.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from aether.substrate.audit.log import AuditLog
 from aether.substrate.audit.note import Signer
 from aether.substrate.audit.receipts import Receipts
 from aether.substrate.audit.room import Bounds
+from tests.conformance.formats import format_schemas
 
 ROOT = Path(__file__).parents[3]
 SCHEMA = ROOT / "schema/v1"
@@ -241,8 +243,6 @@ def write_golden(target: Path) -> None:
 
 def write_all(target: Path) -> None:
     """Replaces the golden files and the JSON Schemas in `target`."""
-    import format_schemas
-
     with tempfile.TemporaryDirectory(prefix="aether-golden-") as scratch:
         write_golden(Path(scratch) / "golden")
         shutil.rmtree(target / "golden", ignore_errors=True)

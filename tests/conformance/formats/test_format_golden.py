@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import format_schemas
-import golden_maker
 import jsonschema
 import msgspec
 import pytest
@@ -16,6 +14,7 @@ from aether.contract.records import Receipt
 from aether.substrate.access.tickets import Tickets
 from aether.substrate.audit import entry
 from aether.substrate.audit.verify import verify_log, verify_receipt
+from tests.conformance.formats import format_schemas, golden_maker
 
 GOLDEN = golden_maker.SCHEMA / "golden"
 PUBLIC_KEY = (GOLDEN / "audit.pub").read_text()

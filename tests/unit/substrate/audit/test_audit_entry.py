@@ -6,7 +6,6 @@ import json
 
 import pytest
 import rfc8785
-from audit_kit import intent, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -16,6 +15,7 @@ from aether.contract.jobs import ArtifactRef
 from aether.substrate.audit import entry
 from aether.substrate.audit.note import NoteError
 from aether.substrate.audit.redact import redact
+from tests.unit.substrate.audit.audit_kit import intent, plain
 
 TEXT = st.text(max_size=40)
 INTEGERS = st.integers(-entry.INTEGER_MAX, entry.INTEGER_MAX)
@@ -118,7 +118,7 @@ def test_ordinary_text_is_left_alone() -> None:
         "cannot run job: exit 1",
         "the key is missing",
         "a token of thanks",
-        "https://example.com/a?b=c",
+        "https://x.org/a?b=c",
         "näh",
     ):
         assert redact(text) == text
@@ -127,5 +127,4 @@ def test_ordinary_text_is_left_alone() -> None:
 @given(st.text(max_size=3000))
 def test_masking_is_bounded_and_stable(text: str) -> None:
     once = redact(text)
-    assert len(once) <= 12_000 and once.encode()
-    assert redact(once[:2000]) is not None
+    assert len(once.encode()) <= 12_000
