@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 # times arrive as decimal text and become float32: 0.25 must not fail for its last bit
 DT_TOLERANCE: Final = 1e-4
-_ARRAY_PATH: Final = re.compile(r"`\$\.(history\.)?(obs|action|t|dt)[\[`]")
+_ARRAY_PATH: Final = re.compile(r"`\$\.(history\.)?(obs|action|t|dt)[\[.`]")
 
 
 @dataclass(frozen=True, slots=True)

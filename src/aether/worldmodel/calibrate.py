@@ -23,14 +23,15 @@ Double = npt.NDArray[np.float64]
 
 COVERAGE: Final = 0.9
 HORIZON_MAX_S: Final = 1.0
-AGE_EDGES: Final = (1, 2, 3, 5, 9)
-_AGES_BY_CLASS: Final = ((1,), (2,), (3, 4), (5, 6, 8), (10, 12, 16))
+AGE_EDGES: Final = (1, 2, 3, 4, 5, 7, 10)
+_AGES_BY_CLASS: Final = ((1,), (2,), (3,), (4,), (5, 6), (7, 8, 9), (10, 12, 16))
 _HISTORY_MAX: Final = 16
 _DT_BINS: Final = 12
 _LONG_BINS: Final = 4
-_POINTS: Final = 12_000
+_POINTS: Final = 16_000
 _SEQUENCES: Final = 4_000
-_SEQUENCE_INTERVALS: Final = (8, 16, 32, 64, 128)
+_SEQUENCE_INTERVALS: Final = (8, 16, 24, 32, 48, 64, 96, 128)
+_TABLE_INTERVALS: Final = 64
 _ORDER_STATISTICS: Final = 999
 _ALARM_QUANTILE: Final = 0.99
 
@@ -98,13 +99,13 @@ def _order_statistics(surprise: Double) -> tuple[float, ...]:
 
 def calibrated(graphs: Graphs, seed: int, model: str, norm: Normaliser) -> ModelStats:
     """Stats of ``model`` (``id@version``); ``norm`` from training."""
-    length = max(_SEQUENCE_INTERVALS) + 1
-    data = generate(_SEQUENCES, length, seed, stream=Stream.CALIBRATE_SURPRISE)
+    data = generate(_SEQUENCES, max(_SEQUENCE_INTERVALS) + 1, seed, stream=Stream.CALIBRATE_SURPRISE)
     walked = graphs.walked(data.obs, data.action, data.dt)
     half = _SEQUENCES // 2
     logs = log_energy(walked.energy)
-    mean, std = _surprise_tables(logs[:half], data.dt[:half])
-    ages = age_class_of(np.arange(1, length), np.array(AGE_EDGES))[None]
+    # no longer than training sequences: torque pumps energy in, so later intervals are of another kind
+    mean, std = _surprise_tables(logs[:half, :_TABLE_INTERVALS], data.dt[:half, :_TABLE_INTERVALS])
+    ages = age_class_of(np.arange(1, logs.shape[1] + 1), np.array(AGE_EDGES))[None]
     bins = bin_of(data.dt[half:], dt_edges_s())
     surprise = (logs[half:] - mean[ages, bins]) / std[ages, bins]
     thresholds = []
@@ -123,7 +124,7 @@ def calibrated(graphs: Graphs, seed: int, model: str, norm: Normaliser) -> Model
         dt_edges_s=tuple(_rounded(dt_edges_s())),
         log_energy_mean=_table(mean),
         log_energy_std=_table(std),
-        surprise_sorted=_order_statistics(surprise),
+        surprise_sorted=_order_statistics(surprise[:, :_TABLE_INTERVALS]),
         thresholds=tuple(thresholds),
         gate_mean=_rounded(gate.mean())[0],
         gate_std=_rounded(gate.std())[0],

@@ -1,6 +1,6 @@
 """Trains, calibrates, validates and packs the pendulum model; seeded, on one core, within minutes.
 
-    python -m aether.worldmodel.train --seed 7 --out packages/pendulum/1.0.0 [--key my.key]
+    python -m aether.worldmodel.train --seed 7 --out build/pendulum [--key my.key]
 
 Without ``--key`` the package is complete but unsigned. With ``--against DIR`` (default: the sample package, where it is
 found) the new graphs replay that package's golden inputs, and the largest difference is printed. A directory that
@@ -59,7 +59,6 @@ _TRAIN_COUNT: Final = 4_000
 _VALID_COUNT: Final = 500
 _LENGTH: Final = 65
 _EPOCHS: Final = 60
-_GRU_EPOCHS: Final = 40
 _OBS_RANGE: Final = 1.05
 
 
@@ -150,7 +149,7 @@ def _created() -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-def build(out: Path, seed: int, epochs: int, gru_epochs: int) -> Graphs:
+def build(out: Path, seed: int, epochs: int) -> Graphs:
     """Everything from data to an unsigned package in ``out``; returns its graphs."""
     train = generate(_TRAIN_COUNT, _LENGTH, seed, stream=Stream.TRAIN)
     valid = generate(_VALID_COUNT, _LENGTH, seed, stream=Stream.VALID)
@@ -162,9 +161,9 @@ def build(out: Path, seed: int, epochs: int, gru_epochs: int) -> Graphs:
     _say("calibrating")
     stats = calibrated(graphs, seed, f"{MODEL_ID}@{VERSION}", norm)
     _say("training the GRU baseline")
-    figures = report(Served.of(graphs, stats), seed, dict(_baselines(train, valid, norm, seed, gru_epochs)))
+    figures = report(Served.of(graphs, stats), seed, dict(_baselines(train, valid, norm, seed, epochs)))
     table: dict[str, Any] = figures["normalised_mse"]
-    command = f"python -m aether.worldmodel.train --seed {seed}"
+    command = f"python -m aether.worldmodel.train --seed {seed} --out build/pendulum"
     facts = {
         "latent": model.sizes.latent,
         "state": model.sizes.state,
@@ -173,7 +172,7 @@ def build(out: Path, seed: int, epochs: int, gru_epochs: int) -> Graphs:
         "dt_min": DT_MIN_S,
         "dt_max": DT_MAX_S,
         "horizon_max": HORIZON_MAX_S,
-        "noise": float((NOISE_STD / np.array(norm.obs_std)).__pow__(2).mean()),
+        "noise": float(((NOISE_STD / np.array(norm.obs_std)) ** 2).mean()),
         "seed": seed,
         "command": command,
     }
@@ -195,19 +194,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--key", type=Path, help="private key (PEM) to sign with")
     parser.add_argument("--against", type=Path, default=SAMPLE, help="package whose golden vectors are replayed")
-    parser.add_argument("--epochs", type=int, default=_EPOCHS)
-    parser.add_argument("--gru-epochs", type=int, default=_GRU_EPOCHS)
+    parser.add_argument("--epochs", type=int, default=_EPOCHS, help="for the model and the GRU baseline alike")
     given = parser.parse_args(argv)
     out: Path = given.out
     if (out / MANIFEST).exists():
         _say(f"cannot train into {out}: it already holds a package")
         return 2
-    graphs = build(out, given.seed, given.epochs, given.gru_epochs)
+    graphs = build(out, given.seed, given.epochs)
     if given.key is not None:
         sign(out, load_private_key(given.key))
-    loaded = load_unsigned(out) if given.key is None else None
-    state = "signed" if loaded is None else "unsigned"
-    _say(f"{out}: {MODEL_ID} {VERSION}, {state}")
+    load_unsigned(out)
+    _say(f"{out}: {MODEL_ID} {VERSION}, {'unsigned' if given.key is None else 'signed'}, loads")
     golden = given.against / "golden.npz"
     if golden.exists() and given.against.resolve() != out.resolve():
         worst = golden_difference(golden, graphs)

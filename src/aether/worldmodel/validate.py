@@ -12,7 +12,7 @@ import numpy.typing as npt
 from aether.contract.modelwire import ModelStats
 from aether.runtime.calibration import Tables, bin_of, sequence_score
 from aether.runtime.graphs import Float, Graphs, Stepped
-from aether.worldmodel.data import DT_MAX_S, DT_MIN_S, FAULT_KINDS, FaultKind, Trajectories, generate
+from aether.worldmodel.data import DT_MAX_S, DT_MIN_S, FAULT_KINDS, FREEZE_STEPS, FaultKind, Trajectories, generate
 from aether.worldmodel.streams import Stream
 
 Double = npt.NDArray[np.float64]
@@ -81,7 +81,7 @@ def peaks_near_fault(served: Served, kind: FaultKind, count: int, seed: int) -> 
     """
     data = generate(count, FAULT_LENGTH, seed, stream=Stream.HELD_OUT_FAULTS, fault=kind)
     peak = served.surprises(data).argmax(1) + 1
-    last = data.fault_step + (6 if kind == "freeze" else 0)
+    last = data.fault_step + (FREEZE_STEPS if kind == "freeze" else 0)
     early, late = data.fault_step - PEAK_TOLERANCE_STEPS, last + PEAK_TOLERANCE_STEPS
     return np.asarray((peak >= early) & (peak <= late))
 
