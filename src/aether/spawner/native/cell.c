@@ -62,11 +62,14 @@ static void map_own_id(const struct cell *cell) {
     write_file(cell, "/proc/self/gid_map", line);
 }
 
-static void loopback_up(const struct cell *cell) {
+int loopback_up(void) {
     struct ifreq request = {.ifr_name = "lo", .ifr_flags = IFF_UP};
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &request) < 0) fail_phase(cell, PHASE_LOOPBACK, errno);
+    if (fd < 0) return -1;
+    int result = ioctl(fd, SIOCSIFFLAGS, &request), error = errno;
     close(fd);
+    errno = error;
+    return result;
 }
 
 static void enter_namespaces(const struct cell *cell) {
@@ -77,10 +80,16 @@ static void enter_namespaces(const struct cell *cell) {
         if (write(cell->attach[i], "0", 1) != 1) fail_phase(cell, PHASE_CGROUP, errno);
         close(cell->attach[i]);
     }
-    if (p->unshare_flags && unshare((int)p->unshare_flags) < 0) fail_phase(cell, PHASE_NAMESPACES, errno);
+    uint64_t flags = p->unshare_flags;
+    if (cell->netns >= 0) {
+        if (setns(cell->netns, CLONE_NEWNET) < 0) fail_phase(cell, PHASE_NAMESPACES, errno);
+        close(cell->netns);
+        flags &= ~(uint64_t)CLONE_NEWNET;
+    }
+    if (flags && unshare((int)flags) < 0) fail_phase(cell, PHASE_NAMESPACES, errno);
     if (p->unshare_flags & CLONE_NEWUTS && sethostname(p->hostname, strlen(p->hostname)) < 0)
         fail_phase(cell, PHASE_HOSTNAME, errno);
-    if (p->unshare_flags & CLONE_NEWNET) loopback_up(cell);
+    if (flags & CLONE_NEWNET && loopback_up() < 0) fail_phase(cell, PHASE_LOOPBACK, errno);
 }
 
 static int set_capabilities(uint32_t low) {
@@ -152,7 +161,6 @@ noreturn void run_cell(struct cell *cell) {
     const struct program *p = cell->program;
     enter_namespaces(cell);
     if (p->unshare_flags & CLONE_NEWNS) build_root(cell);
-    setsid();
     drop_privilege(cell);
     /* After the ids: a change of credentials clears it (prctl(2)). A spawner that died before shows as EOF. */
     if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0) fail_phase(cell, PHASE_SIGNALS, errno);

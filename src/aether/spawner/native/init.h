@@ -19,7 +19,7 @@ enum { PHASE_BASE = 0x10000 };
 struct cell {
     const struct program *program;
     int control;              /* socket to the spawner */
-    int userns;               /* user namespace to join, or -1 */
+    int userns, netns;        /* namespaces made before, to join instead of making them, or -1 */
     const int *attach, *exec_fds;
     int exec_fd_count;
     int64_t started_us;
@@ -29,6 +29,7 @@ int64_t now_us(void);
 noreturn void fail_step(const struct cell *cell, uint32_t step, int error);
 noreturn void fail_phase(const struct cell *cell, enum phase phase, int error);
 
+int loopback_up(void);                                           /* cell.c: 0 or -1 */
 void build_root(const struct cell *cell);                        /* mounts.c */
 void apply_landlock(const struct program *program, int *error);  /* cell.c: *error is 0 or an errno */
 noreturn void run_cell(struct cell *cell);                       /* cell.c: in the new process */
