@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import errno as errnos
 import os
 import socket
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from aether.contract.cellplan import NAMESPACES, ExecSpec, Plan, describe
+from aether.contract.cellplan import NAMESPACES, ExecSpec, Plan
 from aether.spawner.linux import initwire
 from aether.spawner.linux.executor import Attach, Executor, LaunchError
+from aether.spawner.linux.remedies import explain_exec, explain_step
 
 
 class LaunchFailedError(Exception):
@@ -81,13 +81,13 @@ class Running:
                 }
                 return InitEvent("ready", report=report)
             case initwire.StepFailed():
-                why = f"cannot start the cell: {step_text(self._plan, event.step)}: {os.strerror(event.errno)}"
-                return InitEvent("step_failed", why=why, remedy="run `aether doctor` to see what this host allows")
+                why, remedy = explain_step(self._plan, event)
+                return InitEvent("step_failed", why=why, remedy=remedy)
             case initwire.Started():
                 return InitEvent("started", event.exec_id, pid=event.pid, report=asdict(event.enforced))
             case initwire.ExecFailed():
-                why = f"cannot start {event.exec_id}: {event.step}: {os.strerror(event.errno)}"
-                return InitEvent("exec_failed", event.exec_id, why=why, remedy=_exec_remedy(event))
+                why, remedy = explain_exec(event)
+                return InitEvent("exec_failed", event.exec_id, why=why, remedy=remedy)
             case initwire.Exited():
                 rusage = {"utime_us": event.utime_us, "stime_us": event.stime_us, "maxrss_kb": event.maxrss_kb}
                 return InitEvent("exited", event.exec_id, code=event.code, signal=event.signal, rusage=rusage)
@@ -126,22 +126,6 @@ class Launcher:
 
     def close(self) -> None:
         self._executor.close()
-
-
-def step_text(plan: Plan, step: int) -> str:
-    """A failed operation in the words of `aether cell explain`."""
-    marks = [line for line in describe(plan) if line.startswith(f"{step}. ")]
-    return marks[0].partition(". ")[2] if marks else f"operation {step}"
-
-
-def _exec_remedy(event: initwire.ExecFailed) -> str:
-    if event.step == "exec" and event.errno == errnos.ENOENT:
-        return "name a program that exists inside the cell; see `aether cell explain`"
-    if event.step == "exec" and event.errno == errnos.EACCES:
-        return "make the file executable (its mode, and the file system it lies on)"
-    if event.step == "cwd":
-        return "name a directory that exists inside the cell"
-    return ""
 
 
 def _own_namespaces() -> dict[str, int]:

@@ -73,20 +73,20 @@ class Spawner:
         self._lock = self._take_lock()
         self.instance = os.urandom(4).hex()
         old = self._note_instance()
-        self.loop = Loop()
-        self.cgroups = open_driver(self.instance, options.cgroup_base)
-        for left in old:
-            self.cgroups.sweep(left)
-        self.work = WorkRoot(str(self._state / "cells" / self.instance))
         self._host = probe_host()
         asked = [str(Path(root).resolve()) for root in options.root]
         rules = Rules(
             tuple(dict.fromkeys((*self._host["source_roots"], *asked))),
             str(self._state),
-            self.work.path,
+            str(self._state / "cells" / self.instance),
             host_devices(),
-        )
-        self.launcher = Launcher(best_executor((*rules.roots, self.work.path), options.executor))
+        ).with_base(self._host["root_steps"])
+        self.loop = Loop()
+        self.launcher = Launcher(best_executor((*rules.roots, rules.work), options.executor))
+        self.work = WorkRoot(rules.work)
+        self.cgroups = open_driver(self.instance, options.cgroup_base)
+        for left in old:
+            self.cgroups.sweep(left)
         self.server = Server(self.loop, frozenset({os.geteuid(), 0, options.peer_uid} - {-1}))
         work_ops = WorkOps(self.loop, self.work)
         self.lifecycle = Lifecycle(self.loop, self.cgroups, self.launcher, self.server.emit, work_ops.remove)

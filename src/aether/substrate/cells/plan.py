@@ -91,7 +91,7 @@ def plan_cell(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts, slot: in
         id_map=_id_map(facts, slot),
         hostname=HOST_NAME,
         steps=_steps(spec, facts, work) if is_cell else (),
-        seccomp_profile="cell",
+        seccomp_profile="cell" if "net" in facts.namespaces else "offline",
         landlock=_landlock(spec, facts, work),
         rlimits=_rlimits(spec, facts),
     )

@@ -1,0 +1,245 @@
+"""The double of every driver: no processes, the same contract.
+
+Programs are functions: `programs[argv[0]]` gets a `Run` and returns the exit code. What it writes to `files` are the
+outputs, what it awaits can be ended by signals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from aether.contract.canonical import canonical, digest_bytes
+from aether.contract.cells import CellSpec, ExecEnd, ExitStatus, SandboxReport, Usage
+from aether.contract.errors import AetherError
+from aether.contract.wire import CellFile, CellFiles
+from aether.substrate.cells.drivers.port import Adopted, Explained, Fingerprint, Handle, Order, Started
+
+LEVELS = ("process", "cell")
+
+
+@dataclass(slots=True)
+class Run:
+    """What a program of the double sees. `terminated` is set by SIGTERM; one that ignores it is killed."""
+
+    spec: CellSpec
+    files: dict[str, bytes]
+    refused: dict[str, str] = field(default_factory=dict)
+    terminated: asyncio.Event = field(default_factory=asyncio.Event)
+    channel: int | None = None
+
+
+Program = Callable[[Run], Coroutine[None, None, int]]
+
+
+@dataclass(slots=True)
+class _Exec:
+    run: Run
+    began_s: float
+    work: asyncio.Future[int]
+    end: ExecEnd | None = None
+    timed_out: bool = False
+    acknowledged: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(slots=True)
+class _Cell:
+    started: Started
+    started_wall_us: int
+    files: dict[str, bytes]
+    execs: dict[str, _Exec] = field(default_factory=dict)
+    reason: str | None = None
+
+
+class MemoryDriver:
+    """See the module. `missing` are mechanisms that this double claims not to have."""
+
+    name = "memory"
+
+    def __init__(self, programs: dict[str, Program], missing: dict[str, tuple[str, str]] | None = None) -> None:
+        self._programs = programs
+        self._missing = missing or {}
+        self._cells: dict[str, _Cell] = {}
+        self._on_end: list[Callable[[ExecEnd], None]] = []
+        self._watching: set[asyncio.Task[None]] = set()
+
+    def on_end(self, call: Callable[[ExecEnd], None]) -> None:
+        self._on_end.append(call)
+
+    async def fingerprint(self) -> Fingerprint:
+        return Fingerprint(True, "", LEVELS, {}, dict(self._missing))
+
+    def explain(self, spec: CellSpec) -> Explained:
+        self._require(spec)
+        missing = {name: reason for name, (reason, _) in self._missing.items()}
+        text = canonical({"argv": list(spec.argv), "cwd": spec.cwd})
+        return Explained((f"run {' '.join(spec.argv)}",), {"argv": list(spec.argv)}, text, missing)
+
+    def _require(self, spec: CellSpec) -> None:
+        for word in spec.require:
+            if word in self._missing:
+                reason, remedy = self._missing[word]
+                raise AetherError("LEVEL_UNMET", f"cannot meet the required level {word}: {reason}", remedy)
+
+    async def launch(self, order: Order) -> Started:
+        known = self._cells.get(order.cell_id)
+        if known is not None:
+            first = known.started
+            return Started(first.handle, first.exec_id, first.report, first.plan_text, None)
+        self._require(order.spec)
+        text = self.explain(order.spec).plan_text
+        report = SandboxReport(
+            level="cell",
+            executor=self.name,
+            enforced=dict.fromkeys(order.spec.require, True),
+            missing={name: reason for name, (reason, _) in self._missing.items()},
+            plan_digest=digest_bytes(text),
+        )
+        started = Started(Handle(order.cell_id), order.exec_id, report, text, None)
+        files = {file.path: os.pread(fd, os.fstat(fd).st_size, 0) for file, fd in order.files}
+        cell = _Cell(started, time.time_ns() // 1000, files)
+        self._start(cell, order.exec_id, order.spec)
+        self._cells[order.cell_id] = cell
+        return started
+
+    def _start(self, cell: _Cell, exec_id: str, spec: CellSpec) -> None:
+        program = self._programs.get(spec.argv[0])
+        if program is None:
+            raise AetherError("CELL_FAILED", f"cannot start {exec_id}: exec: no program {spec.argv[0]}")
+        run = Run(spec, cell.files)
+        work = asyncio.ensure_future(program(run))
+        executable = _Exec(run, time.monotonic(), work)
+        cell.execs[exec_id] = executable
+        watch = asyncio.create_task(self._watch(cell, exec_id, executable))
+        self._watching.add(watch)
+        watch.add_done_callback(self._watching.discard)
+
+    async def _watch(self, cell: _Cell, exec_id: str, executable: _Exec) -> None:
+        """Waits for the program; it may be cancelled before it has begun."""
+        done, _ = await asyncio.wait({executable.work}, timeout=executable.run.spec.limits.timeout_ms / 1000)
+        code, signo = None, None
+        if not done:
+            executable.timed_out, signo = True, signal.SIGTERM
+            executable.work.cancel()
+        elif executable.work.cancelled():
+            signo = signal.SIGKILL
+        else:
+            code = executable.work.result()
+        wall_us = int((time.monotonic() - executable.began_s) * 1e6)
+        status = ExitStatus(
+            code=code,
+            signal=signo,
+            timed_out=executable.timed_out,
+            reason=cell.reason if signo is not None else None,
+        )
+        executable.end = ExecEnd(
+            cell_id=str(cell.started.handle),
+            exec_id=exec_id,
+            exit=status,
+            usage=Usage(wall_us=wall_us, basis={"wall_us": "measured"}),
+        )
+        executable.ended.set()
+        for call in self._on_end:
+            call(executable.end)
+
+    async def adopt(self) -> list[Adopted]:
+        found = []
+        for cell_id, cell in self._cells.items():
+            first = cell.execs[cell.started.exec_id]
+            end = None if first.acknowledged else first.end
+            found.append(Adopted(cell.started.handle, cell_id, cell.started.exec_id, cell.started_wall_us, end))
+        return found
+
+    async def start_exec(self, handle: Handle, exec_id: str, spec: CellSpec) -> None:
+        cell = self._cell(handle)
+        if exec_id not in cell.execs:
+            self._start(cell, exec_id, spec)
+
+    async def signal(self, handle: Handle, exec_id: str, signo: int) -> None:
+        executable = self._exec(handle, exec_id)
+        if signo == signal.SIGKILL:
+            executable.work.cancel()
+        else:
+            executable.run.terminated.set()
+
+    async def stop(self, handle: Handle, grace_ms: int) -> None:
+        cell = self._cell(handle)
+        cell.reason = cell.reason or "killed"
+        for executable in cell.execs.values():
+            executable.run.terminated.set()
+            asyncio.get_running_loop().call_later(grace_ms / 1000, executable.work.cancel)
+
+    async def kill(self, handle: Handle) -> None:
+        cell = self._cell(handle)
+        cell.reason = cell.reason or "killed"
+        for executable in cell.execs.values():
+            executable.work.cancel()
+            await executable.ended.wait()
+
+    async def wait(self, handle: Handle, exec_id: str) -> ExecEnd:
+        executable = self._exec(handle, exec_id)
+        await executable.ended.wait()
+        assert executable.end is not None
+        return executable.end
+
+    async def usage(self, handle: Handle) -> Usage:
+        first = next(iter(self._cell(handle).execs.values()))
+        if first.end is not None:
+            return first.end.usage
+        return Usage(wall_us=int((time.monotonic() - first.began_s) * 1e6), basis={"wall_us": "measured"})
+
+    async def report(self, handle: Handle) -> SandboxReport:
+        return self._cell(handle).started.report
+
+    async def collect(self, handle: Handle, globs: Sequence[str]) -> CellFiles:
+        cell = self._cell(handle)
+        refused: dict[str, str] = {}
+        for executable in cell.execs.values():
+            refused.update(executable.run.refused)
+        files = tuple(
+            CellFile(path=path, size_bytes=len(data))
+            for path, data in sorted(cell.files.items())
+            if any(_matches(glob, path) for glob in globs)
+        )
+        return CellFiles(files=files, refused=refused)
+
+    async def open(self, handle: Handle, path: str) -> int:
+        cell = self._cell(handle)
+        if path not in cell.files:
+            raise AetherError("OUTPUT_REFUSED", f"cannot open an output: {path!r} is not there")
+        fd = os.memfd_create("output")
+        os.write(fd, cell.files[path])
+        os.lseek(fd, 0, os.SEEK_SET)
+        return fd
+
+    async def acknowledge(self, handle: Handle, exec_id: str) -> None:
+        self._exec(handle, exec_id).acknowledged = True
+
+    async def free(self, handle: Handle) -> None:
+        if handle in self._cells:
+            await self.kill(handle)
+            del self._cells[handle]
+
+    def _cell(self, handle: Handle) -> _Cell:
+        cell = self._cells.get(handle)
+        if cell is None:
+            raise AetherError("NO_SUCH_CELL", f"cannot find cell {handle}")
+        return cell
+
+    def _exec(self, handle: Handle, exec_id: str) -> _Exec:
+        executable = self._cell(handle).execs.get(exec_id)
+        if executable is None:
+            raise AetherError("NOT_FOUND", f"cannot find {exec_id} in cell {handle}")
+        return executable
+
+
+def _matches(glob: str, path: str) -> bool:
+    """Within one part only; the double needs no `**`."""
+    parts, names = glob.split("/"), path.split("/")
+    return len(parts) == len(names) and all(map(fnmatchcase, names, parts))
