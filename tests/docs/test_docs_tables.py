@@ -98,3 +98,20 @@ def test_every_threat_names_a_test_or_says_that_there_is_none() -> None:
 def test_named_tests_exist(path: Any) -> None:
     wrong = [why for named in docpages.named_tests(path.read_text()) if (why := docpages.missing_test(named))]
     assert not wrong, "; ".join(wrong)
+
+
+DECISIONS = sorted((docpages.ROOT / "docs/adr").glob("[0-9]*.md"))
+
+
+@pytest.mark.parametrize("path", DECISIONS, ids=lambda p: p.stem)
+def test_a_decision_is_listed_and_says_what_it_costs(path: Any) -> None:
+    text, index = path.read_text(), docpages.page("docs/adr/README.md")
+    number, title = text.partition("\n")[0].removeprefix("# ").split(" ", 1)
+    assert path.name.startswith(f"{number}-")
+    assert f"| [{number}]({path.name}) | {title} |" in index
+    for part in ("**Forced by.**", "**Chosen.**", "**Costs.**", "**Would change it.**"):
+        assert f"\n{part}" in text, f"{path.name} has no {part}"
+
+
+def test_decisions_are_numbered_without_gaps() -> None:
+    assert [path.name[:4] for path in DECISIONS] == [f"{n:04}" for n in range(1, len(DECISIONS) + 1)]
