@@ -337,7 +337,7 @@ def _wait(wait_s: float) -> Sequence[tuple[str, str]]:
 def _read1(response: HTTPResponse) -> bytes:
     try:
         chunk = response.read1(CHUNK_BYTES)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise AetherError("PROTOCOL", f"cannot read on: the connection ended early ({error})") from error
     if not chunk:
         # `read1` does not tell a short answer from a whole one; `read` does (IncompleteRead).

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -153,10 +153,13 @@ class Transport:
             self._release(connection, response)
 
     def _exchange(self, connection: UnixConnection, call: Call) -> http.client.HTTPResponse:
-        # A server that refuses early (413, 429) answers and closes while the body is still being sent: EPIPE
-        # or ECONNRESET then, but its answer is already in our receive queue. An unusable one raises below.
-        with suppress(BrokenPipeError, ConnectionResetError):
+        try:
             connection.request(call.method, call.target, call.body, dict(call.headers))
+        except (BrokenPipeError, ConnectionResetError):
+            # A server that refuses early (413, 429) answers and closes while the body is still being sent; its
+            # answer is in our receive queue already (unix(7) keeps what was sent before the close).
+            pass
+        else:
             return connection.getresponse()
         response = http.client.HTTPResponse(connection.sock, method=call.method)
         try:
