@@ -68,7 +68,8 @@ async def reconcile(link: Link, store: Store, desk: Desk, owned: Callable[[LiveC
         desk.regrant(grant)
     await _catch_up(link, store, desk, applied, truth.log_size)
     cells = {cell.grant.job_id: cell for cell in truth.cells}
-    orphans = [cell for job_id, cell in cells.items() if not owned(cell) and job_id not in desk.open]
+    ours = stated.keys() | set(freeing) | desk.open.keys()
+    orphans = [cell for job_id, cell in cells.items() if not owned(cell) and job_id not in ours]
     for job_id, phase in stated.items():
         row = desk.open.get(job_id)
         if row is not None and row.phase == phase:

@@ -409,7 +409,11 @@ class Aurora:
         why = AetherError("ABANDONED", "cannot go on: nobody looks after this cell since a restart")
         try:
             with contextlib.suppress(LinkLostError):
-                await retire(link, cell.grant, cell.cell_id, exited, why)
+                row = await self._store.get(job_id)
+                if row is None or row.outcome_index is None:
+                    await retire(link, cell.grant, cell.cell_id, exited, why)
+                else:
+                    await insist(link, "cell.free", wire.CellKey(grant=cell.grant, cell_id=cell.cell_id), wire.Empty)
         except AetherError as error:
             _log.error("cell %s: cannot retire it: %s", cell.cell_id, error)
         finally:
