@@ -9,12 +9,13 @@ from typing import Any
 import msgspec
 
 from aether.contract.records import Receipt, Record
+from aether.substrate.access.caveats import Caveat
 
-SCHEMAS: dict[str, Any] = {"record.schema.json": Record, "receipt.schema.json": Receipt}
+SCHEMAS: dict[str, Any] = {"record.schema.json": Record, "receipt.schema.json": Receipt, "caveat.schema.json": Caveat}
 
 
 def texts() -> dict[str, str]:
-    """File name -> text of each schema of schema/v1/, the ticket's caveats and the policy's schema included."""
+    """File name -> text of each schema of schema/v1/, the policy's schema included."""
     found = {name: _schema(name, kind) for name, kind in SCHEMAS.items()}
     policy = resources.files("aether.substrate.access").joinpath("aether.cedarschema.json")
     found["policy.cedarschema.json"] = policy.read_text(encoding="utf-8")

@@ -207,7 +207,8 @@ def write_samples(target: Path, records: list[Record], receipt: Receipt) -> None
     """Records and receipts that the schemas accept (`ok-`) and refuse (`bad-`)."""
     record = msgspec.to_builtins(next(record for record in records if record.type == "job.outcome"))
     whole = msgspec.json.decode(msgspec.json.encode(receipt))
-    good = {"record/ok-outcome": record, "receipt/ok": whole}
+    budget = {"type": "budget", "items": ["ops"], "number": 10}
+    good = {"record/ok-outcome": record, "receipt/ok": whole, "caveat/ok-budget": budget}
     bad = {
         "record/bad-missing-field": {name: value for name, value in record.items() if name != "policy"},
         "record/bad-unknown-field": record | {"colour": "red"},
@@ -219,6 +220,9 @@ def write_samples(target: Path, records: list[Record], receipt: Receipt) -> None
         "receipt/bad-missing-checkpoint": {name: value for name, value in whole.items() if name != "checkpoint"},
         "receipt/bad-entry-object": whole | {"entries": [whole["entries"][0] | {"entry": {}}]},
         "receipt/bad-unknown-field": whole | {"comment": ""},
+        "caveat/bad-type": budget | {"type": "mercy"},
+        "caveat/bad-items": budget | {"items": "ops"},
+        "caveat/bad-field": budget | {"unit": "ops"},
     }
     for name, value in (good | bad).items():
         path = target / f"{name}.json"

@@ -13,14 +13,17 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 CAVEATS_MAX: Final = 64
 ITEMS_MAX: Final = 256
 JOB_OPERATIONS: Final = frozenset({"job.submit", "cell.explain"})
 """Operations that are about a job to be: kinds, models, labels, hosts and paths bind them."""
 
-_TYPES: Final = {
+CaveatType = Literal[
+    "role", "operations", "kinds", "models", "labels", "hosts", "paths", "expires", "budget", "unknown"
+]  # fmt: skip
+_TYPES: Final[dict[int, CaveatType]] = {
     1: "role", 2: "operations", 3: "kinds", 4: "models", 5: "labels", 6: "hosts", 7: "paths", 8: "expires", 9: "budget",
 }  # fmt: skip
 _NUMBERS: Final = {name: number for number, name in _TYPES.items()}
@@ -38,7 +41,7 @@ class Caveat:
     An unknown caveat has the type `unknown`.
     """
 
-    type: str
+    type: CaveatType
     items: tuple[str, ...] = ()
     number: int = 0
 

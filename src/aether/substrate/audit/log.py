@@ -154,7 +154,7 @@ class AuditLog:
         entry = entries.encode(record)
         cost = len(entry) + _OVERHEAD_BYTES
         if record.type not in RESERVED:
-            self._check_room(cost)
+            self._check_room(cost + (OUTCOME_BYTES_RESERVED if record.type == "job.intent" else 0))
         self._schedule()
         self._pending.entries.append(entry)
         self._outstanding.append(cost)
