@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import pytest
 
 import aether
 from aether.contract import ids
+from aether.contract.cellplan import LandlockRule
 from aether.contract.cells import CellSpec, ExecEnd, Limits
 from aether.contract.errors import AetherError
 from aether.substrate.cells.drivers.native import NativeDriver
@@ -48,8 +50,9 @@ class Spawner:
             source = Path(aether.__file__).parents[1]
             shutil.copytree(source / "aether", self.directory / "src/aether", ignore=shutil.ignore_patterns("*.pyc"))
             self._python, self._env = SYSTEM_PYTHON, {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{self.directory}/src"}
-            self.directory.chmod(0o755)
             os.chown(self.state, uid, uid)
+        self.directory.chmod(0o711)
+        self.state.chmod(0o711)
         self.process = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -482,5 +485,50 @@ def test_handle_is_opaque(spawner: Spawner) -> None:
         with pytest.raises(AetherError) as refused:
             await driver.usage(Handle(ids.new(ids.CELL)))
         assert refused.value.code == "NO_SUCH_CELL"
+
+    with_driver(spawner, step)
+
+
+def test_process_level_without_namespaces_dies_whole_too(spawner: Spawner) -> None:
+    """No pid namespace, and for an ordinary user no cgroup: what double-forked comes to the spawner and is killed."""
+    marker = "aether-test-" + os.urandom(8).hex()
+
+    async def step(driver: NativeDriver) -> None:
+        driver._facts = replace(driver.facts, level="process", namespaces=(), root=(), landlock_rules=HOST_RULES)
+        stubborn = f"trap '' TERM; while :; do sleep 1; done; : {marker}"
+        neighbour = await launch(driver, f"(setsid sh -c 'sleep 60; : {marker}-neighbour' &); sleep 60")
+        started = await launch(driver, f'(setsid sh -c "{stubborn}" &); (setsid setsid sh -c "{stubborn}" &); sleep 60')
+        assert started.report.level == "process" and "cell" not in started.report.enforced
+        for _ in range(200):
+            if len(processes(marker)) >= 4:
+                break
+            await asyncio.sleep(0.02)
+        await driver.kill(started.handle)
+        assert len(processes(marker)) == len(processes(f"{marker}-neighbour")) >= 1
+        await driver.free(started.handle)
+        await driver.free(neighbour.handle)
+        assert processes(marker) == []
+
+    with_driver(spawner, step)
+
+
+HOST_RULES = tuple(
+    LandlockRule(path, ("read", "execute", "write")) for path in ("/usr", "/proc", "/dev") if Path(path).is_dir()
+) + tuple(LandlockRule(path, ("read", "execute")) for path in ("/bin", "/lib", "/lib64") if Path(path).is_dir())
+
+
+def test_the_interpreter_of_this_installation_runs_in_a_cell(spawner: Spawner) -> None:
+    if spawner.uid is not None:
+        pytest.skip("an ordinary user may not read this interpreter")
+
+    async def step(driver: NativeDriver) -> None:
+        cell_id = ids.new(ids.CELL)
+        code = "import aether.contract.cells, msgspec, numpy, asyncio; print('fine')"
+        spec = CellSpec(argv=(sys.executable, "-c", code), env={"OMP_NUM_THREADS": "1"})
+        started = await driver.launch(Order(cell_id, "exec" + cell_id[4:], spec))
+        end = await driver.wait(started.handle, started.exec_id)
+        log = JobLogs(spawner.state / "logs/jobs").open(cell_id, started.exec_id).read("all", 0)
+        assert end.exit.code == 0 and log.data == b"fine\n", log.data
+        await driver.free(started.handle)
 
     with_driver(spawner, step)

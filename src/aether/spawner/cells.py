@@ -73,6 +73,7 @@ class Cell:
     uid_block: range
     cgroup: CgroupHandle
     has_work: bool
+    has_pid_namespace: bool
     started_ns: int
     started_wall_us: int
     state: str = "starting"

@@ -7,7 +7,7 @@ import socket
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from aether.contract.cellplan import NAMESPACES, ExecSpec, Plan
+from aether.contract.cellplan import NAMESPACES, ExecSpec, Plan, PlanError
 from aether.spawner.linux import initwire
 from aether.spawner.linux.executor import Attach, Executor, LaunchError
 from aether.spawner.linux.remedies import explain_exec, explain_step
@@ -122,7 +122,13 @@ class Launcher:
             raise LaunchFailedError(str(error), error.remedy) from error
         except OSError as error:
             raise LaunchFailedError(f"cannot start the cell: {error.strerror}", "") from error
+        except PlanError as error:
+            raise LaunchFailedError(str(error), "see `aether doctor` for what this host can enforce") from error
         return Running(launched.pid, launched.pidfd, launched.control, plan, self._executor.name)
+
+    def pids(self) -> frozenset[int]:
+        """Children of this process that are the executor's own."""
+        return self._executor.pids()
 
     def close(self) -> None:
         self._executor.close()

@@ -24,6 +24,7 @@ from aether.spawner.keeperlink import KeeperLink
 from aether.spawner.launcher import InitEvent, Launcher, LaunchFailedError
 from aether.spawner.linux.cgroup import CgroupDriver, CgroupLimits
 from aether.spawner.loop import Loop
+from aether.spawner.orphans import Orphans
 from aether.spawner.protocol import RefusedError
 from aether.spawner.rules import owner_of
 from aether.spawner.wiring import Wired
@@ -57,6 +58,7 @@ class Lifecycle:
     ) -> None:
         self.cells: dict[str, Cell] = {}
         self.keeper: KeeperLink | None = None
+        self.orphans: Orphans | None = None
         self._loop = loop
         self._cgroups = cgroups
         self._launcher = launcher
@@ -112,6 +114,7 @@ class Lifecycle:
             range(ids.host_uid, ids.host_uid + ids.count),
             cgroup,
             args["work"] or bool(args["files"]),
+            "pid" in plan.namespaces,
             self._now_ns(),
             now_wall_us(),
         )
@@ -341,7 +344,8 @@ class Lifecycle:
         """Wait until the cgroup is empty, killing on; then the cell is gone."""
         until_s = until_s or self._loop.clock_s() + EMPTY_WAIT_S
         cell.cancel_timers()
-        if self._cgroups.procs(cell.cgroup) and self._loop.clock_s() < until_s:
+        left = self.orphans.kill() if self.orphans is not None and not cell.has_pid_namespace else 0
+        if (left or self._cgroups.procs(cell.cgroup)) and self._loop.clock_s() < until_s:
             self._cgroups.kill(cell.cgroup)
             self._loop.after(EMPTY_POLL_S, lambda: self._settle(cell, until_s))
             return

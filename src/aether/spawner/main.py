@@ -34,13 +34,14 @@ from aether.spawner.linux.probe import probe as probe_host
 from aether.spawner.loop import Loop
 from aether.spawner.offload import offload
 from aether.spawner.operations import Operations
+from aether.spawner.orphans import Orphans
 from aether.spawner.rules import Rules, host_devices
 from aether.spawner.server import Server
 from aether.spawner.workdir import WorkRoot, remove_tree
 from aether.spawner.workops import WorkOps
 
 STOP_WAIT_S = 5.0
-HOST_FACTS = ("missing", "landlock_abi", "root_steps", "landlock_rules")
+HOST_FACTS = ("missing", "landlock_abi", "root_steps", "landlock_rules", "python")
 _INSTANCE = re.compile(r"[0-9a-f]{8}")
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -95,6 +96,9 @@ class Spawner:
             keeper = KeeperOptions(keeper.directory, options.keeper_uid, options.gid)
         self.keeper = KeeperLink(self.loop, keeper, self.lifecycle.on_output)
         self.lifecycle.keeper = self.keeper
+        self._work_ops = work_ops
+        self._sweeper = -1
+        self.lifecycle.orphans = Orphans(self._children)
         operations = Operations(self.lifecycle, self.cgroups, work_ops, rules, self._facts, self._probe)
         self.server.handle = operations.handle
         self._started_wall_us = now_wall_us()
@@ -106,6 +110,7 @@ class Spawner:
     def _prepare_state(self, options: argparse.Namespace) -> None:
         for name in ("run", "cells", "logs/jobs"):
             (self._state / name).mkdir(0o750, parents=True, exist_ok=True)
+        (self._state / "cells").chmod(0o711)  # at level `process` a job walks to its own directory below
         if self._root:
             os.chown(self._state / "logs/jobs", options.keeper_uid, options.gid)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -149,6 +154,7 @@ class Spawner:
                 remove_tree(cells, name)
 
         child = offload(remove, (cells,))
+        self._sweeper = child.pid
         os.close(cells)
 
         def ended(_: int) -> None:
@@ -187,6 +193,11 @@ class Spawner:
             signal.signal(signo, lambda *_: None)
         self.loop.add(ours.fileno(), lambda _: self.loop.stop())
 
+    def _children(self) -> set[int]:
+        """The children that are no orphans of cells."""
+        inits = {cell.pid for cell in self.lifecycle.cells.values() if cell.pidfd >= 0}
+        return inits | self._work_ops.children | self.launcher.pids() | {self.keeper.pid, self._sweeper}
+
     def _facts(self) -> dict[str, Any]:
         return {
             "instance": self.instance,
@@ -197,6 +208,7 @@ class Spawner:
             "work_root": self.work.path,
             "logs": str(self._state / "logs/jobs"),
             "executor": self.launcher.name,
+            "python": sys.executable,
             "host": {name: self._host[name] for name in HOST_FACTS},
             "cgroup": self.cgroups.probe(),
         }

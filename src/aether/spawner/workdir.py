@@ -1,8 +1,9 @@
 """Work directories of cells: make, fill, list and open outputs, remove.
 
-Layout: `<state>/work/<instance>/<cell>`, mode 0700, owned by the uid under which the cell's executables run;
-the directories above belong to the spawner alone. What lies inside was shaped by the job: every path is opened
-with `open_beneath`, only regular files with one name and the cell's owner leave, counts and bytes are bounded.
+Layout: `<state>/cells/<instance>/<cell>`, mode 0700, owned by the uid under which the cell's executables run; the
+directories above belong to the spawner alone and may only be walked through. What lies inside was shaped by the job:
+every path is opened with `open_beneath`, only regular files with one name and the cell's owner leave, counts and
+bytes are bounded.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class WorkRoot:
     """The directory that holds this instance's work directories."""
 
     def __init__(self, path: str) -> None:
-        Path(path).mkdir(0o700, parents=True, exist_ok=True)
+        Path(path).mkdir(parents=True, exist_ok=True)
+        Path(path).chmod(0o711)
         self.path = path
         self._fd = os.open(path, _DIRECTORY | os.O_CLOEXEC)
 

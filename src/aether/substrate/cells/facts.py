@@ -32,6 +32,15 @@ class Lack:
 
 
 @dataclass(frozen=True, slots=True)
+class Python:
+    """This installation's interpreter: `host` is its path here, `cell` inside a cell; `path` is for PYTHONPATH."""
+
+    host: str
+    cell: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """`root` and `landlock_rules`: the read-only root that every cell gets here, and what Landlock allows of it."""
 
@@ -47,6 +56,7 @@ class Facts:
     landlock_abi: int
     root: tuple[Step, ...]
     landlock_rules: tuple[LandlockRule, ...]
+    python: Python
     missing: dict[str, Lack]
 
 
@@ -73,6 +83,7 @@ def read_facts(hello: dict[str, Any]) -> Facts:
         landlock_abi=host["landlock_abi"],
         root=base.steps,
         landlock_rules=base.landlock.rules if base.landlock is not None else (),
+        python=Python(hello["python"], host["python"]["executable"], host["python"]["path"]),
         missing=missing,
     )
 

@@ -102,16 +102,23 @@ def plan_cell(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts, slot: in
         "cpu_millis": asked.cpu_millis,
         "pids": asked.pids + 1,  # PID 1 is ours, not the job's
     }
-    return Planned(plan, exec_spec(spec, exec_id, WORK if is_cell else work), wanted, _missing(facts))
+    return Planned(plan, exec_spec(spec, cell_id, exec_id, facts), wanted, _missing(facts))
 
 
-def exec_spec(spec: CellSpec, exec_id: str, work: str = WORK) -> ExecSpec:
-    """The executable of `spec`; `work` is where the work directory is seen."""
+def exec_spec(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts) -> ExecSpec:
+    """The executable of `spec`. Without a mount namespace /work is the work directory's host path; this
+    installation's interpreter, named by its host path, is found where the cell has it, with its modules."""
+    is_cell = facts.level == "cell"
+    work = WORK if is_cell else f"{facts.work_root}/{cell_id}"
     env = {name: value.replace(WORK, work, 1) if name == "HOME" else value for name, value in DEFAULT_ENV.items()}
     cwd = work + spec.cwd[len(WORK) :] if spec.cwd == WORK or spec.cwd.startswith(WORK + "/") else spec.cwd
+    argv = spec.argv
+    if is_cell and argv[0] == facts.python.host:
+        argv = (facts.python.cell, *argv[1:])
+        env["PYTHONPATH"] = facts.python.path
     return ExecSpec(
         exec_id=exec_id,
-        argv=spec.argv,
+        argv=argv,
         env=tuple((env | spec.env).items()),
         cwd=cwd,
         extra_fds=1 if spec.channel else 0,
@@ -144,7 +151,7 @@ def _landlock(spec: CellSpec, facts: Facts, work: str) -> Landlock | None:
     else:
         rules.append(LandlockRule(work, ("read", "execute", "write")))
         rules += [LandlockRule(source, ("read", "execute")) for _, source in sorted(spec.readonly_dirs.items())]
-    return Landlock(tuple(rules))
+    return Landlock(tuple(rules), tcp=facts.level == "cell")
 
 
 def _rlimits(spec: CellSpec, facts: Facts) -> tuple[Rlimit, ...]:

@@ -250,9 +250,7 @@ class NativeDriver:
         return await self._list(self._connector.require())
 
     async def start_exec(self, handle: Handle, exec_id: str, spec: CellSpec) -> None:
-        facts = self.facts
-        work = "/work" if facts.level == "cell" else f"{facts.work_root}/{handle}"
-        executable = exec_to_obj(exec_spec(spec, exec_id, work))
+        executable = exec_to_obj(exec_spec(spec, handle, exec_id, self.facts))
         del executable["stdio"]
         asked = {"spec": executable, "stdio": list(STDIO), "wall_ms_max": spec.limits.timeout_ms}
         args = {"cell": handle, "exec": asked | {"grace_ms": spec.limits.grace_ms}}

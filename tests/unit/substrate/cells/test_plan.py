@@ -1,0 +1,166 @@
+"""From specification to plan: defaults, what a lesser host gets, and failing closed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aether.contract import limits
+from aether.contract.cellplan import BindRo, BindRw, Rlimit, Tmpfs, parse_exec, parse_plan, to_obj
+from aether.contract.cellplan import exec_to_obj as to_exec_obj
+from aether.contract.cells import CellSpec, Limits
+from aether.contract.errors import AetherError
+from aether.substrate.cells.facts import Facts, Lack, read_facts
+from aether.substrate.cells.plan import check_spec, plan_cell
+
+HELLO: dict[str, Any] = {
+    "instance": "abcd1234",
+    "work_root": "/state/cells/abcd1234",
+    "logs": "/state/logs/jobs",
+    "uid": 0,
+    "gid": 0,
+    "executor": "native",
+    "python": "/opt/venv/bin/python",
+    "cgroup": {"missing": {"io_weight": "no"}, "remedy": ""},
+    "host": {
+        "missing": {},
+        "landlock_abi": 7,
+        "root_steps": [{"op": "bind_ro", "path": "/usr", "source": "/usr"}, {"op": "proc", "path": "/proc"}],
+        "landlock_rules": [{"path": "/", "access": ["read", "execute"]}],
+        "python": {"executable": "/opt/aether/venv/bin/python", "path": "/opt/aether/src"},
+    },
+}
+
+
+@pytest.fixture
+def facts() -> Facts:
+    return read_facts(HELLO)
+
+
+def lesser(**missing: str) -> Facts:
+    facts = read_facts(HELLO)
+    lacks = {name.replace("_", "-"): Lack(reason, f"fix {name}") for name, reason in missing.items()}
+    return replace(facts, missing=lacks)
+
+
+SPEC = CellSpec(argv=("sh", "-c", "true"))
+
+
+def test_defaults(facts: Facts) -> None:
+    planned = plan_cell(SPEC, "cell_a", "exec_a", facts, 5)
+    plan = planned.plan
+    assert plan.level == "cell" and set(plan.namespaces) == {"user", "pid", "mnt", "net", "ipc", "uts", "cgroup"}
+    assert plan.seccomp_profile == "cell" and plan.landlock is not None
+    assert plan.id_map.host_uid == limits.CELL_UID_BASE + 5 * limits.CELL_UID_BLOCK and plan.id_map.count == 65536
+    assert Tmpfs("/tmp", limits.TMP_BYTES_DEFAULT) in plan.steps
+    assert BindRw("/work", "/state/cells/abcd1234/cell_a") in plan.steps
+    assert Rlimit("core", 0, 0) in plan.rlimits and Rlimit("nofile", 1024, 1024) in plan.rlimits
+    assert not {"data", "nproc"} & {limit.name for limit in plan.rlimits}
+    assert planned.limits == {
+        "memory_bytes": limits.MEMORY_BYTES_DEFAULT,
+        "swap_bytes": 0,
+        "cpu_millis": 1000,
+        "pids": limits.PIDS_DEFAULT + 1,
+    }
+    assert planned.missing == {} and planned.executable.cwd == "/work"
+    assert dict(planned.executable.env)["HOME"] == "/work"
+
+
+def test_readonly_dirs_are_shown_and_allowed_to_be_read(facts: Facts) -> None:
+    spec = CellSpec(argv=("x",), readonly_dirs={"model": "/state/models/m/1"})
+    plan = plan_cell(spec, "cell_a", "exec_a", facts, 0).plan
+    assert BindRo("/mnt/model", "/state/models/m/1") in plan.steps
+    assert plan.landlock is not None
+    rules = {rule.path: rule.access for rule in plan.landlock.rules}
+    assert rules["/mnt/model"] == ("read", "execute") and "write" in rules["/work"]
+
+
+def test_requirements_fail_closed_with_reason_and_remedy() -> None:
+    facts = lesser(netns="the kernel says no")
+    for word in ("netns",):
+        with pytest.raises(AetherError) as refused:
+            plan_cell(CellSpec(argv=("x",), require=(word,)), "c", "e", facts, 0)
+        assert refused.value.code == "LEVEL_UNMET"
+        assert "the kernel says no" in refused.value.message and refused.value.remedy == "fix netns"
+    plan_cell(CellSpec(argv=("x",), require=("seccomp", "process")), "c", "e", facts, 0)
+
+
+def test_rlimits_stand_in_for_cgroups() -> None:
+    facts = lesser(cgroup_memory="not delegated", cgroup_pids="not delegated")
+    planned = plan_cell(CellSpec(argv=("x",), limits=Limits(memory_bytes=1 << 28, pids=9)), "c", "e", facts, 0)
+    assert Rlimit("data", 1 << 28, 1 << 28) in planned.plan.rlimits
+    assert Rlimit("nproc", 10, 10) in planned.plan.rlimits
+    assert "RLIMIT_DATA" in planned.missing["cgroup-memory"] and "per user" in planned.missing["cgroup-pids"]
+
+
+def test_process_level_has_no_steps_and_no_network() -> None:
+    hello = json.loads(json.dumps(HELLO))
+    hello["uid"] = hello["gid"] = 1000
+    hello["host"]["missing"] = {"cell": {"reason": "no user namespaces", "remedy": "allow them"}}
+    hello["host"]["root_steps"] = []
+    facts = read_facts(hello)
+    planned = plan_cell(CellSpec(argv=("x",), cwd="/work/sub"), "cell_a", "e", facts, 0)
+    plan = planned.plan
+    assert (plan.level, plan.namespaces, plan.steps, plan.seccomp_profile) == ("process", (), (), "offline")
+    assert plan.id_map.count == 1 and plan.id_map.host_uid == 1000
+    assert plan.landlock is not None and not plan.landlock.tcp
+    assert planned.executable.cwd == "/state/cells/abcd1234/cell_a/sub"
+    assert planned.missing["cell"] == "no user namespaces"
+    with pytest.raises(AetherError, match="no user namespaces"):
+        plan_cell(CellSpec(argv=("x",), require=("cell",)), "c", "e", facts, 0)
+
+
+def test_the_own_interpreter_is_found_where_the_cell_has_it(facts: Facts) -> None:
+    spec = CellSpec(argv=("/opt/venv/bin/python", "-V"))
+    executable = plan_cell(spec, "c", "e", facts, 0).executable
+    assert executable.argv[0] == "/opt/aether/venv/bin/python"
+    assert dict(executable.env)["PYTHONPATH"] == "/opt/aether/src"
+    assert "PYTHONPATH" not in dict(plan_cell(SPEC, "c", "e", facts, 0).executable.env)
+
+
+def test_document_names_the_environment_but_not_its_values(facts: Facts) -> None:
+    spec = CellSpec(argv=("x",), env={"TOKEN": "hunter2"})
+    planned = plan_cell(spec, "c", "e", facts, 0)
+    document = planned.document()
+    assert b"TOKEN" in document and b"hunter2" not in document
+    assert "hunter2" not in "\n".join(planned.lines())
+    assert document == plan_cell(spec, "c", "e", facts, 0).document()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CellSpec(argv=("x",), require=("everything",)),
+        CellSpec(argv=("x",), readonly_dirs={"../x": "/usr"}),
+        CellSpec(argv=("x",), readonly_dirs={"a/b": "/usr"}),
+        CellSpec(argv=("x",), readonly_dirs={"a": "usr"}),
+    ],
+)
+def test_bad_specifications(spec: CellSpec) -> None:
+    with pytest.raises(AetherError) as refused:
+        check_spec(spec, ("cell", "seccomp"))
+    assert refused.value.code == "BAD_FIELD"
+
+
+WORDS = st.text("abc /.-_\u00e9", min_size=1, max_size=10)
+
+
+@given(
+    st.lists(WORDS, min_size=1, max_size=4).map(tuple),
+    st.dictionaries(st.from_regex(r"[A-Z][A-Z0-9_]{0,6}", fullmatch=True), WORDS, max_size=4),
+    st.integers(0, limits.CELL_UID_SLOTS - 1),
+    st.integers(0, 1 << 40),
+)
+def test_every_plan_passes_the_parser_that_guards_the_spawner(
+    argv: tuple[str, ...], env: dict[str, str], slot: int, tmp_bytes: int
+) -> None:
+    spec = CellSpec(argv=argv, env=env, limits=Limits(tmp_bytes=tmp_bytes), channel=bool(slot % 2))
+    planned = plan_cell(spec, "cell_a", "exec_a", read_facts(HELLO), slot)
+    plan = json.loads(json.dumps(to_obj(planned.plan)))
+    assert parse_plan(plan, source_roots=("/usr", "/state/cells")) == planned.plan
+    assert parse_exec(json.loads(json.dumps(to_exec_obj(planned.executable)))) == planned.executable
