@@ -38,8 +38,7 @@ LAYERS: dict[str, set[str]] = {
 # Named exceptions: (module, what it imports lazily) with the reason.
 EXCEPTIONS = {
     ("aether.cli", "aether.daemons.control"): "up, down and `run` start an instance",
-    ("aether.cli", "aether.substrate.audit.verify"): "verification works without an instance",
-    ("aether.cli", "aether.substrate.audit.note"): "verification works without an instance",
+    ("aether.cli", "aether.substrate.audit"): "verification works without an instance",
     ("aether.cli", "aether.spawner.linux.probe"): "`doctor` works without an instance",
     ("aether.cli", "aether.worldmodel.data"): "sample trajectories need no instance",
 }

@@ -58,7 +58,7 @@ def prepare(layout: Layout, who: Accounts) -> None:
         layout.artifacts: (who.aurorad, 0o700),
         layout.models: (who.spawner, 0o750),
         layout.keys: (who.aetherd, 0o750),
-        layout.trusted_keys: (who.spawner, 0o750),
+        layout.trusted_keys: (who.spawner, 0o755),
         layout.policy.parent: (who.spawner, 0o750),
         layout.cells: (who.spawner, 0o711),
         layout.spool.parent: (who.spawner, 0o750),

@@ -40,11 +40,16 @@ def install(layout: Layout, who: Accounts) -> None:
         shutil.copytree(version, partial)
         for path in (target.parent, partial, *partial.rglob("*")):
             os.chown(path, who.spawner, who.gid)
-            path.chmod(0o750 if path.is_dir() else 0o640)
+            path.chmod(_mode(path.is_dir()))
         partial.rename(target)
 
 
 def _copy_file(source_file: Path, target: Path, who: Accounts) -> None:
     shutil.copyfile(source_file, target)
     os.chown(target, who.spawner, who.gid)
-    target.chmod(0o640)
+    target.chmod(_mode(False))
+
+
+def _mode(directory: bool) -> int:
+    """A cell, whose uids are nobody's, reads its package through a bind; above it `models/` is 0750."""
+    return 0o755 if directory else 0o644

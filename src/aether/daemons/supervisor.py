@@ -133,8 +133,8 @@ def role_argv(name: str, layout: Layout, who: Accounts) -> list[str]:
             *python,
             "aether.spawner.main",
             *("--state", str(layout.root)),
-            *("--uid", str(who.aetherd), "--socket-uid", str(who.aetherd)),
-            *("--keeper-uid", str(who.keeper), "--keeper-gid", str(who.gid)),
+            *("--peer-uid", str(who.aetherd)),
+            *("--keeper-uid", str(who.keeper), "--gid", str(who.gid)),
             *(word for root in cell_roots(layout) for word in ("--root", str(root))),
         ]
     uid = getattr(who, name)
