@@ -298,7 +298,7 @@ def process_plan(cell_id: str, slot: int = 0) -> dict[str, Any]:
         "id_map": ids,
         "hostname": "cell",
         "steps": [],
-        "seccomp_profile": "cell",
+        "seccomp_profile": "offline",
         "landlock": None,
     }
 

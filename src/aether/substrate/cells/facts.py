@@ -92,12 +92,12 @@ def _base_plan(steps: list[Any], rules: list[Any]) -> Plan:
     """The spawner's steps and rules through the strict parser of plans."""
     outline = {
         "cell_id": "base",
-        "level": "cell",
-        "namespaces": list(NAMESPACES),
+        "level": "cell" if steps else "process",
+        "namespaces": list(NAMESPACES) if steps else [],
         "id_map": {"host_uid": 1, "host_gid": 1, "count": 1, "init_uid": 1, "job_uid": 1, "job_gid": 1},
         "hostname": "cell",
         "steps": steps,
-        "seccomp_profile": "cell",
+        "seccomp_profile": "cell" if steps else "offline",
         "landlock": {"rules": rules},
     }
     return parse_plan(outline, source_roots=("/",))
