@@ -15,7 +15,7 @@ to decode it. EOF from the peer, or SIGTERM, ends the runtime.
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -159,6 +159,10 @@ class ScoreResult(msgspec.Struct, frozen=True, kw_only=True):
 
 # ---- the package's documents
 
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}$")]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+PositiveReal = Annotated[float, msgspec.Meta(gt=0)]
+
 
 class Quantity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One column of an observation or action; `min` and `max` are the trained range."""
@@ -177,11 +181,11 @@ class ModelSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     observation: tuple[Quantity, ...]
     action: tuple[Quantity, ...]
     time_unit: str
-    dt_min_s: float
-    dt_max_s: float
-    horizon_max_s: float
-    latent_size: int
-    state_size: int
+    dt_min_s: PositiveReal
+    dt_max_s: PositiveReal
+    horizon_max_s: PositiveReal
+    latent_size: Positive
+    state_size: Positive
     state_layout: str
 
 
@@ -189,7 +193,7 @@ class Threshold(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """An alarm level of `seq_score` for sequences of at most `intervals_max` intervals."""
 
     id: str
-    intervals_max: int
+    intervals_max: Positive
     value: float
 
 
@@ -204,7 +208,7 @@ class ModelStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     schema_version: int
     obs_mean: tuple[float, ...]
     obs_std: tuple[float, ...]
-    dt_mean_s: float
+    dt_mean_s: PositiveReal
     age_edges: tuple[int, ...]
     horizon_edges_s: tuple[float, ...]
     interval_factor: tuple[tuple[tuple[float, ...], ...], ...]
@@ -218,17 +222,17 @@ class ModelStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    sha256: str
-    size_bytes: int
+    sha256: Sha256
+    size_bytes: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class RuntimeLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What one request may ask of this package."""
 
-    history_max: int
-    sequence_max: int
-    horizons_max: int
-    encode_rows_max: int
+    history_max: Positive
+    sequence_max: Positive
+    horizons_max: Positive
+    encode_rows_max: Positive
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -242,10 +246,10 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`manifest.json`, canonical JSON. `files` holds every file but this one and the signature."""
 
-    id: str
-    version: str
+    id: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9_-]{0,62}[a-z0-9])?$")]
+    version: Annotated[str, msgspec.Meta(pattern=r"^(0|[1-9][0-9]{0,5})(\.(0|[1-9][0-9]{0,5})){2}$")]
     schema_version: int
-    created: str
+    created: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\.[0-9]{6}Z$")]
     files: dict[str, FileEntry]
     limits: RuntimeLimits
     opset: int
@@ -255,7 +259,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class DsseSignature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`keyid` is `sha256:` of the public key's DER SubjectPublicKeyInfo; a hint, never trusted."""
 
-    keyid: str
+    keyid: Sha256
     sig: str
 
 
@@ -263,8 +267,8 @@ class DsseEnvelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """`signature.dsse.json` (DSSE v1.0): base64 payload, its type, signatures over `dsse_message`."""
 
     payload: str
-    payloadType: str  # noqa: N815  (the name in the DSSE specification)
-    signatures: tuple[DsseSignature, ...]
+    payloadType: Literal["application/vnd.aether.model-manifest+json"]  # noqa: N815  (the specification's name)
+    signatures: Annotated[tuple[DsseSignature, ...], msgspec.Meta(min_length=1)]
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

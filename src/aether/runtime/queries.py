@@ -97,9 +97,7 @@ class QueryParser:
         self._check_units(given.units)
         horizon_s = self._horizons(horizons_s)
         history = given.history
-        obs, action, dt = self._sequence(
-            history.obs, history.action, history.t, history.dt, 1, self.limits.history_max
-        )
+        obs, action, dt = self._sequence(history.obs, history.action, history.t, history.dt, 1, self.limits.history_max)
         held = _vector(given.action, "action")
         if len(held) != len(self.action_low):
             raise _shape(f"action has {len(held)} values, the model takes {len(self.action_low)}")
@@ -119,9 +117,7 @@ class QueryParser:
         _converted(params, PlainParams, "params")
         given = _converted(inputs, ScoreInputs, "inputs")
         self._check_units(given.units)
-        return ScoreQuery(
-            *self._sequence(given.obs, given.action, given.t, given.dt, 2, self.limits.sequence_max)
-        )
+        return ScoreQuery(*self._sequence(given.obs, given.action, given.t, given.dt, 2, self.limits.sequence_max))
 
     def _sequence(
         self,

@@ -33,10 +33,11 @@ class ArxDt:
     """Ridge regression of the next increment on 8 lags of observation, action and dt, and their products with dt."""
 
     def __init__(self, train: Trajectories, valid: Trajectories, norm: Normaliser) -> None:
-        rows = self._features(train)[:, BURN_IN_STEPS:].reshape(-1, self._features(train).shape[-1])
+        features = self._features(train)[:, BURN_IN_STEPS:]
+        rows = features.reshape(-1, features.shape[-1])
         target = np.diff(train.obs.astype(np.float64), axis=1)[:, BURN_IN_STEPS:].reshape(len(rows), -1)
         gram, moment = rows.T @ rows, rows.T @ target
-        fits = [np.linalg.solve(gram + ridge * np.eye(len(gram)), moment) for ridge in _RIDGES]
+        fits = [np.asarray(np.linalg.solve(gram + ridge * np.eye(len(gram)), moment), np.float64) for ridge in _RIDGES]
         self.weights = min(fits, key=lambda weights: error_after_burn_in(self._apply(valid, weights), valid, norm))
 
     def predicted(self, data: Trajectories) -> Double:
@@ -80,7 +81,8 @@ class GruMlpDt(nn.Module):
         return batch.obs[:, :-1] + increments
 
     def error(self, batch: Batch) -> Tensor:
-        return ((self(batch) - batch.obs[:, 1:])[:, BURN_IN_STEPS:] ** 2).mean()
+        missed: Tensor = (self(batch) - batch.obs[:, 1:])[:, BURN_IN_STEPS:]
+        return (missed**2).mean()
 
     def predicted(self, data: Trajectories, norm: Normaliser) -> Double:
         with torch.no_grad():

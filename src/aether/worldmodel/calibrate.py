@@ -56,7 +56,7 @@ def horizon_edges_s() -> Double:
 def conformal_quantile(scores: Double, coverage: float = COVERAGE) -> Double:
     """The order statistic of scores[n, O] that covers a further exchangeable point with ``coverage``; needs n >= 9."""
     rank = math.ceil((len(scores) + 1) * coverage)
-    return np.sort(scores, axis=0)[rank - 1]
+    return np.asarray(np.sort(scores, axis=0)[rank - 1])
 
 
 def _interval_factors(graphs: Graphs, seed: int) -> Double:

@@ -191,4 +191,5 @@ def _plain(graph: bytes) -> bytes:
             node.doc_string = ""
             pending.extend(a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
     onnx.checker.check_model(proto, full_check=True)
-    return proto.SerializeToString(deterministic=True)
+    plain: bytes = proto.SerializeToString(deterministic=True)
+    return plain

@@ -70,7 +70,7 @@ def write_golden(path: Path, graphs: Graphs, inputs: Mapping[str, Mapping[str, F
             arrays[f"{name}.in.{port}"] = inputs[name][port]
         for port, value in zip(GRAPH_OUTPUTS[name], graphs.run(name, inputs[name]), strict=True):
             arrays[f"{name}.out.{port}"] = value
-    np.savez(path, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    np.savez(path, allow_pickle=False, **arrays)
 
 
 def golden_difference(golden: Path, graphs: Graphs) -> float:

@@ -124,9 +124,7 @@ def _golden_inputs(graphs: Graphs, seed: int) -> dict[str, dict[str, Float]]:
     }
 
 
-def _baselines(
-    train: Trajectories, valid: Trajectories, norm: Normaliser, seed: int, epochs: int
-) -> dict[str, Double]:
+def _baselines(train: Trajectories, valid: Trajectories, norm: Normaliser, seed: int, epochs: int) -> dict[str, Double]:
     """Predictions of the held-out points by each trained baseline: [N, O]."""
     points = held_out(seed)
     gru = fit_gru(
@@ -182,9 +180,7 @@ def build(out: Path, seed: int, epochs: int) -> Graphs:
     (out / "MODEL_CARD.md").write_text(model_card(f"{MODEL_ID} {VERSION}", facts, figures), encoding="utf-8")
     write_golden(out / "golden.npz", graphs, _golden_inputs(graphs, seed))
     provenance = Provenance(command=command, seed=seed, trained_with=f"torch {torch.__version__}")
-    write_manifest(
-        out, model_id=MODEL_ID, version=VERSION, created=_created(), opset=OPSET, provenance=provenance
-    )
+    write_manifest(out, model_id=MODEL_ID, version=VERSION, created=_created(), opset=OPSET, provenance=provenance)
     return graphs
 
 

@@ -143,9 +143,7 @@ def _coverage(served: Served, data: Trajectories, seed: int) -> dict[str, Any]:
 def _long_horizons(served: Served, seed: int) -> dict[str, Any]:
     """Beyond the longest trained interval: several steps in open loop under a held action."""
     horizon_max_s = float(served.tables.horizon_edges[-1])
-    data = generate(
-        POINTS, HISTORY + 1, seed, stream=Stream.HELD_OUT_HORIZONS, final_dt_s=(DT_MAX_S, horizon_max_s)
-    )
+    data = generate(POINTS, HISTORY + 1, seed, stream=Stream.HELD_OUT_HORIZONS, final_dt_s=(DT_MAX_S, horizon_max_s))
     errors = served.squared_errors(served.last_predicted(data).obs_mean, data)
     still = served.squared_errors(data.obs[:, -2], data)
     edges = np.geomspace(DT_MAX_S, horizon_max_s, 3)

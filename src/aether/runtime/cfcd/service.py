@@ -51,9 +51,7 @@ class Service:
     """Turns payloads into reply frames for a fixed set of models; holds no state between calls but counters."""
 
     def __init__(self, inferences: Sequence[Inference]) -> None:
-        self._models = {
-            (one.package.manifest.id, one.package.manifest.version): one for one in inferences
-        }
+        self._models = {(one.package.manifest.id, one.package.manifest.version): one for one in inferences}
         self.answered = 0
         self.refused = 0
         self.batches = 0
