@@ -252,6 +252,9 @@ def write_all(target: Path) -> None:
         shutil.rmtree(target / "golden", ignore_errors=True)
         target.mkdir(parents=True, exist_ok=True)
         shutil.copytree(Path(scratch) / "golden", target / "golden")
+    for path in (target / "golden").rglob("*"):
+        # the log's own modes keep others out; these files are for everybody
+        path.chmod(0o755 if path.is_dir() else 0o644)
     for name, text in format_schemas.texts().items():
         (target / name).write_text(text)
 
