@@ -235,6 +235,24 @@ def test_routes(play: Callable[[Body], None]) -> None:
     play(body)
 
 
+def test_more_versions_than_workers(play: Callable[[Body], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime that was not asked for longest gives its place; none is left behind."""
+    monkeypatch.setattr("aether.orchestrator.engines.model.WORKERS_MAX", 2)
+
+    async def body(world: World) -> None:
+        for version in ("1.1.0", "1.2.0", "1.3.0"):
+            install_model(world.tmp / "models", version=version)
+            assert (await world.authority.run(predict(f"pendulum@{version}"))).model_version == version
+        await eventually(lambda: _runtimes_left(world, 2))
+        assert (await world.authority.run(predict("pendulum@1.1.0"))).state is JobState.SUCCEEDED
+
+    play(body)
+
+
+async def _runtimes_left(world: World, count: int) -> bool | None:
+    return True if sum(1 for c in world.authority.cells.values() if c.runtime and not c.freed) == count else None
+
+
 def test_the_runtimes_errors_are_the_jobs(play: Callable[[Body], None]) -> None:
     async def body(world: World) -> None:
         error = AetherError("NONFINITE", "cannot predict: obs holds NaN").body()

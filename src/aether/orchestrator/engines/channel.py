@@ -38,6 +38,11 @@ class Channel(asyncio.Protocol):
     def __repr__(self) -> str:
         return f"<Channel pending={len(self._pending)} closed={self.closed.done()}>"
 
+    @property
+    def pending(self) -> int:
+        """Requests without an answer yet."""
+        return len(self._pending)
+
     @classmethod
     async def open(cls, fd: int, hello_within_s: float) -> Channel:
         """Takes over the connected socket `fd`; returns after the runtime's Hello.

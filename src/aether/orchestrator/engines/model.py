@@ -33,6 +33,8 @@ from aether.orchestrator.metrics import JobMetrics
 DEADLINE_S: Final = 10.0
 WORKERS_MAX: Final = 8
 _CATALOG_AGE_S_MAX: Final = 2.0
+_RESCAN_S_MIN: Final = 0.1
+"""Unknown names, which cost a client nothing, make us read the directory at most this often."""
 _MESSAGE_CHARS_MAX: Final = 500
 _ENDED: Final = {"TIMED_OUT": JobState.TIMED_OUT}
 
@@ -61,6 +63,7 @@ class ModelEngine:
         self._scanned_at = float("-inf")
         self._scanning: asyncio.Task[None] | None = None
         self._workers: dict[tuple[str, str], Worker] = {}
+        self._ending: set[Worker] = set()
         self._codes: dict[str, CodeRef] = {}
         self._room = asyncio.Semaphore(MODEL_JOBS_IN_FLIGHT_MAX)
         self._serial = 0
@@ -78,7 +81,7 @@ class ModelEngine:
     async def close(self) -> None:
         if self._scanning is not None:
             await self._scanning
-        await asyncio.gather(*(worker.stop() for worker in self._workers.values()))
+        await asyncio.gather(*(worker.stop() for worker in (*self._workers.values(), *self._ending)))
 
     async def refresh(self) -> None:
         """Reads the catalogue again; callers at the same time share one reading."""
@@ -97,7 +100,7 @@ class ModelEngine:
 
     def owner(self, job_id: str) -> Worker | None:
         """The worker that looks after the cell of `job_id`."""
-        return next((worker for worker in self._workers.values() if worker.owns(job_id)), None)
+        return next((worker for worker in (*self._workers.values(), *self._ending) if worker.owns(job_id)), None)
 
     def check_room(self) -> None:
         """Raises BUSY when MODEL_JOBS_IN_FLIGHT_MAX requests are in flight."""
@@ -148,12 +151,13 @@ class ModelEngine:
         return _inference(package, self._code(package), reply, failure, spent_us)
 
     async def _route(self, model: str) -> Package:
-        if time.monotonic() - self._scanned_at > _CATALOG_AGE_S_MAX:
-            known = model in self._catalog.packages or model in self._catalog.highest
-            if known:
-                self._refresh_aside()
-            else:
-                await self.refresh()
+        """A known name is routed at once, on a catalogue of a few seconds; for an unknown one it is read again."""
+        age_s = time.monotonic() - self._scanned_at
+        if model not in self._catalog.packages and model not in self._catalog.highest:
+            await asyncio.sleep(max(0.0, _RESCAN_S_MIN - age_s))
+            await self.refresh()
+        elif age_s > _CATALOG_AGE_S_MAX:
+            self._refresh_aside()
         return self._catalog.route(model)
 
     def _refresh_aside(self) -> None:
@@ -166,15 +170,23 @@ class ModelEngine:
 
     def _worker(self, package: Package) -> Worker:
         key = (package.name, package.digest)
-        worker = self._workers.get(key)
+        worker = self._workers.pop(key, None)
         if worker is None:
             if len(self._workers) >= WORKERS_MAX:
-                raise AetherError(
-                    "BUSY", f"cannot serve {package.name}: {WORKERS_MAX} model versions are served already"
-                )
-            worker = self._workers[key] = Worker(package, self._link, self._died)
+                self._make_room(package)
+            worker = Worker(package, self._link, self._died)
             worker.start()
+        self._workers[key] = worker  # at the end: the first is the one that was not asked for longest
         return worker
+
+    def _make_room(self, wanted: Package) -> None:
+        """Ends the idle worker that was not asked for longest; raises BUSY when none is idle."""
+        key = next((key for key, worker in self._workers.items() if worker.idle), None)
+        if key is None:
+            raise AetherError("BUSY", f"cannot serve {wanted.name}: {WORKERS_MAX} others are busy", retry_after_s=1)
+        worker = self._workers.pop(key)
+        self._ending.add(worker)
+        worker.end().add_done_callback(lambda _: self._ending.discard(worker))
 
     def _died(self, package: Package) -> None:
         self._metrics.worker_deaths(package.model_id).inc()

@@ -58,6 +58,7 @@ class Worker:
         self._change = asyncio.Event()
         self._exited = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._ending = False
 
     def __repr__(self) -> str:
         return f"<Worker {self.package.name} {self.state}>"
@@ -77,6 +78,18 @@ class Worker:
             await cancel([self._task])
         if self.channel is not None:
             self.channel.close()
+
+    @property
+    def idle(self) -> bool:
+        """Serving, and nobody waits for an answer."""
+        return self.channel is not None and self.channel.pending == 0
+
+    def end(self) -> asyncio.Task[None]:
+        """Makes an idle worker close its runtime and clean up; the task ends when that is done."""
+        assert self._task is not None and self.channel is not None
+        self._ending = True
+        self.channel.close()
+        return self._task
 
     async def ready(self, within_s: float) -> Channel:
         """The channel, once there is one; raises the refusal of the last launch, or TIMED_OUT."""
@@ -103,7 +116,7 @@ class Worker:
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         delay_s = _DELAY_S_MIN
-        while True:
+        while not self._ending:
             link = await self._link()
             started = loop.time()
             try:
@@ -116,6 +129,8 @@ class Worker:
             except Exception as error:
                 _log.exception("model %s", self.package.name)
                 self._refuse(AetherError("INTERNAL", f"cannot serve {self.package.name}: {error}"))
+            if self._ending:
+                return
             if loop.time() - started > _STEADY_S:
                 delay_s = _DELAY_S_MIN
             await asyncio.sleep(delay_s)
@@ -144,10 +159,12 @@ class Worker:
             self._announce(channel)
             await asyncio.shield(channel.closed)
         except AetherError as refused:
-            error = refused
+            why = f"{refused.message} (its output is the log of {launched.grant.job_id})"
+            error = AetherError(refused.code, why, refused.remedy)
         finally:
             self.channel = None
-        self._on_death(self.package)
+        if not self._ending:
+            self._on_death(self.package)
         await retire(await self._link(), launched.grant, launched.cell.cell_id, self._exited, error)
         if error is not None:
             raise error
