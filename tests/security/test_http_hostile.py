@@ -20,14 +20,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit/api"))
-
-from http_node import HttpNode, read_answer
-
 from aether.api.server import Deadlines
 from aether.client import Client
 from aether.contract import limits
 from aether.contract.errors import AetherError
+from tests.unit.api.http_node import HttpNode, read_answer
 
 NODE = Path(__file__).parents[1] / "unit/api/http_node.py"
 OK = b"GET /v0/health HTTP/1.1\r\nhost: x\r\n\r\n"

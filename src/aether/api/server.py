@@ -332,12 +332,14 @@ class HttpServer:
             connection.shutdown()
         if self._state.tasks:
             await asyncio.wait(set(self._state.tasks), timeout=grace_s)
+        # First the connections, which ends the reads among them quietly; then what still runs without one.
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)
         for task in list(self._state.tasks):
             task.cancel()
         if self._state.tasks:
             await asyncio.wait(set(self._state.tasks), timeout=1.0)
-        for connection in list(self._state.connections):
-            connection.transport.abort()
         if self._sweeper is not None:
             self._sweeper.cancel()
             with suppress(asyncio.CancelledError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A job id.")]
 
+_LOGS: Final = """Print a job's output, as bytes.
+
+On a terminal, control sequences other than colours are shown escaped (^[ is ESC), not obeyed.
+
+\b
+Example:
+  aether job logs -f JOB
+"""
+
 
 def register(app: typer.Typer) -> None:
     """Adds `ps` and the `job` group."""
@@ -25,7 +34,7 @@ def register(app: typer.Typer) -> None:
         _list
     )
     command(group, "show", help="Show one job.")(_show)
-    command(group, "logs", help="Print a job's output.\n\n\b\nExample:\n  aether job logs -f JOB")(_logs)
+    command(group, "logs", help=_LOGS)(_logs)
     command(group, "stop", help="Stop a job: SIGTERM, the grace, then its whole cell.")(_stop)
     command(group, "story", help="Tell what happened to a job.")(_story)
     command(group, "result", help="Print a job's result (JSON).")(_result)

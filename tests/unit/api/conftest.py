@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from http_node import HttpNode
+
+from tests.unit.api.http_node import HttpNode
 
 
 @pytest.fixture

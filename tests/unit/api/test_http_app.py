@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_node import HttpNode, read_answer
 
 from aether.client.transport import UnixConnection
 from aether.contract import calls, limits
 from aether.contract.errors import AetherError
+from tests.unit.api.http_node import HttpNode, read_answer
 
 MODEL_JOB = {"kind": "model", "op": "predict_next_state", "params": {"model": "pendulum"}}
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import requests
 import schemathesis
-from http_node import HttpNode
 from hypothesis import HealthCheck, Phase, settings
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection
@@ -19,6 +18,7 @@ from aether.api.openapi import document
 from aether.api.operations import OPERATIONS
 from aether.client.transport import UnixConnection
 from aether.contract.errors import KINDS
+from tests.unit.api.http_node import HttpNode
 
 SCHEMA = schemathesis.openapi.from_dict(document())
 

@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from http_node import HttpNode
 
 from aether.api.address import bind_address
 from aether.api.server import listen, serve
 from aether.client import Client
 from aether.contract.errors import AetherError
+from tests.unit.api.http_node import HttpNode
 
 
 def test_socket_has_its_mode_and_goes_with_the_server(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_node import HttpNode
 
 from aether.client import Client
 from aether.contract.errors import AetherError
+from tests.unit.api.http_node import HttpNode
 
 AETHER = [sys.executable, "-c", "from aether.cli.main import main; main()"]
 

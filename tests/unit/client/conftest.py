@@ -1,16 +1,12 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "api"))
-
-from http_node import HttpNode
-
 from aether.client import Client
+from tests.unit.api.http_node import HttpNode
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-from http_node import HttpNode
 
 from aether.api.operations import OPERATIONS
 from aether.client import Client
@@ -19,6 +18,7 @@ from aether.client.inputs import gather
 from aether.contract.cells import Limits
 from aether.contract.errors import AetherError
 from aether.contract.jobs import CommandParams, JobRequest, JobState
+from tests.unit.api.http_node import HttpNode
 
 MODEL = JobRequest(kind="model", op="predict_next_state", params={"model": "pendulum"})
 
