@@ -23,21 +23,18 @@ from typing import Any, Final
 import msgspec
 
 from aether.contract import wire
-from aether.contract.canonical import digest_bytes
-from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
-from aether.contract.jobs import JobState, JobView
-from aether.contract.limits import PROTOCOL_VERSION, RESULT_INLINE_BYTES_MAX
+from aether.contract.limits import PROTOCOL_VERSION
 from aether.contract.ports import EventHandler, Handler, Link
-from aether.contract.store import Blob, JobRow, Store, Verdict
+from aether.contract.store import JobRow, Store
 from aether.orchestrator.artifacts.store import ArtifactStore
 from aether.orchestrator.engines.calls import LinkLostError, insist
-from aether.orchestrator.engines.command import CommandEngine
-from aether.orchestrator.engines.model import Inference, ModelEngine
-from aether.orchestrator.engines.worker import finish_body, retire
+from aether.orchestrator.engines.model import ModelEngine
+from aether.orchestrator.engines.worker import retire
 from aether.orchestrator.jobs import machine
 from aether.orchestrator.jobs.desk import Desk
 from aether.orchestrator.metrics import JobMetrics
+from aether.orchestrator.performer import Effects, Performer
 from aether.orchestrator.queries import Queries
 from aether.orchestrator.queue.scheduler import Scheduler
 from aether.orchestrator.reconcile import Watermark, reconcile
@@ -45,11 +42,8 @@ from aether.orchestrator.tasks import cancel
 
 ROLE: Final = "aurorad"
 CELLS_RUNNING_MAX: Final = 64
-RESULT_NAME: Final = "result.json"
-"""The artifact name of a result that is too large to be answered inline."""
 _UNCLAIMED_S_MAX: Final = 60.0
 _SWEEP_S: Final = 15.0
-_REFUSED_S: Final = 1.0
 _log = logging.getLogger(__name__)
 
 Handlers = Mapping[str, tuple[type[msgspec.Struct], Handler]]
@@ -70,18 +64,17 @@ class Aurora:
 
     def __init__(self, store: Store, settings: Settings, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._store = store
-        self._clock_ns = clock_ns
         self._metrics = JobMetrics()
         self._scheduler = Scheduler(settings.cells_running_max)
         self._artifacts = ArtifactStore(settings.artifacts, store)
-        self._desk = Desk(store, self._scheduler, self._perform, clock_ns, self._metrics)
-        self._commands = CommandEngine(store, self._artifacts, clock_ns)
         self._models = ModelEngine(settings.models, self._ready_link, self._metrics)
+        effects = Effects(lambda: self._link, self._post, self._enqueue, self._take_outcome, self._disown)
+        self._performer = Performer(store, self._artifacts, self._models, effects, clock_ns)
+        self._desk = Desk(store, self._scheduler, self._performer.perform, clock_ns, self._metrics)
         self._queries = Queries(store, self._artifacts, self._desk, self._models, clock_ns)
         self._link: Link | None = None
         self._reconciled = asyncio.Event()
         self._answered: dict[str, float] = {}
-        self._inferring: set[str] = set()
         self._retiring: dict[str, asyncio.Event] = {}
         self._watermark = Watermark()
         self._sweeper: asyncio.Task[None] | None = None
@@ -108,8 +101,10 @@ class Aurora:
         """Stops where it stands: what is open goes on at the next start."""
         if self._sweeper is not None:
             await cancel([self._sweeper])
+        if self._link is not None:
+            self._link.close()
+        await self._desk.close()  # before the runtimes, or their end would be the end of the jobs they have
         await self._models.close()
-        await self._desk.close()
         self._artifacts.close()
         await self._store.close()
 
@@ -155,7 +150,7 @@ class Aurora:
         """Events that aetherd sends, for the link's making."""
         return {
             "cell.exited": (wire.CellExited, self._on_exited),
-            "job.outcome": (wire.JobOutcome, self._on_outcome),
+            "job.outcome": (wire.JobOutcome, self._take_outcome),
         }
 
     # ---- calls
@@ -170,7 +165,7 @@ class Aurora:
         self._models.check_room()
         job_id = body.view.job_id
         done = await self._models.infer(job_id, body.request, body.batch_key)
-        verdict, blob = await self._keep_result(body.view, done)
+        verdict, blob = await self._performer.keep_result(body.view, done)
         kept = asyncio.ensure_future(self._desk.keep_answered(body, machine.EngineReplied(verdict=verdict), blob))
         self._answered[job_id] = time.monotonic()
         kept.add_done_callback(lambda future: self._kept(job_id, future))
@@ -224,9 +219,6 @@ class Aurora:
         if row is not None and row.attempt == event.attempt:
             self._desk.post(event.job_id, machine.CellExited(end=event.end))
 
-    def _on_outcome(self, event: wire.JobOutcome) -> None:
-        self._take_outcome(event)
-
     def _take_outcome(self, event: wire.JobOutcome) -> None:
         self._watermark.saw(event.log_index)
         self._answered.pop(event.view.job_id, None)
@@ -234,132 +226,24 @@ class Aurora:
         if written is not None:
             asyncio.ensure_future(written).add_done_callback(_log_failure)
 
-    # ---- performing the machine's commands
+    # ---- what performing needs
 
-    async def _perform(self, row: JobRow, command: machine.Command) -> None:
-        link = self._link
-        try:
-            if isinstance(command, machine.Enqueue):
-                self._scheduler.enqueue(row.job_id)
-                self._desk.pump()
-            elif isinstance(command, machine.RunModel):
-                await self._run_queued(row)
-            elif link is not None:
-                await self._perform_over(link, row, command)
-        except LinkLostError:
-            pass
-        except Exception as error:
-            _log.exception("job %s: %s", row.job_id, type(command).__name__)
-            self._failed(row, command, error)
+    def _post(self, job_id: str, event: machine.AnyEvent) -> None:
+        self._desk.post(job_id, event)
 
-    async def _perform_over(self, link: Link, row: JobRow, command: machine.Command) -> None:
-        match command:
-            case machine.LaunchCell():
-                self._desk.post(row.job_id, await self._commands.launch(link, row))
-            case machine.StopCell():
-                await self._commands.stop(link, row, command.grace_ms)
-            case machine.CollectOutputs():
-                self._desk.post(row.job_id, await self._commands.collect(link, row))
-            case machine.FreeCell():
-                self._desk.post(row.job_id, await self._commands.free(link, row))
-            case machine.FinishJob():
-                await self._finish(link, row, command.verdict)
+    def _enqueue(self, job_id: str) -> None:
+        self._scheduler.enqueue(job_id)
+        self._desk.pump()
 
-    def _failed(self, row: JobRow, command: machine.Command, error: Exception) -> None:
-        """A command that cannot be performed must not leave its job hanging."""
-        body = AetherError("INTERNAL", f"cannot go on with the job: {type(error).__name__}: {error}").body()
-        if isinstance(command, machine.LaunchCell):
-            self._desk.post(row.job_id, machine.LaunchFailed(error=body))
-        elif isinstance(command, machine.CollectOutputs):
-            self._desk.post(row.job_id, machine.CollectFailed(error=body))
-        elif isinstance(command, machine.RunModel):
-            verdict = Verdict(state=JobState.FAILED, error=body)
-            self._desk.post(row.job_id, machine.EngineReplied(verdict=verdict))
-
-    async def _finish(self, link: Link, row: JobRow, verdict: Verdict) -> None:
-        """States the verdict until the authority has recorded it; a refusal may pass (a full disk)."""
-        if row.grant is None:
-            return
-        while True:
-            try:
-                outcome = await insist(link, "job.finish", finish_body(row.grant, verdict), wire.JobOutcome)
-            except AetherError as error:
-                if error.code == "NO_GRANT":
-                    await self._disown(row)
-                    return
-                _log.error("job %s: cannot record its outcome: %s", row.job_id, error)
-                await asyncio.sleep(_REFUSED_S)
-                continue
-            self._take_outcome(outcome)
-            return
-
-    async def _disown(self, row: JobRow) -> None:
+    def _disown(self, row: JobRow) -> None:
         """The authority knows no such open job: a pure job whose answer was never released leaves no trace;
         anything else waits for the next reconciliation to say what became of it."""
         if row.kind == "model":
-            await self._desk.drop((row.job_id,))
+            self._desk.spawn(self._desk.drop((row.job_id,)))
         else:
             _log.error("job %s: the authority does not know its grant", row.job_id)
 
-    async def _run_queued(self, row: JobRow) -> None:
-        """Performs RunModel; a reconciliation while it runs does not start it twice."""
-        if row.job_id in self._inferring:
-            return
-        self._inferring.add(row.job_id)
-        try:
-            self._desk.post(row.job_id, await self._infer(row))
-        finally:
-            self._inferring.discard(row.job_id)
-
-    async def _infer(self, row: JobRow) -> machine.EngineReplied:
-        kept = row if row.request is not None else await self._store.get(row.job_id)
-        try:
-            if kept is None or kept.request is None:
-                raise AetherError("INTERNAL", f"cannot run {row.job_id}: its request is not kept")
-            done = await self._models.infer(row.job_id, kept.request, row.batch_key)
-            verdict, blob = await self._keep_result(row.view, done)
-            if blob is not None:
-                await self._store.put_blob(blob)
-        except AetherError as error:
-            verdict = Verdict(state=JobState.FAILED, error=error.body())
-        return machine.EngineReplied(verdict=verdict)
-
-    async def _keep_result(self, view: JobView, done: Inference) -> tuple[Verdict, Blob | None]:
-        """The verdict on an inference, and the blob to keep with the row; a large result is kept here."""
-        digest: str | None = None
-        size, blob = None, None
-        if done.result is not None:
-            size = len(done.result)
-            if size <= RESULT_INLINE_BYTES_MAX:
-                digest = digest_bytes(done.result)
-                blob = Blob(digest=digest, data=done.result)
-            else:
-                digest = (await self._artifacts.keep(done.result)).digest
-                await self._artifacts.index(self._result_info(view, digest, size))
-        verdict = Verdict(
-            state=done.state,
-            error=done.error,
-            result_digest=digest,
-            result_bytes=size,
-            model_id=done.package.model_id,
-            model_version=done.package.version,
-            code=done.code,
-            usage=done.usage,
-            timings_us=done.timings_us,
-        )
-        return verdict, blob
-
-    def _result_info(self, view: JobView, digest: str, size_bytes: int) -> wire.ArtifactInfo:
-        return wire.ArtifactInfo(
-            digest=digest,
-            size_bytes=size_bytes,
-            media_type="application/json",
-            created_at=rfc3339(self._clock_ns()),
-            tenant_id=view.tenant_id,
-            labels=view.labels,
-            job_id=view.job_id,
-            name=RESULT_NAME,
-        )
+    # ---- rows of pure jobs
 
     def _kept(self, job_id: str, future: asyncio.Future[bool]) -> None:
         if future.cancelled() or self._link is None:

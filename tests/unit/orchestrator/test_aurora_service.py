@@ -516,3 +516,21 @@ def test_a_pure_job_whose_answer_was_never_released_is_forgotten(play: Callable[
         assert await world.store.get(job_id) is None
 
     play(body)
+
+
+def test_an_orderly_end_leaves_queued_model_jobs_to_the_next_start(play: Callable[[Body], None]) -> None:
+    async def body(world: World) -> None:
+        world.authority.answer = lambda request: None
+        job_id = await world.authority.submit(predict(x=1))
+        assert job_id is not None and world.aurora is not None
+        await eventually(lambda: _asked(world))
+        await world.aurora.close()
+        world.authority.answer = echo
+        await world.start()
+        assert (await world.settled(job_id)).state is JobState.SUCCEEDED
+
+    play(body)
+
+
+async def _asked(world: World) -> bool | None:
+    return True if any(c.runtime and c.runtime.requests for c in world.authority.cells.values()) else None
