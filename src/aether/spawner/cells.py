@@ -83,6 +83,7 @@ class Cell:
     report: dict[str, Any] = field(default_factory=dict)
     execs: dict[str, Exec] = field(default_factory=dict)
     reason: str | None = None
+    frozen: bool = False
     usage: dict[str, Any] | None = None
     io: tuple[int, int] | None = None
     timers: list[Timer] = field(default_factory=list)

@@ -138,6 +138,8 @@ class Lifecycle:
                 wired.spec if wired else None,
                 wired.fds if wired else (),
             )
+            if wired and executable is not None:
+                self._keep_output(cell, executable.exec_id, args["exec"], wired)
         except LaunchFailedError as failure:
             self.abandon(cell, None, RefusedError("CELL_FAILED", str(failure), failure.remedy))
             return
@@ -167,6 +169,7 @@ class Lifecycle:
         executable.waiting.append(reply)
         try:
             cell.launched.start(wired.spec, wired.fds)
+            self._keep_output(cell, executable.exec_id, args, wired)
         except OSError as error:
             self._end(cell, executable, None, None, f"cannot reach PID 1: {error.strerror}")
         finally:
@@ -191,11 +194,14 @@ class Lifecycle:
         executable.oom_kills_before = self._cgroups.usage(cell.cgroup).oom_kills or 0 if cell.execs else 0
         cell.execs[exec_id] = executable
         self._of_exec[exec_id] = cell
+        return executable
+
+    def _keep_output(self, cell: Cell, exec_id: str, args: dict[str, Any], wired: Wired) -> None:
+        """Hand the pipes over, once the launch is under way: until then what is written waits in them."""
         if wired.logs and self.keeper is not None:
             message = {"op": "watch", "cell": cell.cell_id, "exec": exec_id, "streams": list(wired.logs)}
             self.keeper.watch(message | args["log"], tuple(wired.logs.values()))
             wired.logs = {}
-        return executable
 
     def _set_deadline(self, cell: Cell, executable: Exec, args: dict[str, Any]) -> None:
         if args["wall_ms_max"] is not None and executable.state != "ended":
@@ -387,7 +393,8 @@ class Lifecycle:
     # ---- orders
 
     def kill(self, cell: Cell, reason: str | None, then: Callable[[], None] | None = None) -> None:
-        """SIGKILL to PID 1, then to the cgroup; `then` is called once the cell is empty."""
+        """SIGKILL to PID 1, which ends its pid namespace; the cgroup is killed where there is none, and else
+        when something is left in it. `then` is called once the cell is empty."""
         if cell.state == "gone":
             if then is not None:
                 then()
@@ -395,10 +402,13 @@ class Lifecycle:
         if then is not None:
             cell.waiting_gone.append(then)
         cell.reason = cell.reason or reason
+        if cell.frozen:  # a task that the v1 freezer holds does not even die
+            self.freeze(cell, False)
         if cell.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(cell.pidfd, signal.SIGKILL)
-            self._cgroups.kill(cell.cgroup)
+            if not cell.has_pid_namespace:
+                self._cgroups.kill(cell.cgroup)
 
     def stop(self, cell: Cell, reason: str, grace_ms: int) -> None:
         """SIGTERM to every executable, and after the grace the end of the cell."""
@@ -408,8 +418,13 @@ class Lifecycle:
         for executable in cell.running():
             self.signal(cell, executable, signal.SIGTERM)
         cell.timers.append(self._loop.after(grace_ms / 1000, lambda: self.kill(cell, reason)))
-        with contextlib.suppress(OSError):
-            self._cgroups.freeze(cell.cgroup, False)
+        if cell.frozen:
+            self.freeze(cell, False)
+
+    def freeze(self, cell: Cell, frozen: bool) -> None:
+        """Stop or resume the whole cell; raises OSError where the host cannot."""
+        self._cgroups.freeze(cell.cgroup, frozen)
+        cell.frozen = frozen
 
     def signal(self, cell: Cell, executable: Exec, signo: int) -> None:
         if executable.state == "ended" or cell.launched is None:

@@ -135,7 +135,7 @@ class Operations:
         self._lifecycle.kill(cell, "killed", lambda: answer.ok(cell.view()))
 
     def _freeze(self, request: Request, _: Message, answer: Answer) -> None:
-        self._cgroups.freeze(self._cell(request).cgroup, request.args["frozen"])
+        self._lifecycle.freeze(self._cell(request), request.args["frozen"])
         answer.ok({})
 
     def _limit(self, request: Request, _: Message, answer: Answer) -> None:
