@@ -28,6 +28,7 @@ BUNDLES: Final = -1
 """The pseudo level of entry bundles."""
 _TILES_CACHED: Final = 512
 _BUNDLES_CACHED: Final = 16
+_NODES_CACHED: Final = 8_192
 _U16: Final = struct.Struct(">H")
 
 
@@ -88,6 +89,7 @@ class TileStore:
         self._made: set[Path] = set()
         self._tile = lru_cache(_TILES_CACHED)(self._read_tile)
         self._bundle = lru_cache(_BUNDLES_CACHED)(self._read_bundle)
+        self._node = lru_cache(_NODES_CACHED)(self._fold_node)
 
     @property
     def size(self) -> int:
@@ -119,6 +121,10 @@ class TileStore:
 
     def node(self, level: int, index: int) -> bytes:
         """The hash of a complete subtree; raises AetherError LOG_CORRUPT when its tile cannot be read."""
+        # a complete subtree never changes, and proofs share most of theirs
+        return self._node(level, index)
+
+    def _fold_node(self, level: int, index: int) -> bytes:
         tile_level, rest = divmod(level, TILE_LEVELS)
         first = index << rest
         number, start = divmod(first, TILE_WIDTH)

@@ -343,6 +343,7 @@ KILLED = textwrap.dedent(
 )
 
 
+@pytest.mark.skipif(not os.access(sys.executable, os.X_OK), reason="this user may not execute the interpreter")
 def test_killed_at_any_moment_it_keeps_every_acknowledged_record(tmp_path: Path) -> None:
     acknowledged = -1
     for round_ in range(6):
