@@ -13,7 +13,9 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Final
 
+import onnxruntime as ort  # type: ignore[import-untyped]
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from aether.contract.errors import EXIT_UNREACHABLE, AetherError
@@ -21,6 +23,8 @@ from aether.contract.modelwire import PROTOCOL_VERSION, Hello
 from aether.runtime.cfcd.service import Service, serve
 from aether.runtime.inference import Inference
 from aether.runtime.modelpackage import load_package, load_public_key
+
+_LOG_ERRORS_ONLY: Final = 3
 
 
 def _keys(files: list[Path], directory: Path | None) -> list[Ed25519PublicKey]:
@@ -45,6 +49,8 @@ def _ignored(_number: int, _frame: object) -> None:
 
 def main(argv: list[str]) -> int:
     given = _parsed(argv)
+    # a cell shows no /sys, which ONNX Runtime's device discovery would warn about on stderr
+    ort.set_default_logger_severity(_LOG_ERRORS_ONLY)
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, _ignored)
