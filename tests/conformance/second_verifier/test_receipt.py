@@ -59,6 +59,12 @@ def test_truncated(small: World) -> None:
     assert names(verify(b"[" * 100_000)) == {"RECEIPT_FORMAT"}
 
 
+def test_a_key_twice_is_refused(small: World) -> None:
+    """Two readers could take two different values."""
+    data = writer.canonical(writer.receipt(small, [3, 4, 5]))
+    assert names(verify(b'{"job_id":"other",' + data[1:])) == {"RECEIPT_FORMAT"}
+
+
 def test_foreign_keys(small: World) -> None:
     receipt = writer.receipt(small, [3, 4, 5])
     assert names(verify(receipt, writer.signer(2))) == {"NOTE_SIGNATURE"}

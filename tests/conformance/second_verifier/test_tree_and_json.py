@@ -41,6 +41,7 @@ def test_inclusion_proofs(size: int, data: st.DataObject) -> None:
     assert verifier.included(leaf, other, claim, path) == (other == index)
     assert not verifier.included(verifier.leaf_hash(b"other"), index, claim, path)
     assert not verifier.included(leaf, index, claim, [*path, bytes(32)])
+    assert not verifier.included(leaf, index, claim._replace(size=2 * size + 1), path), "the size is proven too"
     if path:
         at = data.draw(st.integers(0, len(path) - 1))
         assert not verifier.included(leaf, index, claim, path[:at] + path[at + 1 :])
