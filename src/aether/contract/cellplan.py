@@ -601,4 +601,9 @@ def describe(plan: Plan) -> list[str]:
             lines.append("Landlock: no signals and no abstract sockets to outside the cell")
     lines += [f"rlimit {r.name}: {_limit(r.soft)} (hard {_limit(r.hard)})" for r in plan.rlimits]
     lines.append(f"seccomp profile {plan.seccomp_profile}")
-    return lines
+    return [_printable(line) for line in lines]
+
+
+def _printable(line: str) -> str:
+    """Paths may hold control characters: none reaches a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

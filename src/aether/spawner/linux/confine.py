@@ -32,6 +32,8 @@ def enter_namespaces(program: Program, write_zero: Sequence[int], phase: list[in
     ids = program.ids
     if program.clone_flags & kernel.CLONE_NEWUSER:
         phase[0] = phase_number("id map")
+        # After a change of ids without exec, /proc/self belongs to root (proc(5)); `drop_privilege` sets it back.
+        kernel.prctl(PR_SET_DUMPABLE, 1)
         for name, text in (
             ("setgroups", "deny"),
             ("uid_map", f"{ids.job_uid} {ids.host_uid} 1"),

@@ -1,0 +1,204 @@
+"""One suite for both executors, as root and as an ordinary user: a plan becomes a cell that keeps its promises."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import cells
+from tests.support.cells import Host
+
+SLEEP = ["sleep", "30"]
+
+
+@pytest.fixture(scope="module")
+def directory() -> Iterator[str]:
+    yield from cells.readable_copy()
+
+
+@pytest.fixture(params=cells.variants())
+def host(request: pytest.FixtureRequest, directory: str) -> Host:
+    return cells.open_host(*request.param, directory)
+
+
+def alive(pid: int) -> bool:
+    """Not gone and not a zombie that waits for the machine's init."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_gone(pid: int) -> bool:
+    end = time.monotonic() + 5
+    while alive(pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    return not alive(pid)
+
+
+def test_exit_code_output_and_usage(host: Host) -> None:
+    result = host.run(["sh", "-c", "echo out; echo err >&2; exit 7"])
+    ended = result.of("Exited")
+    assert (ended["code"], ended["signal"]) == (7, None)
+    assert sorted(result.out.split()) == ["err", "out"]
+    assert ended["maxrss_kb"] > 100
+    assert not alive(result.pid)
+
+
+def test_what_the_kernel_enforced_is_reported(host: Host) -> None:
+    result = host.run(["true"])
+    facts = result.of("Started")["enforced"]
+    assert facts["no_new_privs"]
+    assert facts["seccomp_mode"] == 2
+    assert (facts["uid"], facts["gid"]) == (1000, 1000)
+    capabilities = [facts[f"cap_{s}"] for s in ("effective", "permitted", "inheritable", "bounding")]
+    assert capabilities == [0, 0, 0, 0]
+    ready = result.of("Ready")
+    assert all(ready["namespaces"][k] not in (0, result.host_ns[k]) for k in result.host_ns)
+    assert (ready["landlock_abi"] > 0) == ("landlock" not in cells.missing())
+    assert 0 < ready["setup_us"] < 5_000_000
+
+
+def test_death_by_signal_is_told_apart_from_exit(host: Host) -> None:
+    ended = host.run(["sh", "-c", "kill -SEGV $$"]).of("Exited")
+    assert (ended["code"], ended["signal"]) == (None, signal.SIGSEGV)
+
+
+def test_signal_reaches_the_whole_process_group(host: Host) -> None:
+    script = "sleep 30 & trap 'kill $!; echo told; exit 3' TERM; echo up; wait"
+    actions = [["sleep", 0.3], ["signal", "first", int(signal.SIGTERM)], ["wait", "first"]]
+    result = host.run(["sh", "-c", script], actions=actions)
+    assert result.of("Exited")["code"] == 3
+    assert "told" in result.out
+
+
+def test_more_executables_one_after_the_other_and_at_once(host: Host) -> None:
+    actions = [
+        ["exec", "second", ["sh", "-c", "echo second > /work/file"]],
+        ["wait", "second"],
+        ["exec", "third", ["cat", "/work/file"]],
+        ["wait", "third"],
+        ["signal", "first", int(signal.SIGKILL)],
+        ["wait", "first"],
+    ]
+    result = host.run(SLEEP, actions=actions)
+    assert "second" in result.out
+    assert result.of("Exited", "third")["code"] == 0
+    assert result.of("Exited", "first")["signal"] == signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("argv", "step", "code"),
+    [
+        (["/usr/bin/absent"], "exec", errno.ENOENT),
+        (["absent"], "exec", errno.ENOENT),
+        (["/etc/passwd"], "exec", errno.EACCES),
+    ],
+)
+def test_a_program_that_cannot_run_is_named(host: Host, argv: list[str], step: str, code: int) -> None:
+    result = host.run(argv)
+    failed = result.of("ExecFailed")
+    assert (failed["step"], failed["errno"]) == (step, code)
+    assert not [e for e in result.events if e["kind"] in ("Started", "Exited")]
+
+
+def test_missing_working_directory(host: Host) -> None:
+    failed = host.run(["true"], cwd="/absent").of("ExecFailed")
+    assert (failed["step"], failed["errno"]) == ("cwd", errno.ENOENT)
+
+
+def test_a_failed_step_is_named_with_a_remedy(host: Host) -> None:
+    steps = [{"op": "bind_ro", "path": "/data", "source": "/usr/absent"}]
+    result = host.run(["true"], steps=steps, actions=[])
+    failed = result.of("StepFailed")
+    assert failed["errno"] == errno.ENOENT
+    assert "show host /usr/absent at /data" in failed["why"]
+    assert failed["remedy"]
+
+
+def test_closing_the_socket_ends_everything(host: Host) -> None:
+    result = host.run(["sh", "-c", "setsid sleep 30 & sleep 30"], actions=[["sleep", 0.2], ["close"]])
+    assert wait_gone(result.pid)
+
+
+def test_killing_pid_1_ends_everything(host: Host) -> None:
+    result = host.run(["sh", "-c", "setsid sleep 30 & sleep 30"], actions=[["sleep", 0.2], ["kill"]])
+    assert not [e for e in result.events if e["kind"] == "Exited"]
+    assert wait_gone(result.pid)
+
+
+def test_the_cell_dies_with_its_spawner(host: Host) -> None:
+    answer = host.request(SLEEP, actions=[["die"]])
+    assert wait_gone(answer["pid"])
+
+
+def test_pid_1_stays_until_told_and_reaps_orphans(host: Host) -> None:
+    script = "(setsid sh -c 'sleep 0.1' &) ; exit 0"
+    look = "import os; print([p for p in os.listdir('/proc') if p.isdigit() and open(f'/proc/{p}/stat').read()"
+    look += ".split(') ')[1][0] == 'Z'])"
+    actions = [["wait", "first"], ["sleep", 0.4], ["exec", "look", [cells.PYTHON, "-IS", "-c", look]], ["wait", "look"]]
+    result = host.run(["sh", "-c", script], actions=actions)
+    assert result.out.strip() == "[]"
+
+
+def test_descriptors_are_exactly_those_passed(host: Host) -> None:
+    code = "import os; print(sorted(map(int, os.listdir('/proc/self/fd')))); print(os.read(3, 9), os.read(4, 9))"
+    result = host.python(code, extra=["three", "four"])
+    lines = result.out.splitlines()
+    assert lines[0] == "[0, 1, 2, 3, 4, 5]"  # 5 is the listing itself
+    assert lines[1] == "b'three' b'four'"
+
+
+def test_limits_hold_and_only_narrow(host: Host) -> None:
+    huge = (1 << 64) - 1
+    limits = [["nofile", 64, 64], ["core", 0, 0], ["fsize", 4096, 4096], ["nproc", huge, huge]]
+    code = "import os, resource as r; print(r.getrlimit(r.RLIMIT_NOFILE), r.getrlimit(r.RLIMIT_CORE)); "
+    code += "print(os.write(os.open('/work/big', os.O_CREAT | os.O_WRONLY), bytes(5000)))"
+    result = host.python(code, rlimits=limits, exec_rlimits=[["nofile", 32, 32]])
+    assert result.out.splitlines() == ["(32, 32) (0, 0)", "4096"]
+
+
+def test_the_process_level_confines_without_namespaces(host: Host) -> None:
+    if "landlock" in cells.missing():
+        pytest.skip("this kernel has no Landlock")
+    code = """
+import os, socket, json
+def told(f):
+    try: f()
+    except OSError as e: return e.errno
+    return 0
+print(json.dumps([told(lambda: open('/usr/aether-probe', 'w')), told(lambda: socket.socket(socket.AF_INET)),
+    told(lambda: os.listdir('/var/log')), told(lambda: os.kill(os.getppid(), 0)),
+    told(socket.socketpair)]))
+"""
+    result = host.python(code, level="process")
+    facts = result.of("Started")["enforced"]
+    assert facts["seccomp_mode"] == 2
+    write, inet, listing, outside, pair = result.json()
+    assert write == errno.EACCES
+    assert inet == errno.EAFNOSUPPORT
+    assert listing == errno.EACCES
+    assert pair == 0
+    assert outside == errno.EPERM or cells.abi() < 6  # PID 1 is outside the domain of its executables
+
+
+def test_the_process_level_leaves_no_process(host: Host) -> None:
+    if "landlock" in cells.missing():
+        pytest.skip("this kernel has no Landlock")
+    result = host.run(["sleep", "33.25"], level="process", actions=[["sleep", 0.1], ["shutdown"]])
+    assert wait_gone(result.pid)
+    time.sleep(0.05)
+    left = [p for p in Path("/proc").iterdir() if p.name.isdigit() and b"33.25" in command(p) and alive(int(p.name))]
+    assert left == []
+
+
+def command(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""

@@ -1,0 +1,177 @@
+"""The process that starts one cell for a test and tells what happened, as JSON on standard output.
+
+A process of its own, because a spawner must be single-threaded, and so that it can run as an ordinary user. It
+imports the standard library and the spawner's part of the package only. Request (JSON on standard input):
+    executor native | portable; uid, gid to become; level; steps (added to the default root); landlock; rlimits;
+    plan (fields that replace those of the plan); argv, env, cwd, extra (texts, one pipe per text, at 3, 4, ...);
+    actions, carried out one after the other once the first executable has started:
+      ["sleep", seconds], ["signal", exec_id, signo], ["exec", exec_id, argv], ["shutdown"], ["close"], ["kill"],
+      ["wait", exec_id], ["die"] (this process kills itself)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from aether.contract import cellplan as cp
+from aether.spawner.linux import executors, initwire, landlock, remedies, rootfs
+from aether.spawner.linux.executor import Attach, LaunchError
+
+DEADLINE_S = 20.0
+BLOCK = 0x7A00_0000
+
+
+class Cell:
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.request = request
+        facts = rootfs.gather_root_facts()
+        self.plan, roots = make_plan(request, facts)
+        self.executor = executors.best_executor(roots, request["executor"])
+        self.events: list[dict[str, Any]] = []
+        self.output = b""
+        self._reader, self._writer = os.pipe2(os.O_CLOEXEC)
+
+    def start(self) -> None:
+        first = self.spec("first", self.request["argv"], len(self.request.get("extra", [])))
+        extra = []
+        for text in self.request.get("extra", []):
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            os.write(writer, text.encode())
+            os.close(writer)
+            extra.append(reader)
+        attach = Attach()
+        self.launched = self.executor.launch(self.plan, attach, first, (self._writer, self._writer, *extra))
+        for fd in extra:
+            os.close(fd)
+
+    def spec(self, exec_id: str, argv: list[str], extra: int = 0) -> cp.ExecSpec:
+        env = {"PATH": "/usr/bin:/bin", "HOME": "/work", **self.request.get("env", {})}
+        limits = tuple(cp.Rlimit(*limit) for limit in self.request.get("exec_rlimits", []))
+        cwd = self.request.get("cwd", "/work" if self.plan.level == "cell" else "/")
+        stdio = ("null", "fd", "fd")
+        return cp.ExecSpec(exec_id, tuple(argv), tuple(env.items()), cwd, stdio, extra, limits)
+
+    def until(self, *wanted: tuple[str, str]) -> None:
+        """Until an event of these kinds and executables, or the end of PID 1."""
+        end = time.monotonic() + DEADLINE_S
+        while not any((e["kind"], e.get("exec_id", "")) in wanted or e["kind"] == "Closed" for e in self.events):
+            left = end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"no {wanted}: {self.events}")
+            ready = select.select([self.launched.control, self._reader], [], [], left)[0]
+            self._read(ready)
+
+    def _read(self, ready: list[Any]) -> None:
+        if self._reader in ready:
+            self.output += os.read(self._reader, 1 << 16)
+        if self.launched.control in ready:
+            event = initwire.receive(self.launched.control)
+            entry: dict[str, Any] = {"kind": type(event).__name__ if event else "Closed"}
+            if event is not None:
+                entry |= dataclasses.asdict(event)
+            if isinstance(event, initwire.StepFailed):
+                entry["why"], entry["remedy"] = remedies.explain_step(self.plan, event)
+            self.events.append(entry)
+
+    def act(self, name: str, *args: Any) -> None:
+        control = self.launched.control
+        match name:
+            case "sleep":
+                time.sleep(args[0])
+            case "signal":
+                initwire.send_signal(control, args[0], args[1])
+            case "exec":
+                initwire.send_exec(control, self.spec(args[0], args[1]), (self._writer, self._writer))
+            case "wait":
+                self.until(("Exited", args[0]), ("ExecFailed", args[0]))
+            case "shutdown":
+                initwire.send_shutdown(control)
+            case "close":
+                control.close()
+            case "kill":
+                signal.pidfd_send_signal(self.launched.pidfd, signal.SIGKILL)
+            case "die":
+                print(json.dumps({"pid": self.launched.pid}), flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def finish(self) -> dict[str, Any]:
+        """End the cell if it still lives; its status and all output."""
+        if self.launched.control.fileno() >= 0 and not any(e["kind"] == "Closed" for e in self.events):
+            with contextlib.suppress(OSError):
+                initwire.send_shutdown(self.launched.control)
+        status = os.waitid(os.P_PIDFD, self.launched.pidfd, os.WEXITED)
+        os.close(self._writer)
+        while data := os.read(self._reader, 1 << 16):
+            self.output += data
+        while self.launched.control.fileno() >= 0 and not any(e["kind"] == "Closed" for e in self.events):
+            self._read([self.launched.control])
+        self.executor.close()
+        return {"status": status.si_status if status else None, "pid": self.launched.pid}
+
+
+def make_plan(request: dict[str, Any], facts: rootfs.RootFacts) -> tuple[cp.Plan, tuple[str, ...]]:
+    uid, gid = os.geteuid(), os.getegid()
+    ids = cp.IdMap(BLOCK, BLOCK, 65536) if uid == 0 else cp.IdMap(uid, gid, 1, 1000)
+    level = request.get("level", "cell")
+    writable = ("read", "execute", "write")
+    if level == "cell":
+        steps = [cp.to_plain(step) for step in rootfs.default_root_steps(facts)]
+        steps += [cp.to_plain(cp.Tmpfs(path, 1 << 24)) for path in ("/tmp", "/work")]
+        rules = (*rootfs.default_landlock_rules(), *(cp.LandlockRule(p, writable) for p in ("/tmp", "/work")))
+    else:
+        steps = []
+        rules = rootfs.process_landlock_rules(facts)
+    ruleset = None
+    if landlock.probe_abi() and request.get("landlock", True):
+        ruleset = cp.to_plain(cp.Landlock(rules, tcp=level == "cell"))
+    obj: dict[str, Any] = {
+        "cell_id": "cell-1",
+        "level": level,
+        "namespaces": list(cp.NAMESPACES) if level == "cell" else [],
+        "id_map": cp.to_plain(ids),
+        "hostname": "cell",
+        "steps": [*steps, *request.get("steps", [])],
+        "seccomp_profile": "cell" if level == "cell" else "offline",
+        "landlock": ruleset,
+        "rlimits": [{"name": n, "soft": s, "hard": h} for n, s, h in request.get("rlimits", [])],
+        **request.get("plan", {}),
+    }
+    roots = rootfs.source_roots(facts, *request.get("roots", []))
+    return cp.parse_plan(obj, source_roots=roots), roots
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    if "uid" in request:
+        os.setgroups([])
+        os.setresgid(request["gid"], request["gid"], request["gid"])
+        os.setresuid(request["uid"], request["uid"], request["uid"])
+    cell = Cell(request)
+    try:
+        cell.start()
+    except LaunchError as error:
+        failure = {"step": error.step, "errno": error.errno, "remedy": error.remedy}
+        print(json.dumps({"launch_error": failure}))
+        cell.executor.close()
+        return
+    actions = request.get("actions", [["wait", "first"]])
+    cell.until(("Started", "first"), ("ExecFailed", "first"), ("StepFailed", ""))
+    for action in actions:
+        cell.act(*action)
+    ended = cell.finish()
+    own = {kind: Path(f"/proc/self/ns/{kind}").stat().st_ino for kind in initwire.NAMESPACE_KINDS}
+    result = {"events": cell.events, "output": cell.output.decode(errors="replace"), "host_ns": own, **ended}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
