@@ -223,7 +223,7 @@ def test_endless_pipelining_is_cut(server: Server) -> None:
 
 
 def test_header_trailers_do_not_become_headers(server: Server) -> None:
-    body = b'{"kind":"model","op":"predict_next_state","params":{"model":"m"}}'
+    body = b'{"kind":"model","op":"encode_state","params":{"model":"m"},"inputs":{"obs":[]}}'
     chunk = b"%x\r\n%s\r\n0\r\nauthorization: Basic eDp5\r\n\r\n" % (len(body), body)
     answer = server.exchange(JSON_HEAD + b"transfer-encoding: chunked\r\n\r\n" + chunk)
     assert answer.startswith(b"HTTP/1.1 200"), answer

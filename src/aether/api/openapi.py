@@ -18,7 +18,8 @@ from aether.contract import limits
 from aether.contract.calls import FileReply, RawReply, StreamReply
 from aether.contract.cells import Requirement
 from aether.contract.errors import KINDS
-from aether.contract.jobs import MODEL_OPS, SCHEMA_VERSION, CommandInputs, CommandParams, JobRequest, ModelParams
+from aether.contract.jobs import SCHEMA_VERSION, CommandInputs, CommandParams, JobRequest
+from aether.contract.modelwire import EncodeInputs, PlainParams, PredictInputs, PredictParams, ScoreInputs
 
 JsonObject = dict[str, Any]
 _REF: Final = "#/components/schemas/{name}"
@@ -26,6 +27,11 @@ _ARGUMENT_SCHEMAS: Final = {"job_id": params.JOB_ID_SCHEMA, "digest": params.DIG
 _PART: Final = r"(?!\.{1,2}(/|$))[^\u0000-\u001f\u007f/]{1,255}"
 _RELATIVE_PATH: Final = rf"^{_PART}(/{_PART})*$"
 _CWD: Final = r"^/work(/(?!\.{1,2}(/|$))[^/\u0000]+)*$"
+_MODEL_TYPES: Final = {
+    "predict_next_state": ("PredictParams", "PredictInputs"),
+    "encode_state": ("PlainParams", "EncodeInputs"),
+    "score_sequence": ("PlainParams", "ScoreInputs"),
+}
 _JOB_EXAMPLES: Final = {
     "command": {
         "value": {"kind": "command", "op": "run", "params": {"argv": ["echo", "hello"], "outputs": []}},
@@ -36,7 +42,10 @@ _JOB_EXAMPLES: Final = {
             "kind": "model",
             "op": "predict_next_state",
             "params": {"model": "pendulum", "horizons_s": [0.1]},
-            "inputs": {"history": {"t": [0.0, 0.1], "obs": [[1.0, 0.0], [0.9, 0.1]], "action": [[0.0], [0.0]]}},
+            "inputs": {
+                "history": {"t": [0.0, 0.1], "obs": [[1.0, 0.0], [0.9, 0.1]], "action": [[0.0]]},
+                "action": [0.0],
+            },
         },
         "summary": "Ask a model",
     },
@@ -166,7 +175,16 @@ def _example(code: str) -> JsonObject:
 
 
 def _schemas() -> JsonObject:
-    types: list[type] = [ErrorReply, CommandParams, CommandInputs, ModelParams]
+    types: list[type] = [
+        ErrorReply,
+        CommandParams,
+        CommandInputs,
+        PredictParams,
+        PlainParams,
+        PredictInputs,
+        EncodeInputs,
+        ScoreInputs,
+    ]
     for operation in OPERATIONS:
         types += [t for t in (operation.reply, operation.body_type) if t is not None and _is_struct(t)]
     _, components = msgspec.json.schema_components(list(dict.fromkeys(types)), ref_template=_REF)
@@ -219,8 +237,8 @@ def _refine_command(schemas: Mapping[str, Any]) -> None:
     }
     for name, (low, high) in bounds.items():
         schemas["Limits"]["properties"][name].update(minimum=low, maximum=high)
-    model = schemas["ModelParams"]["properties"]
-    model["model"].update(minLength=1, maxLength=128)
+    for name in ("PredictParams", "PlainParams"):
+        schemas[name]["properties"]["model"].update(minLength=1, maxLength=128)
 
 
 def _job_request() -> JsonObject:
@@ -239,7 +257,10 @@ def _job_request() -> JsonObject:
         "description": JobRequest.__doc__,
         "oneOf": [
             _branch("command", ["run"], "CommandParams", {"$ref": _REF.format(name="CommandInputs")}, common),
-            _branch("model", list(MODEL_OPS), "ModelParams", {"type": "object"}, common),
+            *(
+                _branch("model", [op], params_type, {"$ref": _REF.format(name=inputs_type)}, common)
+                for op, (params_type, inputs_type) in _MODEL_TYPES.items()
+            ),
         ],
     }
 
@@ -248,7 +269,7 @@ def _branch(kind: str, ops: list[str], params_name: str, inputs: JsonObject, com
     return {
         "type": "object",
         "title": f"{kind} job",
-        "required": ["kind", "op", "params"],
+        "required": ["kind", "op", "params", *(["inputs"] if kind == "model" else [])],
         "additionalProperties": False,
         "properties": {
             "kind": {"const": kind},

@@ -19,7 +19,7 @@ from aether.contract.errors import AetherError
 from aether.contract.jobs import JobState
 
 _WAIT: Final = re.compile(r"([0-9]{1,6})(\.[0-9]{1,3})?(ms|s|m)?", re.ASCII)
-_CURSOR: Final = re.compile(r"[A-Za-z0-9_.:-]{1,128}", re.ASCII)
+_CURSOR: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
 _OFFSET_MAX: Final = (1 << 53) - 1
 _UNIT_MS: Final = {"ms": 1.0, "s": 1000.0, "m": 60_000.0}
 QUERY_PARAMETERS_MAX: Final = 32

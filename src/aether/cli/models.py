@@ -19,7 +19,8 @@ Input = Annotated[Path, typer.Option("--input", metavar="FILE", help="A JSON fil
 
 _PREDICT = """Predict the state at one or more horizons (seconds).
 
-The input holds {t, obs, action}, or {history: {...}, action}.
+The input holds {t, obs, action}: n times, n observations, n-1 or n actions, the last of which is held; or
+{history: {t, obs, action}, action}.
 
 \b
 Example:
@@ -48,18 +49,17 @@ def _predict(
     more: Annotated[list[str] | None, typer.Argument(metavar="SECONDS", help="More horizons.")] = None,
 ) -> None:
     from aether.cli.parse import horizons_s
+    from aether.cli.trajectory import prediction
 
     wanted = horizons_s([*horizon, *(more or [])])
-    given = _read(source)
-    history = given.get("history", {name: value for name, value in given.items() if name != "action"})
-    if "history" not in given and "action" in given:
-        history["action"] = given["action"]
-    action = given.get("action") if "history" in given else None
-    _infer(session, lambda client: client.predict(model, history, wanted, action=action))
+    history, held = prediction(_read(source))
+    _infer(session, lambda client: client.predict(model, history, wanted, action=held))
 
 
 def _score(session: Session, model: Model, source: Input) -> None:
-    inputs = _read(source)
+    from aether.cli.trajectory import sequence
+
+    inputs = sequence(_read(source))
     _infer(session, lambda client: client.score(model, inputs))
 
 

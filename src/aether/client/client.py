@@ -134,15 +134,14 @@ class Client:
             info = self.artifact_put(local.source)
             yield InputFile(path=local.path, artifact=info.digest, executable=local.executable)
 
-    def predict(
-        self, model: str, history: Mapping[str, Any], horizons_s: Sequence[float], *, action: Any = None
-    ) -> Any:
-        """`predict_next_state`: the result for each horizon in seconds."""
-        inputs = {"history": dict(history)} if action is None else {"history": dict(history), "action": action}
+    def predict(self, model: str, history: Mapping[str, Any], horizons_s: Sequence[float], *, action: Any) -> Any:
+        """`predict_next_state`: the state at each horizon (s) after the last observation of `history`
+        {obs[n], action[n-1], t[n] or dt[n-1]}, while `action` is held."""
+        inputs = {"history": dict(history), "action": action}
         return self.infer("predict_next_state", model, inputs, horizons_s=horizons_s)
 
     def score(self, model: str, inputs: Mapping[str, Any]) -> Any:
-        """`score_sequence` over `{t, obs, action}`."""
+        """`score_sequence` over `{obs[n], action[n-1], t[n] or dt[n-1]}`."""
         return self.infer("score_sequence", model, inputs)
 
     def encode(self, model: str, inputs: Mapping[str, Any]) -> Any:

@@ -36,6 +36,7 @@ from aether.contract.jobs import (
     parse_command,
     parse_model,
 )
+from aether.contract.modelwire import EncodeInputs, PlainParams, PredictInputs, PredictParams, ScoreInputs
 from aether.contract.records import InclusionProof, Receipt, ReceiptEntry
 
 NOW = "2026-09-21T13:33:20.123456Z"
@@ -133,6 +134,7 @@ class FakeService:
             raise AetherError("BAD_FIELD", f"cannot accept schema_version {request.schema_version!r}")
         if request.kind == "model":
             parse_model(request)
+            _check_model(request)
             job.result = msgspec.json.encode({"op": request.op, "inputs": sorted(request.inputs)})
             job.change(state=JobState.SUCCEEDED, model_id="pendulum", finished_at=NOW, result_digest=DIGEST)
         else:
@@ -307,6 +309,19 @@ class FakeService:
 
     async def doctor(self, caller: calls.Caller, request: calls.Nothing) -> calls.Doctor:
         return calls.Doctor(checks=({"name": "userns", "ok": True, "value": "yes", "reason": None, "remedy": None},))
+
+
+def _check_model(request: JobRequest) -> None:
+    params, inputs = {
+        "predict_next_state": (PredictParams, PredictInputs),
+        "encode_state": (PlainParams, EncodeInputs),
+        "score_sequence": (PlainParams, ScoreInputs),
+    }[request.op]
+    try:
+        msgspec.convert(request.params, params)
+        msgspec.convert(request.inputs, inputs)
+    except msgspec.ValidationError as error:
+        raise AetherError("BAD_FIELD", f"cannot read the job: {error}") from error
 
 
 def _check_require(names: tuple[str, ...]) -> None:

@@ -18,7 +18,12 @@ from aether.contract import calls, limits
 from aether.contract.errors import AetherError
 from tests.unit.api.http_node import HttpNode, read_answer
 
-MODEL_JOB = {"kind": "model", "op": "predict_next_state", "params": {"model": "pendulum"}}
+MODEL_JOB = {
+    "kind": "model",
+    "op": "predict_next_state",
+    "params": {"model": "pendulum", "horizons_s": [0.1]},
+    "inputs": {"history": {"obs": [[1.0, 0.0]]}, "action": [0.0]},
+}
 
 OVERSIZED = b" " * (limits.HTTP_BODY_BYTES_MAX + 1)
 POST_JSON = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%s\r\n"

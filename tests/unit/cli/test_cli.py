@@ -174,7 +174,7 @@ def test_models(cli: Cli) -> None:
     trajectory = {"t": [0.0, 0.1], "obs": [[1, 0], [1, 0]], "action": [[0], [0]]}
     (cli.cwd / "traj.json").write_text(json.dumps(trajectory))
     predicted = cli.json("predict", "pendulum", "--input", "traj.json", "--horizon", "0.1", "0.5")
-    assert predicted == {"op": "predict_next_state", "inputs": ["history"]}
+    assert predicted == {"op": "predict_next_state", "inputs": ["action", "history"]}
     assert cli.json("score", "pendulum", "--input", "traj.json")["inputs"] == ["action", "obs", "t"]
     piped = cli("encode", "pendulum", "--input", "-", input=json.dumps({"obs": [[1, 0]]}))
     assert json.loads(piped.stdout)["op"] == "encode_state"

@@ -20,7 +20,7 @@ from aether.contract.errors import AetherError
 from aether.contract.jobs import CommandParams, JobRequest, JobState
 from tests.unit.api.http_node import HttpNode
 
-MODEL = JobRequest(kind="model", op="predict_next_state", params={"model": "pendulum"})
+MODEL = JobRequest(kind="model", op="encode_state", params={"model": "pendulum"}, inputs={"obs": [[1.0]]})
 
 
 def test_every_operation_has_its_method(client: Client) -> None:
@@ -48,9 +48,9 @@ def test_every_operation_has_its_method(client: Client) -> None:
 
 
 def test_models(client: Client) -> None:
-    history = {"t": [0.0], "obs": [[1.0, 0.0]], "action": [[0.0]]}
-    assert client.predict("pendulum", history, [0.1, 0.5]) == {"op": "predict_next_state", "inputs": ["history"]}
-    assert client.predict("pendulum", history, [0.1], action=[0.0])["inputs"] == ["action", "history"]
+    history = {"t": [0.0, 0.1], "obs": [[1.0, 0.0]] * 2, "action": [[0.0]]}
+    predicted = client.predict("pendulum", history, [0.1, 0.5], action=[0.0])
+    assert predicted == {"op": "predict_next_state", "inputs": ["action", "history"]}
     assert client.score("pendulum", history)["op"] == "score_sequence"
     assert client.encode("pendulum", {"obs": [[1.0, 0.0]]})["op"] == "encode_state"
 
@@ -148,7 +148,7 @@ def test_submission_is_made_once_when_the_answer_is_lost(tmp_path: Path) -> None
                 client_side, _ = listener.accept()
                 with client_side, node.connect() as server_side:
                     request = client_side.recv(65536)
-                    while b"predict" not in request:
+                    while b"encode_state" not in request:
                         request += client_side.recv(65536)
                     server_side.sendall(request)
                     answer = server_side.recv(65536)
