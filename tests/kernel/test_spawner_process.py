@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import aether
@@ -72,7 +73,7 @@ class Spawner:
 
     @property
     def instances(self) -> list[str]:
-        return (self.state / "run/spawner.instances").read_text().split()
+        return (self.state / "cells/.instances").read_text().split()
 
     def kill(self) -> None:
         self.process.kill()
@@ -104,7 +105,7 @@ class Spawner:
 def assert_nothing_left(spawner: Spawner, instances: list[str]) -> None:
     for instance in instances:
         assert not list(Path("/sys/fs/cgroup").glob(f"**/aether-{instance}*"))
-    assert not list((spawner.state / "cells").iterdir())
+    assert {entry.name for entry in (spawner.state / "cells").iterdir()} == {".lock", ".instances"}
     assert str(spawner.state) not in Path("/proc/self/mountinfo").read_text()
     assert not processes(str(spawner.state))
 
@@ -523,7 +524,8 @@ def test_the_interpreter_of_this_installation_runs_in_a_cell(spawner: Spawner) -
 
     async def step(driver: NativeDriver) -> None:
         cell_id = ids.new(ids.CELL)
-        code = "import aether.contract.cells, msgspec, numpy, asyncio; print('fine')"
+        installed = ", msgspec, numpy, aether.contract.cells" if msgspec.__file__.startswith(sys.prefix) else ""
+        code = f"import aether.contract.cellplan, asyncio, sqlite3{installed}; print('fine')"
         spec = CellSpec(argv=(sys.executable, "-c", code), env={"OMP_NUM_THREADS": "1"})
         started = await driver.launch(Order(cell_id, "exec" + cell_id[4:], spec))
         end = await driver.wait(started.handle, started.exec_id)

@@ -1,11 +1,12 @@
 """`python -m aether.spawner.main`: the privileged launcher, parent of every cell.
 
 Start: lock the state directory, take a new instance id, sweep what dead instances left (only names that carry an
-id noted in `run/spawner.instances`), start the keeper, listen. End (SIGTERM, SIGINT): kill the cells, tell their
+id noted in `cells/.instances`), start the keeper, listen. End (SIGTERM, SIGINT): kill the cells, tell their
 clients, remove cgroups and work directories. A killed spawner needs no help: every PID 1 has PDEATHSIG SIGKILL.
 
-On disk below --state: `run/spawner.sock` (0600), `run/spawner.lock` (flock), `run/spawner.instances` (one id per
-line, this one last), `cells/<instance>/<cell>` (work directories), `logs/jobs/<cell>/` (the keeper's).
+On disk below --state: `run/spawner.sock` (0600, the peer's), `cells/` (the spawner's own: `.lock` with a flock,
+`.instances` with one id per line, this one last, `<instance>/<cell>` work directories), `logs/jobs/<cell>/` (the
+keeper's). `run/` belongs to aetherd: nothing in it is opened or followed by name.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class Spawner:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def _take_lock(self) -> int:
-        lock = os.open(self._state / "run/spawner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(self._state / "cells/.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -129,7 +130,7 @@ class Spawner:
 
     @property
     def _instances(self) -> Path:
-        return self._state / "run/spawner.instances"
+        return self._state / "cells/.instances"
 
     def _note_instance(self) -> list[str]:
         """Append this instance's id before anything carries it; the ids of dead instances."""
@@ -179,7 +180,7 @@ class Spawner:
         finally:
             os.umask(mask)
         if self._root and options.peer_uid >= 0:
-            os.chown(path, options.peer_uid, -1)
+            os.chown(path, options.peer_uid, -1, follow_symlinks=False)
         listener.listen(16)
         return listener
 
