@@ -287,8 +287,8 @@ class AuditLog:
     def _on_fatal(self, error: BaseException) -> None:
         """On the writer thread."""
         self._failed = error
-        self._to_loop(self._fail_waiters)
         self._fatal_handler(error)
+        self._to_loop(self._fail_waiters)
 
     def _to_loop(self, call: Callable[..., None], *arguments: object) -> None:
         if self._loop is None or self._loop.is_closed():
