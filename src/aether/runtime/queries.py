@@ -187,7 +187,7 @@ class QueryParser:
 
 def _beyond(values: Float, low: Float, high: Float) -> bool:
     """Whether any row of values[n, C] lies outside [low[C], high[C]]."""
-    return bool((values.min(0) < low).any() or (values.max(0) > high).any())
+    return bool(((values < low) | (values > high)).any())
 
 
 def _bounds(columns: tuple[Quantity, ...]) -> tuple[Float, Float]:

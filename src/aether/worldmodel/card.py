@@ -9,8 +9,9 @@ torque, it predicts the next observation at any horizon with calibrated interval
 surprising each step of a recording was.
 
 **"CFC" here means CfC**, the closed-form continuous-time network of Hasani et al. (2022), as the temporal predictor of
-a joint-embedding predictive architecture (JEPA): encoder 2-128-128-{latent}, CfC state {state} with backbone
-{backbone}, decoder {latent}-128-128-4, {parameters} parameters, float32. `schema.json` names the predictor.
+a joint-embedding predictive architecture (JEPA): encoder 2-128-128-{latent}, CfC state {state}
+with backbone {backbone}, decoder {latent}-128-128-4, {parameters} parameters,
+float32. `schema.json` names the predictor.
 
 ## Inputs and outputs
 Observation `[cos theta, sin theta]` (no unit), action torque in N m within [-2, 2], time in s. Intervals of a history:
@@ -28,7 +29,8 @@ Mean squared error over the training variance, one step over irregular intervals
 | predictor | error | 95% interval |
 |---|---|---|
 {rows}
-The sensor noise alone is about {noise:.5f}. **{verdict}**
+The sensor noise alone is about {noise:.5f}. **{verdict}** One training run of each, with the same data and
+epochs; the interval is over held-out trajectories, not over training seeds.
 
 90% intervals (split conformal) cover {coverage:.3f}; the uncalibrated Gaussian ones {gaussian:.3f}.
 
@@ -46,8 +48,11 @@ False alarms on clean recordings of the same length: {false_alarms:.3f}.
 - Slow or weak faults (`stuck_actuator`, `heavy`) show late or not at all; see the table.
 
 ## Reproduce
-`{command}` makes the package again within minutes on one core. Weights agree bit for bit only on like CPUs; the
-command prints how far its graphs are from the golden vectors of this package.
+
+    {command}
+
+makes the package again within minutes on one core. Weights agree bit for bit only on like CPUs; the command prints how
+far its graphs are from the golden vectors of this package.
 """
 _NAMES: Final = {
     "cfc_jepa": "**CfC-JEPA (this model)**",
@@ -74,7 +79,7 @@ def verdict(table: dict[str, Any]) -> str:
         low, high = row["difference_to_cfc_jepa_interval95"]
         word = "better than" if low > 0 else "worse than" if high < 0 else "a tie with"
         said[word].append(_NAMES[name])
-    text = "; ".join(f"{word} {', '.join(names)}" for word, names in said.items() if names)
+    text = "; ".join(f"{word} {' / '.join(names)}" for word, names in said.items() if names)
     return f"{text[0].upper()}{text[1:]}."
 
 
