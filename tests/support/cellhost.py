@@ -3,10 +3,10 @@
 A process of its own, because a spawner must be single-threaded, and so that it can run as an ordinary user. It
 imports the standard library and the spawner's part of the package only. Request (JSON on standard input):
     executor native | portable; uid, gid to become; level; steps (added to the default root); landlock; rlimits;
-    plan (fields that replace those of the plan); argv, env, cwd, extra (texts, one pipe per text, at 3, 4, ...);
+    write_zero, cgroup2 (paths to attach to); plan (fields that replace those of the plan); argv, env, cwd, extra (texts, one pipe per text, at 3, 4, ...);
     actions, carried out one after the other once the first executable has started:
       ["sleep", seconds], ["signal", exec_id, signo], ["exec", exec_id, argv], ["shutdown"], ["close"], ["kill"],
-      ["wait", exec_id], ["die"] (this process kills itself)
+      ["wait", exec_id], ["read", path], ["die"] (this process kills itself)
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Cell:
             os.write(writer, text.encode())
             os.close(writer)
             extra.append(reader)
-        attach = Attach()
+        write_zero = [os.open(path, os.O_WRONLY) for path in self.request.get("write_zero", [])]
+        directory = self.request.get("cgroup2")
+        attach = Attach(write_zero, os.open(directory, os.O_PATH | os.O_DIRECTORY) if directory else None)
         self.launched = self.executor.launch(self.plan, attach, first, (self._writer, self._writer, *extra))
         for fd in extra:
             os.close(fd)
@@ -91,6 +93,8 @@ class Cell:
                 initwire.send_signal(control, args[0], args[1])
             case "exec":
                 initwire.send_exec(control, self.spec(args[0], args[1]), (self._writer, self._writer))
+            case "read":
+                self.events.append({"kind": "Read", "text": Path(args[0]).read_text()})
             case "wait":
                 self.until(("Exited", args[0]), ("ExecFailed", args[0]))
             case "shutdown":

@@ -51,7 +51,7 @@ def leftovers(layout: Layout, marks: list[str]) -> list[str]:
     found += [f"mount {line}" for line in machine.mounts(str(layout.root))]
     cells = layout.cells
     if cells.is_dir():
-        found += [f"work directory {path}" for path in cells.iterdir()]
+        found += [f"work directory {path}" for path in cells.iterdir() if not path.name.startswith(".")]
     return found
 
 

@@ -236,9 +236,11 @@ class _Side:
     async def take(self, token: int) -> int:
         if (fd := self._arrived.pop(token, None)) is not None:
             return fd
-        future = self._waiting[token] = self._loop.create_future()
+        future: asyncio.Future[int] = self._loop.create_future()
+        self._waiting[token] = future
         try:
-            return await asyncio.wait_for(future, _FD_WAIT_S)
+            async with asyncio.timeout(_FD_WAIT_S):
+                return await future
         except TimeoutError:
             raise AetherError("PROTOCOL", f"cannot take descriptor {token}: it did not arrive") from None
         finally:
@@ -361,7 +363,8 @@ async def _receive_side(loop: asyncio.AbstractEventLoop, sock: socket.socket) ->
     ready = asyncio.Event()
     loop.add_reader(sock.fileno(), ready.set)
     try:
-        await asyncio.wait_for(ready.wait(), _FD_WAIT_S)
+        async with asyncio.timeout(_FD_WAIT_S):
+            await ready.wait()
     except TimeoutError:
         raise AetherError("PROTOCOL", "cannot connect to the other role: no greeting") from None
     finally:

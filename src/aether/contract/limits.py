@@ -16,6 +16,7 @@ PROTOCOL_VERSION: Final = 1
 FRAME_BYTES_MAX: Final = 256 * KIB
 """Larger data crosses as a descriptor (SCM_RIGHTS), never inside a frame."""
 LINK_CALLS_IN_FLIGHT_MAX: Final = 1024
+RECONCILE_JOBS_MAX: Final = 200
 LINK_WRITE_BUFFER_BYTES_MAX: Final = 4 * MIB
 SPAWNER_MESSAGE_BYTES_MAX: Final = 160 * KIB
 """One SOCK_SEQPACKET message; the kernel's default wmem_max of 212,992 bytes bounds it."""

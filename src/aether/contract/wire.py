@@ -76,9 +76,16 @@ class JobRunReply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JobKey(msgspec.Struct, frozen=True, kw_only=True):
-    """Names a job; `job.get`, `job.result`, `job.story`, and event `job.kept` (the row and blob are durable)."""
+    """Names a job; `job.get`, `job.story`."""
 
     job_id: str
+
+
+class JobKept(msgspec.Struct, frozen=True, kw_only=True):
+    """Event `job.kept`: the row and blob of a job answered by `job.run` are durable, or cannot be (`error`)."""
+
+    job_id: str
+    error: ErrorBody | None = None
 
 
 class JobOutcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +116,13 @@ class JobPage(msgspec.Struct, frozen=True, kw_only=True):
     next_cursor: str | None
 
 
+class ResultKey(msgspec.Struct, frozen=True, kw_only=True):
+    """`job.result`: the result that the outcome names; aetherd knows it before the row does."""
+
+    digest: str
+    size_bytes: int
+
+
 class ResultReply(msgspec.Struct, frozen=True, kw_only=True):
     """`job.result`: JSON text inline up to RESULT_INLINE_BYTES_MAX, else only the reference."""
 
@@ -118,7 +132,10 @@ class ResultReply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ArtifactKey(msgspec.Struct, frozen=True, kw_only=True):
+    """`artifact.get`: an artifact as far as the tenant has it; another tenant's is NOT_FOUND."""
+
     digest: str
+    tenant_id: str
 
 
 class ArtifactPut(msgspec.Struct, frozen=True, kw_only=True):
@@ -325,10 +342,15 @@ class OpenJob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reconcile(msgspec.Struct, frozen=True, kw_only=True):
-    """`reconcile`: after every connect, aurorad states where it stands and learns what is true."""
+    """`reconcile`: after every connect, aurorad states where it stands and learns what is true.
+
+    In pages of at most RECONCILE_JOBS_MAX rows, so that each fits a frame; only after the `last` one are
+    intents without a row abandoned, and only then is new work sent.
+    """
 
     applied_index: int
     open_jobs: tuple[OpenJob, ...]
+    last: bool = True
 
 
 class LiveCell(msgspec.Struct, frozen=True, kw_only=True):
@@ -342,8 +364,8 @@ class LiveCell(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reconciled(msgspec.Struct, frozen=True, kw_only=True):
-    """`drop`: rows without an intent. `grants`: for open rows. `cells`: of open rows. Outcomes follow as
-    pages of `log.read` from `applied_index`."""
+    """About one page. `drop`: rows without an intent. `grants`: for open rows. `cells`: of its rows, and on the
+    last page those without a row (workers). Outcomes follow as pages of `log.read` from `applied_index`."""
 
     drop: tuple[str, ...]
     grants: tuple[Grant, ...]

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -106,11 +107,12 @@ def down(state: Path) -> int:
     with _pidfd(int(found["pid"])) as pidfd:
         if is_up(layout):
             signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-    deadline = time.monotonic() + STOP_TIMEOUT_S
-    while is_up(layout):
-        if time.monotonic() > deadline:
-            raise AetherError("UNREACHABLE", f"cannot stop the instance in {state}: still up after a while")
-        time.sleep(0.02)
+        ended = select.poll()
+        ended.register(pidfd, select.POLLIN)  # readable once the process is gone (pidfd_open(2))
+        if not ended.poll(STOP_TIMEOUT_S * 1000):
+            raise AetherError(
+                "UNREACHABLE", f"cannot stop the instance in {state}: still up after {STOP_TIMEOUT_S:.0f} s"
+            )
     return 0
 
 

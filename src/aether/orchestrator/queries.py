@@ -11,7 +11,7 @@ import msgspec
 from aether.contract import ids, wire
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
-from aether.contract.jobs import JobState, JobView
+from aether.contract.jobs import JobView
 from aether.contract.limits import PAGE_ITEMS_MAX, RESULT_INLINE_BYTES_MAX
 from aether.contract.ports import Handler, Link
 from aether.contract.store import Store
@@ -54,7 +54,7 @@ class Queries:
         return {
             "job.get": (wire.JobKey, self.job_get),
             "job.list": (wire.JobQuery, self.job_list),
-            "job.result": (wire.JobKey, self.job_result),
+            "job.result": (wire.ResultKey, self.job_result),
             "job.story": (wire.JobKey, self.job_story),
             "artifact.put": (wire.ArtifactPut, put),
             "artifact.get": (wire.ArtifactKey, get),
@@ -79,18 +79,13 @@ class Queries:
         more = len(found) > len(shown)
         return wire.JobPage(jobs=tuple(shown), next_cursor=shown[-1].job_id if more else None)
 
-    async def job_result(self, body: wire.JobKey) -> wire.ResultReply:
-        view = await self.job_get(body)
-        if view.state in (JobState.QUEUED, JobState.WAITING_APPROVAL, JobState.RUNNING):
-            raise AetherError("NOT_READY", f"cannot give the result of {view.job_id}: it is {view.state.value}")
-        if view.result_digest is None or view.result_bytes is None:
-            raise AetherError("NO_RESULT", f"cannot give the result of {view.job_id}: it ended {view.state.value}")
-        result = None
-        if view.result_bytes <= RESULT_INLINE_BYTES_MAX:
-            result = await self._store.get_blob(view.result_digest)
-            if result is None:
-                raise AetherError("GONE", f"cannot give the result of {view.job_id}: its bytes were lost in a crash")
-        return wire.ResultReply(result=result, digest=view.result_digest, size_bytes=view.result_bytes)
+    async def job_result(self, body: wire.ResultKey) -> wire.ResultReply:
+        if body.size_bytes > RESULT_INLINE_BYTES_MAX:
+            return wire.ResultReply(result=None, digest=body.digest, size_bytes=body.size_bytes)
+        result = await self._store.get_blob(body.digest)
+        if result is None:
+            raise AetherError("GONE", f"cannot give the result {body.digest}: its bytes were lost in a crash")
+        return wire.ResultReply(result=result, digest=body.digest, size_bytes=body.size_bytes)
 
     async def job_story(self, body: wire.JobKey) -> wire.Story:
         view = await self.job_get(body)
@@ -120,7 +115,7 @@ class Queries:
         return info
 
     async def artifact_get(self, link: Link, body: wire.ArtifactKey) -> wire.ArtifactInfo:
-        info = await self._store.find_artifact(ids.parse_digest(body.digest))
+        info = await self._store.find_artifact(ids.parse_digest(body.digest), body.tenant_id)
         if info is None:
             raise AetherError("NOT_FOUND", f"cannot find artifact {body.digest}")
         fd, _ = await self._artifacts.open_fd(info.digest)

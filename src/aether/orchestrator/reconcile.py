@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Final
 
 from aether.contract.jobs import JobState, JobView
+from aether.contract.limits import RECONCILE_JOBS_MAX
 from aether.contract.ports import Link
 from aether.contract.records import Record
 from aether.contract.store import JobRow, Phase, Store
@@ -61,13 +62,16 @@ async def reconcile(link: Link, store: Store, desk: Desk, owned: Callable[[LiveC
     stated = {row.job_id: row.phase for row in desk.open.values() if row.phase in _STATED}
     freeing = [row.job_id for row in desk.open.values() if row.phase == "freeing"]
     applied = await store.applied_index()
-    body = Reconcile(applied_index=applied, open_jobs=tuple(_open_job(desk.open[job_id]) for job_id in stated))
-    truth = await link.call("reconcile", body, Reconciled)
-    await desk.drop(truth.drop)
-    for grant in truth.grants:
-        desk.regrant(grant)
-    await _catch_up(link, store, desk, applied, truth.log_size)
-    cells = {cell.grant.job_id: cell for cell in truth.cells}
+    cells: dict[str, LiveCell] = {}
+    log_size = 0
+    for body in _pages(applied, [_open_job(desk.open[job_id]) for job_id in stated]):
+        truth = await link.call("reconcile", body, Reconciled)
+        await desk.drop(truth.drop)
+        for grant in truth.grants:
+            desk.regrant(grant)
+        cells |= {cell.grant.job_id: cell for cell in truth.cells}
+        log_size = truth.log_size
+    await _catch_up(link, store, desk, applied, log_size)
     ours = stated.keys() | set(freeing) | desk.open.keys()
     orphans = [cell for job_id, cell in cells.items() if not owned(cell) and job_id not in ours]
     for job_id, phase in stated.items():
@@ -77,6 +81,19 @@ async def reconcile(link: Link, store: Store, desk: Desk, owned: Callable[[LiveC
     for job_id in freeing:
         desk.post(job_id, machine.Reconciled())
     return orphans
+
+
+def _pages(applied: int, rows: list[OpenJob]) -> list[Reconcile]:
+    """At least one page; the last says so."""
+    starts = range(0, max(len(rows), 1), RECONCILE_JOBS_MAX)
+    return [
+        Reconcile(
+            applied_index=applied,
+            open_jobs=tuple(rows[start : start + RECONCILE_JOBS_MAX]),
+            last=start + RECONCILE_JOBS_MAX >= len(rows),
+        )
+        for start in starts
+    ]
 
 
 async def _catch_up(link: Link, store: Store, desk: Desk, start: int, log_size: int) -> None:

@@ -248,13 +248,14 @@ class Aurora:
     def _kept(self, job_id: str, future: asyncio.Future[bool]) -> None:
         if future.cancelled() or self._link is None:
             return
-        if (error := future.exception()) is None:
-            self._link.notify("job.kept", wire.JobKey(job_id=job_id))
+        error = future.exception()
+        if error is None:
+            self._link.notify("job.kept", wire.JobKept(job_id=job_id))
             return
-        # The authority waits for `job.kept` and there is no word for the contrary; a broken link says it.
         _log.error("job %s: cannot keep its row: %s", job_id, error)
         self._desk.open.pop(job_id, None)
-        self._link.close()
+        told = error if isinstance(error, AetherError) else AetherError("INTERNAL", f"cannot keep the job: {error}")
+        self._link.notify("job.kept", wire.JobKept(job_id=job_id, error=told.body()))
 
     # ---- the link
 

@@ -15,7 +15,7 @@ from aether.contract.errors import AetherError
 from aether.contract.jobs import JobState, JobView
 from aether.contract.limits import RESULT_INLINE_BYTES_MAX
 from aether.contract.ports import Link
-from aether.contract.wire import CellExited, JobKey, JobOutcome, ResultReply
+from aether.contract.wire import CellExited, JobKept, JobKey, JobOutcome, ResultKey, ResultReply
 
 
 class Orchestra:
@@ -66,11 +66,15 @@ class Orchestra:
         if future is not None and not future.cancel() and not future.cancelled():
             future.exception()
 
-    def kept(self, event: JobKey) -> None:
+    def kept(self, event: JobKept) -> None:
         """Event `job.kept`."""
         future = self._kept.get(event.job_id)
-        if future is not None and not future.done():
+        if future is None or future.done():
+            return
+        if event.error is None:
             future.set_result(None)
+        else:
+            future.set_exception(AetherError.of(event.error))
 
     # ---- telling and asking
 
@@ -87,9 +91,11 @@ class Orchestra:
 
     async def inline_result(self, view: JobView) -> bytes | None:
         """The result text of a succeeded job when it is small enough to answer inline."""
-        if view.state is not JobState.SUCCEEDED or (view.result_bytes or 0) > RESULT_INLINE_BYTES_MAX:
+        size_bytes = view.result_bytes or 0
+        if view.state is not JobState.SUCCEEDED or view.result_digest is None or size_bytes > RESULT_INLINE_BYTES_MAX:
             return None
-        return (await self.link().call("job.result", JobKey(job_id=view.job_id), ResultReply)).result
+        key = ResultKey(digest=view.result_digest, size_bytes=size_bytes)
+        return (await self.link().call("job.result", key, ResultReply)).result
 
 
 def submitted(view: JobView, result: bytes | None) -> SubmittedJob:

@@ -40,7 +40,6 @@ from aether.contract.wire import (
     JobPage,
     JobQuery,
     ModelList,
-    ResultReply,
     Story,
 )
 from aether.substrate.access.access import Admission, Resource
@@ -87,10 +86,10 @@ class Reading:
             raise AetherError("NOT_READY", f"cannot give the result of {view.job_id}: it is {view.state}")
         if view.state is not JobState.SUCCEEDED or view.result_digest is None:
             raise AetherError("NO_RESULT", f"cannot give the result of {view.job_id}: it {view.state}")
-        reply = await self._orchestra.link().call("job.result", JobKey(job_id=view.job_id), ResultReply)
-        if reply.result is not None:
-            return RawReply(reply.result, _JSON)
-        return await self._artifact(reply.digest, _JSON)
+        inline = await self._orchestra.inline_result(view)
+        if inline is not None:
+            return RawReply(inline, _JSON)
+        return await self._artifact(view.result_digest, view.tenant_id, _JSON)
 
     async def story(self, caller: Caller, call: JobCall) -> Story:
         view = await self._view(caller, "job.story", call)
@@ -134,7 +133,7 @@ class Reading:
     async def artifact(self, caller: Caller, call: ArtifactCall) -> FileReply:
         ids.parse_digest(call.digest)
         admission = self._gate.admit(caller, "artifact.get", Resource(kind="artifact", id=call.digest))
-        return await self._artifact(call.digest, None, admission)
+        return await self._artifact(call.digest, admission.principal.tenant_id)
 
     async def artifacts(self, caller: Caller, call: ListArtifactsCall) -> ArtifactPage:
         admission = self._gate.admit(caller, "artifact.list", Resource(kind="artifact"))
@@ -171,15 +170,12 @@ class Reading:
             raise AetherError("NOT_FOUND", f"cannot find job {view.job_id}")
         return view
 
-    async def _artifact(self, digest: str, media_type: str | None, admission: Admission | None = None) -> FileReply:
+    async def _artifact(self, digest: str, tenant_id: str, media_type: str | None = None) -> FileReply:
         link = self._orchestra.link()
-        info = await link.call("artifact.get", ArtifactKey(digest=digest), ArtifactInfo)
+        info = await link.call("artifact.get", ArtifactKey(digest=digest, tenant_id=tenant_id), ArtifactInfo)
         if info.token is None:
             raise AetherError("GONE", f"cannot read artifact {digest}: its bytes are gone")
         fd = await link.take_fd(info.token)
-        if admission is not None and info.tenant_id != admission.principal.tenant_id:
-            os.close(fd)
-            raise AetherError("NOT_FOUND", f"cannot find artifact {digest}")
         return FileReply(fd, 0, info.size_bytes, media_type or info.media_type, digest)
 
     async def _output(self, view: JobView, call: LogsCall) -> AsyncIterator[bytes]:

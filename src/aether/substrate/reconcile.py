@@ -27,22 +27,31 @@ class Reconciler:
         self._book = book
         self._execution = execution
 
-    async def reconcile(self, body: Reconcile) -> Reconciled:
-        """`reconcile`: idempotent; after it the rows of aurorad and the open jobs of the log agree."""
-        await self._book.log.durable(self._book.log.size - 1)
+    async def reconcile(self, body: Reconcile, stated: set[str]) -> Reconciled:
+        """`reconcile`: idempotent; after the last page the rows of aurorad and the open jobs of the log agree.
+
+        `stated` gathers the rows of all pages of one connection.
+        """
+        ledger, log = self._book.ledger, self._book.log
+        await log.durable(log.size - 1)
         rows = {row.job_id for row in body.open_jobs}
+        stated |= rows
+        if body.last:
+            await self._abandon_all_but(stated)
+        decided = self._outcomes_since(body.applied_index)
+        shown = [job for job_id, job in ledger.open.items() if job_id in rows or (body.last and job_id not in stated)]
+        return Reconciled(
+            drop=tuple(sorted(rows - ledger.open.keys() - decided)),
+            grants=tuple(job.grant for job in shown if job.grant.job_id in rows),
+            cells=tuple(_live(job) for job in shown if job.started is not None),
+            log_size=log.durable_size,
+        )
+
+    async def _abandon_all_but(self, stated: set[str]) -> None:
         for job in list(self._book.ledger.open.values()):
             is_worker = job.intent.op == WORKER_OP and job.started is not None
-            if job.grant.job_id not in rows and not is_worker and job.grant.job_id in self._book.ledger.open:
+            if job.grant.job_id not in stated and not is_worker and job.grant.job_id in self._book.ledger.open:
                 await self._execution.abandon(job, "its row was not kept")
-        open_now = self._book.ledger.open
-        decided = self._outcomes_since(body.applied_index)
-        return Reconciled(
-            drop=tuple(sorted(rows - open_now.keys() - decided)),
-            grants=tuple(job.grant for job_id, job in open_now.items() if job_id in rows),
-            cells=tuple(_live(job) for job in open_now.values() if job.started is not None),
-            log_size=self._book.log.durable_size,
-        )
 
     async def read_log(self, body: LogRead) -> LogPage:
         """`log.read`: job records from `start` on; `next_index` is where to go on."""

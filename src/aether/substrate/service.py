@@ -40,7 +40,7 @@ from aether.contract.wire import (
     Empty,
     Hello,
     JobFinish,
-    JobKey,
+    JobKept,
     JobStop,
     LogRead,
     MetricsReply,
@@ -194,6 +194,7 @@ class Service:
     def verbs(self, link: Callable[[], Link], hello: Callable[[], None]) -> Handlers:
         """The handlers of one connection; `hello` is called when the handshake was good."""
         parts = self._parts
+        stated: set[str] = set()  # rows that the pages of this connection named so far
 
         async def greet(body: Hello) -> Hello:
             if body.protocol_version != PROTOCOL_VERSION or body.version != parts.gate.node.version:
@@ -203,8 +204,9 @@ class Service:
             return Hello(role="aetherd", protocol_version=PROTOCOL_VERSION, version=node.version, node_id=node.node_id)
 
         async def reconcile(body: Reconcile) -> Reconciled:
-            answer = await parts.reconciler.reconcile(body)
-            parts.orchestra.attach(link())
+            answer = await parts.reconciler.reconcile(body, stated)
+            if body.last:
+                parts.orchestra.attach(link())
             return answer
 
         return {
@@ -221,4 +223,4 @@ class Service:
         }
 
     def events(self) -> EventHandlers:
-        return {"job.kept": (JobKey, self._parts.orchestra.kept)}
+        return {"job.kept": (JobKept, self._parts.orchestra.kept)}

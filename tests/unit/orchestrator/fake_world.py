@@ -258,7 +258,7 @@ class Authority:
         return {verb: (kind, self._stepping(verb, run)) for verb, (kind, run) in table.items()}
 
     def events(self) -> dict[str, Any]:
-        return {"job.kept": (wire.JobKey, lambda event: self.kept.add(event.job_id))}
+        return {"job.kept": (wire.JobKept, lambda event: event.error or self.kept.add(event.job_id))}
 
     def _stepping(self, verb: str, run: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
         async def stepped(body: Any) -> Any:

@@ -61,9 +61,14 @@ async def upload(world: World, data: bytes, **changes: object) -> wire.ArtifactI
     return await ask(world, "artifact.put", msgspec.structs.replace(body, **changes), wire.ArtifactInfo)
 
 
+def result_key(view: JobView) -> wire.ResultKey:
+    assert view.result_digest is not None and view.result_bytes is not None
+    return wire.ResultKey(digest=view.result_digest, size_bytes=view.result_bytes)
+
+
 async def download(world: World, digest: str) -> bytes:
     assert world.authority.link is not None
-    info = await ask(world, "artifact.get", wire.ArtifactKey(digest=digest), wire.ArtifactInfo)
+    info = await ask(world, "artifact.get", wire.ArtifactKey(digest=digest, tenant_id="default"), wire.ArtifactInfo)
     assert info.token is not None
     fd = await world.authority.link.take_fd(info.token)
     try:
@@ -91,7 +96,7 @@ def test_a_command_job_from_inputs_to_artifacts(play: Callable[[Body], None]) ->
         )
         assert {info.name for info in page.artifacts} == {"report.json", "deep/data.bin"}
         assert all(info.labels == ("local-only", "mine") for info in page.artifacts), "labels follow the data"
-        result = await ask(world, "job.result", wire.JobKey(job_id=job_id), wire.ResultReply)
+        result = await ask(world, "job.result", result_key(row.view), wire.ResultReply)
         said = msgspec.json.decode(result.result)
         assert said["exit_code"] == 0 and len(said["artifacts"]) == 2
         assert digest_bytes(result.result) == result.digest == row.view.result_digest
@@ -158,13 +163,12 @@ def test_stop_while_running_and_again(play: Callable[[Body], None]) -> None:
         assert job_id is not None
         await eventually(lambda: _cell(world, job_id))
         view = await ask(world, "job.get", wire.JobKey(job_id=job_id), JobView)
-        assert await refused(ask(world, "job.result", wire.JobKey(job_id=job_id), wire.ResultReply)) == "NOT_READY"
         for _ in range(2):
             await ask(world, "job.stop", wire.JobStop(job_id=job_id, grace_ms=10), wire.Empty)
         row = await world.settled(job_id)
         assert row.state is JobState.CANCELLED and row.view.error is not None and row.view.error.code == "CANCELLED"
         await ask(world, "job.stop", wire.JobStop(job_id=job_id, grace_ms=10), wire.Empty)
-        assert await refused(ask(world, "job.result", wire.JobKey(job_id=job_id), wire.ResultReply)) == "NO_RESULT"
+        assert row.view.result_digest is None
         assert view.state in (JobState.QUEUED, JobState.RUNNING)
 
     play(body)
@@ -210,7 +214,7 @@ def test_run_answers_and_keeps(play: Callable[[Body], None]) -> None:
         (job_id,) = world.authority.released
         row = await world.settled(job_id)
         assert job_id in world.authority.kept
-        result = await ask(world, "job.result", wire.JobKey(job_id=job_id), wire.ResultReply)
+        result = await ask(world, "job.result", result_key(row.view), wire.ResultReply)
         assert result.result == reply.result
         assert row.request is None
 
@@ -445,12 +449,19 @@ def test_pages_of_jobs(play: Callable[[Body], None]) -> None:
 def test_what_is_not_there(play: Callable[[Body], None]) -> None:
     async def body(world: World) -> None:
         key = wire.JobKey(job_id="job_01a5c0de-0000-7000-8000-000000000000")
-        for verb in ("job.get", "job.result", "job.story"):
+        for verb in ("job.get", "job.story"):
             assert await refused(ask(world, verb, key, JobView)) == "NOT_FOUND"
         await ask(world, "job.stop", wire.JobStop(job_id=key.job_id, grace_ms=1), wire.Empty)
-        missing = wire.ArtifactKey(digest="sha256:" + "0" * 64)
+        lost = wire.ResultKey(digest="sha256:" + "0" * 64, size_bytes=10)
+        assert await refused(ask(world, "job.result", lost, wire.ResultReply)) == "GONE"
+        missing = wire.ArtifactKey(digest="sha256:" + "0" * 64, tenant_id="default")
         assert await refused(ask(world, "artifact.get", missing, wire.ArtifactInfo)) == "NOT_FOUND"
-        assert await refused(ask(world, "artifact.get", wire.ArtifactKey(digest="../x"), wire.ArtifactInfo)) == "BAD_ID"
+        assert (
+            await refused(
+                ask(world, "artifact.get", wire.ArtifactKey(digest="../x", tenant_id="default"), wire.ArtifactInfo)
+            )
+            == "BAD_ID"
+        )
 
     play(body)
 
