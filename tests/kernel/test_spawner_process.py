@@ -534,3 +534,20 @@ def test_the_interpreter_of_this_installation_runs_in_a_cell(spawner: Spawner) -
         await driver.free(started.handle)
 
     with_driver(spawner, step)
+
+
+def test_an_orphaned_spawner_ends(tmp_path: Path) -> None:
+    """Its parent is killed: it kills its cells, cleans up and gives the state directory free."""
+    command = [sys.executable, "-m", "aether.spawner.main", "--state", str(tmp_path)]
+    code = f"import subprocess, time; subprocess.Popen({command!r}); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        deadline = time.monotonic() + 15
+        while not (tmp_path / "run/spawner.sock").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        parent.kill()
+    while processes(str(tmp_path)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not (tmp_path / "run/spawner.sock").exists()
+    assert (tmp_path / "cells/.instances").read_text() == ""

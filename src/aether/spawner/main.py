@@ -44,7 +44,7 @@ from aether.spawner.workops import WorkOps
 STOP_WAIT_S = 5.0
 HOST_FACTS = ("missing", "landlock_abi", "root_steps", "landlock_rules", "python")
 _INSTANCE = re.compile(r"[0-9a-f]{8}")
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class StartError(Exception):
@@ -245,8 +245,17 @@ class Spawner:
         self._write_instances([])
 
 
+def die_with_parent() -> None:
+    """SIGTERM when the supervisor dies: an orphan would hold the state directory against the next instance."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        raise SystemExit("the supervisor is gone")
+
+
 def main(argv: list[str] | None = None) -> int:
     options = read_options(sys.argv[1:] if argv is None else argv)
+    die_with_parent()
     try:
         spawner = Spawner(options)
     except (StartError, OSError) as error:
