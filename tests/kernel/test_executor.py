@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from aether.contract.cellplan import NAMESPACES, IdMap, Plan
+from aether.spawner.linux import initwire, native, rootfs
+from aether.spawner.linux.cgroup_host import locate
+from aether.spawner.linux.executor import Attach
 from tests.support import cells
 from tests.support.cells import Host
 
@@ -161,6 +166,60 @@ def test_limits_hold_and_only_narrow(host: Host) -> None:
     code += "print(os.write(os.open('/work/big', os.O_CREAT | os.O_WRONLY), bytes(5000)))"
     result = host.python(code, rlimits=limits, exec_rlimits=[["nofile", 32, 32]])
     assert result.out.splitlines() == ["(32, 32) (0, 0)", "4096"]
+
+
+@pytest.fixture
+def cgroups() -> Iterator[dict[str, Path]]:
+    """A directory of our own beneath our own cgroup, in the v2 hierarchy and in that of v1 pids."""
+    own = locate(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
+    found = {"v2": own.v2, "v1": own.v1.get("pids")}
+    made = {kind: Path(path) / f"aether-test-{os.getpid()}" for kind, path in found.items() if path is not None}
+    try:
+        for path in made.values():
+            path.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup is lent to this process: {error.strerror}")
+    yield made
+    for path in made.values():
+        path.rmdir()
+
+
+def test_pid_1_attaches_before_its_cgroup_namespace(host: Host, cgroups: dict[str, Path]) -> None:
+    if host.user and os.geteuid() == 0:
+        pytest.skip("the cgroups belong to root")
+    if "v2" not in cgroups:
+        pytest.skip("no cgroup v2 hierarchy is mounted")
+    zero = [str(cgroups["v1"] / "tasks")] if "v1" in cgroups else []
+    actions = [["sleep", 0.1], *(["read", str(path / "cgroup.procs")] for path in cgroups.values())]
+    script = "grep -E '^0:|pids' /proc/self/cgroup; sleep 1"
+    result = host.run(["sh", "-c", script], write_zero=zero, cgroup2=str(cgroups["v2"]), actions=actions)
+    members = [e["text"].split() for e in result.events if e["kind"] == "Read"]
+    assert all(str(result.pid) in pids and len(pids) >= 2 for pids in members)
+    assert {line.rpartition(":")[2] for line in result.out.split()} == {"/"}
+
+
+def test_the_native_launcher_is_replaced_when_it_dies() -> None:
+    if not os.access(native.BINARY, os.X_OK):
+        pytest.skip("aether-init is not built")
+    if "cell" in cells.missing():
+        pytest.skip(cells.missing()["cell"]["reason"])
+    facts = rootfs.gather_root_facts()
+    ids = IdMap(0x7A00_0000, 0x7A00_0000, 65536) if os.geteuid() == 0 else IdMap(os.geteuid(), os.getegid(), 1, 1000)
+    plan = Plan("c", "cell", NAMESPACES, ids, "cell", rootfs.default_root_steps(facts), "cell", None)
+    executor = native.NativeExecutor(rootfs.source_roots(facts))
+    for _ in range(2):
+        cell = executor.launch(plan, Attach())
+        cell.control.setblocking(True)
+        assert isinstance(initwire.receive(cell.control), initwire.Ready)
+        (launcher,) = executor.pids()
+        os.kill(launcher, signal.SIGKILL)
+        initwire.send_shutdown(cell.control)  # the cell outlives the launcher
+        assert initwire.receive(cell.control) is None
+        os.waitid(os.P_PIDFD, cell.pidfd, os.WEXITED)
+        os.close(cell.pidfd)
+        cell.control.close()
+    executor.close()
+    assert executor.pids() == frozenset()
 
 
 def test_the_process_level_confines_without_namespaces(host: Host) -> None:

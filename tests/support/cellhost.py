@@ -3,7 +3,8 @@
 A process of its own, because a spawner must be single-threaded, and so that it can run as an ordinary user. It
 imports the standard library and the spawner's part of the package only. Request (JSON on standard input):
     executor native | portable; uid, gid to become; level; steps (added to the default root); landlock; rlimits;
-    write_zero, cgroup2 (paths to attach to); plan (fields that replace those of the plan); argv, env, cwd, extra (texts, one pipe per text, at 3, 4, ...);
+    write_zero, cgroup2 (paths to attach to);
+    plan (fields that replace those of the plan); argv, env, cwd, extra (texts, one pipe per text, at 3, 4, ...);
     actions, carried out one after the other once the first executable has started:
       ["sleep", seconds], ["signal", exec_id, signo], ["exec", exec_id, argv], ["shutdown"], ["close"], ["kill"],
       ["wait", exec_id], ["read", path], ["die"] (this process kills itself)

@@ -120,6 +120,14 @@ def parent_of(base: str, instance: str) -> str:
     return f"{base.rstrip('/')}/{PARENT_PREFIX}{instance}"
 
 
+def left_by(base: str, instance: str) -> list[Path]:
+    """Parents of a dead `instance` anywhere in the hierarchy of `base`: it may have lived in another cgroup."""
+    top = Path(base)
+    while (top.parent / "cgroup.procs").exists():
+        top = top.parent
+    return [path for path in top.glob(f"**/{PARENT_PREFIX}{instance}") if path.is_dir()]
+
+
 class Tree:
     """Files of one cgroup hierarchy below a parent directory; the only place that touches cgroupfs."""
 

@@ -13,7 +13,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from aether.spawner.linux.cgroup import CPU_PERIOD_US, CgroupHandle, CgroupLimits, CgroupUsage, Tree, parent_of
+from aether.spawner.linux.cgroup import CPU_PERIOD_US, CgroupHandle, CgroupLimits, CgroupUsage, Tree, left_by, parent_of
 from aether.spawner.linux.cgroup_v2 import CgroupV2, remove_all
 
 CONTROLLERS = ("memory", "cpu", "pids")
@@ -180,19 +180,17 @@ class CgroupV1:
     def sweep(self, instance: str) -> int:
         swept = self.v2.sweep(instance) if self.v2 is not None else 0
         for own in self._trees:
-            path = Path(parent_of(str(Path(own.path).parent), instance))
-            if not path.is_dir():
-                continue
-            tree = Tree(str(path))
-            tree.open()
+            for path in left_by(str(Path(own.path).parent), instance):
+                tree = Tree(str(path))
+                tree.open()
 
-            def kill(name: str, tree: Tree = tree) -> None:
-                for pid in tree.pids(f"{name}/cgroup.procs"):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                def kill(name: str, tree: Tree = tree) -> None:
+                    for pid in tree.pids(f"{name}/cgroup.procs"):
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
 
-            swept = max(swept, remove_all(tree, kill))
-            tree.close()
+                swept = max(swept, remove_all(tree, kill))
+                tree.close()
         return swept
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aether.spawner.linux.cgroup import CPU_PERIOD_US, CgroupHandle, CgroupLimits, CgroupUsage, Tree, parent_of
+from aether.spawner.linux.cgroup import CPU_PERIOD_US, CgroupHandle, CgroupLimits, CgroupUsage, Tree, left_by, parent_of
 
 WANTED = ("cpu", "memory", "pids", "io")
 _LIMIT_CONTROLLER = {
@@ -217,15 +217,14 @@ class CgroupV2:
         return True
 
     def sweep(self, instance: str) -> int:
-        path = parent_of(self.base, instance)
         swept = 0
-        if Path(path).is_dir():
-            left = CgroupV2(self.base, instance, wanted=())
+        for path in left_by(self.base, instance):
+            left = CgroupV2(str(path.parent), instance, wanted=())
             left.tree.open()
-            swept = remove_all(left.tree, left._kill)
+            swept += remove_all(left.tree, left._kill)
             left.close()
-        with contextlib.suppress(OSError):  # busy while its roles live, which is then right
-            Path(path + "-roles").rmdir()
+            with contextlib.suppress(OSError):  # busy while its roles live, which is then right
+                Path(f"{path}-roles").rmdir()
         return swept
 
     def close(self) -> None:

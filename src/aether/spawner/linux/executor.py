@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from aether.contract.cellplan import ExecSpec, Plan
+from aether.contract.cellplan import ExecSpec, Plan, PlanError
+from aether.spawner.linux.program import HostFacts, Program, lower
 
 
 class LaunchError(Exception):
@@ -32,6 +33,14 @@ class LaunchError(Exception):
         self.step = step
         self.errno = errno
         self.remedy = remedy
+
+
+def lower_plan(plan: Plan, roots: Sequence[str], facts: HostFacts) -> Program:
+    """program.lower, with a plan that this kernel cannot carry out as LaunchError."""
+    try:
+        return lower(plan, roots, facts)
+    except PlanError as error:
+        raise LaunchError(error.field, 0, f"{error.why}: leave it out of the plan") from error
 
 
 @dataclass(frozen=True, slots=True)

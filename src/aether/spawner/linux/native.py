@@ -7,6 +7,7 @@ this process: whoever reaps or kills children must leave those of `pids` alone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from typing import Final
 
 from aether.contract.cellplan import ExecSpec, Plan
 from aether.spawner.linux import initwire, program
-from aether.spawner.linux.executor import Attach, Launched, LaunchError
+from aether.spawner.linux.executor import Attach, Launched, LaunchError, lower_plan
 from aether.spawner.linux.remedies import remedy
 
 BINARY: Final = Path(__file__).resolve().parent.parent / "native" / "aether-init"
@@ -46,9 +47,12 @@ class NativeExecutor:
     ) -> Launched:
         if len(fds) != (first_exec.fd_count if first_exec else 0):
             raise LaunchError("descriptors", 0, "pass one descriptor per entry of the specification")
-        lowered = program.lower(plan, self._roots, self._facts)
+        lowered = lower_plan(plan, self._roots, self._facts)
         cgroup2 = attach.cgroup2_dir is not None
-        message = initwire.encode_launch(lowered, len(attach.write_zero), cgroup2, first_exec)
+        try:
+            message = initwire.encode_launch(lowered, len(attach.write_zero), cgroup2, first_exec)
+        except initwire.WireError as error:
+            raise LaunchError("program", errno.E2BIG, "use fewer steps, or shorter arguments") from error
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             dirs = [attach.cgroup2_dir] if attach.cgroup2_dir is not None else []

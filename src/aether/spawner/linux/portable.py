@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from aether.contract.cellplan import ExecSpec, Plan
 from aether.spawner.linux import confine, initwire, kernel, mounts, program
-from aether.spawner.linux.executor import Attach, Launched, LaunchError
+from aether.spawner.linux.executor import Attach, Launched, LaunchError, lower_plan
 from aether.spawner.linux.reaper import Reaper
 from aether.spawner.linux.remedies import remedy
 
@@ -41,7 +41,7 @@ class PortableExecutor:
     ) -> Launched:
         if len(fds) != (first_exec.fd_count if first_exec else 0):
             raise LaunchError("descriptors", 0, "pass one descriptor per entry of the specification")
-        lowered = program.lower(plan, self._roots, self._facts)
+        lowered = lower_plan(plan, self._roots, self._facts)
         userns = self._userns(lowered) if lowered.join_userns else None
         started_us = time.monotonic_ns() // 1000
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

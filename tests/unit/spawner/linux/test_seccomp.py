@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import re
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -104,3 +106,23 @@ def test_numbers_are_unique_and_every_entry_has_a_reason() -> None:
 @pytest.mark.parametrize("arch", ARCHES)
 def test_the_program_is_small(arch: str) -> None:
     assert len(seccomp.filter_program("cell", arch)) // 8 < 160
+
+
+HEADERS = {
+    "x86_64": (Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), Path("/usr/include/asm/unistd_64.h")),
+    "aarch64": (Path("/usr/include/asm-generic/unistd.h"),),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_numbers_are_those_of_the_kernels_headers(arch: str) -> None:
+    header = next((path for path in HEADERS[arch] if path.exists()), None)
+    if header is None:
+        pytest.skip("the kernel's headers are not installed")
+    pattern = r"#define __NR(?:3264)?_(\w+)\s+(\d+)"
+    known = {name: int(number) for name, number in re.findall(pattern, header.read_text())}
+    entries = {**seccomp.REFUSED, **seccomp.CHECKED}
+    for name, entry in entries.items():
+        number = getattr(entry, arch)
+        if number in known.values() or name in known:
+            assert known.get(name) == number, name
