@@ -4,8 +4,6 @@ What uvicorn's `Server` adds (signal handlers, a 100 ms tick, a Date header) is 
 its own life cycle, so connections are accepted here and only the protocol is uvicorn's.
 
 Invariants
-- The socket appears under its name with its final mode, by rename; a stale one is replaced only when nobody
-  listens on it.
 - Who calls is SO_PEERCRED at accept (unix(7)): later changes of the peer's uid do not matter.
 - A connection is bounded in time: HTTP_HEADER_TIMEOUT_S for a request's head (and for its first byte),
   HTTP_BODY_IDLE_TIMEOUT_S without body bytes and BODY_BYTES_PER_S_MIN on average after that,
@@ -21,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import stat
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -36,9 +33,9 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from aether.api.address import bind_address
 from aether.api.head import Peer
 from aether.api.http import CONNECTION_EXTENSION
+from aether.api.listener import BACKLOG, listen
 from aether.api.operations import ErrorReply
 from aether.contract import ids, limits
 from aether.contract.errors import AetherError
@@ -47,7 +44,6 @@ BODY_BYTES_PER_S_MIN: Final = 1024
 PIPELINE_MAX: Final = 16
 KEEP_ALIVE_S: Final = 60
 SWEEP_INTERVAL_S: Final = 1.0
-BACKLOG: Final = 512
 _UCRED: Final = struct.Struct("3i")
 
 
@@ -365,50 +361,6 @@ async def serve(
         await stop.wait()
     finally:
         await server.close(grace_s)
-
-
-def listen(path: Path, *, mode: int, gid: int | None) -> socket.socket:
-    """A listening Unix socket at `path`, replacing a stale one. Raises ALREADY_RUNNING, STATE_UNUSABLE.
-
-    It is bound under a temporary name and renamed, so nobody can connect before its mode is set.
-    """
-    _check_stale(path)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    try:
-        fresh.unlink(missing_ok=True)
-        with bind_address(fresh) as address:
-            listener.bind(address)
-        fresh.chmod(mode)
-        if gid is not None:
-            os.chown(fresh, -1, gid)
-        listener.listen(BACKLOG)
-        fresh.rename(path)
-    except OSError as error:
-        listener.close()
-        fresh.unlink(missing_ok=True)
-        raise AetherError("STATE_UNUSABLE", f"cannot listen on {path}: {error.strerror or error}") from error
-    return listener
-
-
-def _check_stale(path: Path) -> None:
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise AetherError("STATE_UNUSABLE", f"cannot listen on {path}: {error.strerror}") from error
-    if not stat.S_ISSOCK(found.st_mode):
-        raise AetherError("STATE_UNUSABLE", f"cannot listen on {path}: it exists and is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, bind_address(path) as address:
-        probe.setblocking(False)
-        try:
-            probe.connect(address)
-        except BlockingIOError:
-            pass  # its backlog is full: somebody listens
-        except OSError:
-            return
-    raise AetherError("ALREADY_RUNNING", f"cannot listen on {path}: another process does")
 
 
 def _peer(transport: asyncio.Transport) -> Peer:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from aether.api.address import bind_address
-from aether.api.server import listen, serve
+from aether.api.listener import listen
+from aether.api.server import serve
 from aether.client import Client
 from aether.contract.errors import AetherError
 from tests.unit.api.http_node import HttpNode
