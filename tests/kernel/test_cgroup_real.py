@@ -164,3 +164,18 @@ def test_base_is_the_own_cgroup() -> None:
     found = locate(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
     for path in (*found.v1.values(), *([found.v2] if found.v2 else [])):
         assert Path(path).is_dir()
+
+
+def test_sweep_finds_an_instance_that_lived_in_another_cgroup(driver: CgroupDriver) -> None:
+    found = locate(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
+    if found.v2 is None or driver.kind != "v1":
+        pytest.skip("needs a hybrid host")
+    theirs = os.urandom(4).hex()
+    other = Path(found.v2) / f"aether-elsewhere-{theirs}"
+    left = other / f"aether-{theirs}" / "cell"
+    left.mkdir(parents=True)
+    try:
+        assert driver.sweep(theirs) == 1
+        assert not left.parent.exists()
+    finally:
+        other.rmdir()
