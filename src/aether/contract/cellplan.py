@@ -337,10 +337,6 @@ def _below_root(value: object, field: str) -> str:
     return path
 
 
-def _mode(value: object, field: str) -> int:
-    return _int(value, field, 0, 0o1777)
-
-
 def is_beneath(path: str, root: str) -> bool:
     """Lexically: `path` is `root` or lies below it."""
     return root == "/" or path == root or path.startswith(root + "/")
@@ -374,7 +370,7 @@ def _parse_step(value: object, field: str, allowed: _Allowed) -> Step:
     given = {name: obj[name] for name in obj if name != "op"}
     checks: dict[str, Any] = {
         "path": _below_root,
-        "mode": _mode,
+        "mode": lambda v, f: _int(v, f, 0, 0o1777),
         "target": lambda v, f: _text(v, f, PATH_BYTES_MAX),
         "content": lambda v, f: _text(v, f, CONTENT_BYTES_MAX),
         "source": allowed.device if kind is BindDev else allowed.source,
@@ -515,9 +511,6 @@ def parse_exec(obj: object) -> ExecSpec:
         rlimits=_parse_rlimits(top.get("rlimits", []), "exec.rlimits"),
         tty=_bool(top.get("tty", False), "exec.tty"),
     )
-
-
-# ---------------------------------------------------------------------------------------------- writing
 
 
 def to_plain(value: object) -> Any:
