@@ -471,9 +471,9 @@ def _check_whole(plan: Plan) -> None:
         CONTENT_BYTES_MAX
     ):
         _refuse("plan.steps", f"literal files must total at most {CONTENT_BYTES_MAX} bytes")
+    if plan.level == "process" and (plan.namespaces or plan.steps):
+        _refuse("plan.level", "a process-level plan has no namespaces and no steps")
     if plan.level == "process":
-        if plan.namespaces or plan.steps:
-            _refuse("plan.level", "a process-level plan has no namespaces and no steps")
         return
     if "pid" not in plan.namespaces or "mnt" not in plan.namespaces:
         _refuse("plan.namespaces", "a cell needs pid and mnt")
@@ -533,9 +533,7 @@ def to_obj(plan: Plan) -> dict[str, Any]:
 
 def exec_to_obj(spec: ExecSpec) -> dict[str, Any]:
     """The JSON object that `parse_exec` reads back into an equal ExecSpec."""
-    obj = cast("dict[str, Any]", to_plain(spec))
-    obj["env"] = dict(spec.env)
-    return obj
+    return {**to_plain(spec), "env": dict(spec.env)}
 
 
 def _describe_step(step: Step) -> str:
@@ -570,8 +568,10 @@ def _limit(value: int) -> str:
 def describe(plan: Plan) -> list[str]:
     """The plan as readable lines, in the order in which it is carried out."""
     ids = plan.id_map
-    lines = [f"cell {plan.cell_id}, level {plan.level}, plan version {plan.version}"]
-    lines.append(f"new namespaces: {', '.join(plan.namespaces) or 'none'}")
+    lines = [
+        f"cell {plan.cell_id}, level {plan.level}, plan version {plan.version}",
+        f"new namespaces: {', '.join(plan.namespaces) or 'none'}",
+    ]
     if ids.count == 1:
         lines.append(f"ids: {ids.job_uid}:{ids.job_gid} inside is {ids.host_uid}:{ids.host_gid} on the host")
     else:
@@ -587,8 +587,7 @@ def describe(plan: Plan) -> list[str]:
     if plan.landlock is None:
         lines.append("no Landlock")
     else:
-        for rule in plan.landlock.rules:
-            lines.append(f"Landlock: {', '.join(rule.access) or 'nothing'} beneath {rule.path}")
+        lines += [f"Landlock: {', '.join(r.access) or 'nothing'} beneath {r.path}" for r in plan.landlock.rules]
         lines.append(f"Landlock: TCP {'allowed' if plan.landlock.tcp else 'refused'}")
         if plan.landlock.scoped:
             lines.append("Landlock: no signals and no abstract sockets to outside the cell")
