@@ -471,9 +471,9 @@ def _check_whole(plan: Plan) -> None:
         CONTENT_BYTES_MAX
     ):
         _refuse("plan.steps", f"literal files must total at most {CONTENT_BYTES_MAX} bytes")
-    if plan.level == "process" and (plan.namespaces or plan.steps):
-        _refuse("plan.level", "a process-level plan has no namespaces and no steps")
     if plan.level == "process":
+        if plan.namespaces or plan.steps:
+            _refuse("plan.level", "a process-level plan has no namespaces and no steps")
         return
     if "pid" not in plan.namespaces or "mnt" not in plan.namespaces:
         _refuse("plan.namespaces", "a cell needs pid and mnt")
@@ -561,10 +561,6 @@ def _describe_step(step: Step) -> str:
             return f"cover {', '.join(step.paths)}"
 
 
-def _limit(value: int) -> str:
-    return "unlimited" if value == RLIM_INFINITY else str(value)
-
-
 def describe(plan: Plan) -> list[str]:
     """The plan as readable lines, in the order in which it is carried out."""
     ids = plan.id_map
@@ -591,7 +587,8 @@ def describe(plan: Plan) -> list[str]:
         lines.append(f"Landlock: TCP {'allowed' if plan.landlock.tcp else 'refused'}")
         if plan.landlock.scoped:
             lines.append("Landlock: no signals and no abstract sockets to outside the cell")
-    lines += [f"rlimit {r.name}: {_limit(r.soft)} (hard {_limit(r.hard)})" for r in plan.rlimits]
+    shown = {RLIM_INFINITY: "unlimited"}
+    lines += [f"rlimit {r.name}: {shown.get(r.soft, r.soft)} (hard {shown.get(r.hard, r.hard)})" for r in plan.rlimits]
     lines.append(f"seccomp profile {plan.seccomp_profile}")
     return [_printable(line) for line in lines]
 
