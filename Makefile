@@ -51,6 +51,7 @@ bench: setup $(VENV)/.dev ## Every benchmark; tables on the screen, JSON in benc
 
 train-demo: setup ## Train the pendulum package again (minutes; extra `train`)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train]'
+	rm -rf build/pendulum
 	$(BIN)/python -m aether.worldmodel.train --seed $(SEED) --out build/pendulum
 
 docs: setup ## Write the generated pages again

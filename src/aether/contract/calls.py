@@ -113,9 +113,9 @@ class ExplainCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class SubmittedJob(JobView, frozen=True, kw_only=True):
-    """The answer to `job.submit`; `result` is inline when the job is terminal and its result is small."""
+    """The answer to `job.submit`; `result` is inline (as msgspec.Raw) when the job is terminal and it is small."""
 
-    result: msgspec.Raw | None = None
+    result: Any = None
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):

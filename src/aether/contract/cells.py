@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal, get_args
 
 import msgspec
 
 from aether.contract import limits
 
 Level = Literal["process", "cell"]
+RUNGS: Final = ("process", "cell", "wasm", "gvisor", "microvm", "pod")
+"""Kinds of isolation by name; a rung without a driver on this node cannot be required."""
 Requirement = Literal[
     "process", "cell", "userns", "netns", "pidns", "mountns", "seccomp", "landlock", "cgroup-memory", "cgroup-cpu",
     "cgroup-pids",
 ]  # fmt: skip
+
+REQUIREMENTS: Final = frozenset(RUNGS) | frozenset(get_args(Requirement))
+"""What `require` may name: a rung, or a mechanism."""
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

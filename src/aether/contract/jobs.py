@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 
 from aether.contract import limits
-from aether.contract.cells import InputFile, Limits, Usage
+from aether.contract.cells import REQUIREMENTS, InputFile, Limits, Usage
 from aether.contract.errors import AetherError, ErrorBody
 
 SCHEMA_VERSION: Final = "1.0"
@@ -84,7 +84,7 @@ class JobRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     params: dict[str, Any]
     inputs: dict[str, Any] = {}
     labels: tuple[str, ...] = ()
-    schema_version: str = SCHEMA_VERSION
+    schema_version: Literal["1.0"] = SCHEMA_VERSION
 
 
 class ArtifactRef(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,6 +142,7 @@ def parse_command(request: JobRequest) -> tuple[CommandParams, CommandInputs]:
     params = _convert(request.params, CommandParams, "params")
     inputs = _convert(request.inputs, CommandInputs, "inputs")
     _check_argv(params)
+    _check_require(params.require)
     _check_env(params.env)
     _check_limits(params.limits)
     _check_paths(params, inputs)
@@ -195,6 +196,14 @@ def _check_argv(params: CommandParams) -> None:
         raise AetherError("BAD_FIELD", "cannot run a command job: params.argv is too long")
     if any("\0" in a for a in argv):
         raise AetherError("BAD_FIELD", "cannot run a command job: params.argv holds a NUL character")
+
+
+def _check_require(words: tuple[str, ...]) -> None:
+    for word in words:
+        if word not in REQUIREMENTS:
+            raise AetherError(
+                "BAD_FIELD", f"cannot require {word[:80]!r}: it is none of {', '.join(sorted(REQUIREMENTS))}"
+            )
 
 
 def _check_env(env: dict[str, str]) -> None:

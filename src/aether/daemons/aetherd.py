@@ -89,7 +89,7 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         book=book,
         cells=cells,
         orchestra=orchestra,
-        submitter=Submitter(gate, book, orchestra, execution),
+        submitter=Submitter(gate, book, orchestra, execution, cells),
         execution=execution,
         reading=Reading(gate, book, orchestra, receipts, JobLogs(layout.job_logs)),
         reconciler=reconciler,

@@ -99,10 +99,13 @@ def follow_up(kind: RecordType, of: Record, index: int, time: str) -> Record:
     )
 
 
-def started(of: Record, cell_id: str, exec_id: str, code: CodeRef, index: int, time: str) -> Record:
+def started(
+    of: Record, cell_id: str, exec_id: str, host_uid: int | None, code: CodeRef, index: int, time: str
+) -> Record:
     """`job.started`: the cell runs; the sandbox as enforced and the plan are named by digest."""
     base = follow_up("job.started", of, index, time)
-    return replace(base, cell_id=cell_id, code=code, started_at=time, detail={"exec_id": exec_id})
+    detail = {"exec_id": exec_id, "host_uid": str(host_uid)}
+    return replace(base, cell_id=cell_id, code=code, started_at=time, detail=detail)
 
 
 def stop_asked(of: Record, caller: Caller, admission: Admission, index: int, time: str) -> Record:

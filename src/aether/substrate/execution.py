@@ -12,6 +12,8 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
+from msgspec.structs import replace
+
 from aether.contract import ids
 from aether.contract.canonical import canonical_record
 from aether.contract.cells import CellSpec, ExecEnd, ExitStatus, InputFile, Usage
@@ -199,14 +201,15 @@ class Execution:
 
     def _record_start(self, job: OpenJob, found: Launched) -> Record:
         log = self._book.log
-        sandbox = log.store_document(canonical_record(found.report))
+        # What is the same for every such cell is stored once; the uid block is this cell's own.
+        sandbox = log.store_document(canonical_record(replace(found.report, uid=None)))
         plan = log.store_document(found.plan_text)
         code = CodeRef(
             plan_digest=plan, sandbox_digest=sandbox, route="local", engine=job.intent.kind, rung=found.report.level
         )
         cell_id = cell_of(job.grant.job_id)
         return self._book.write(
-            lambda index, time: entries.started(job.intent, cell_id, found.exec_id, code, index, time)
+            lambda index, time: entries.started(job.intent, cell_id, found.exec_id, found.report.uid, code, index, time)
         )
 
     def _discard(self, found: Launched) -> None:

@@ -1,11 +1,13 @@
 """The gate every operation passes: identity -> ticket -> policy, and the record of a refusal.
 
 `admit` is synchronous and pure but for the clock. A refused operation that is not a read is recorded; reads
-are neither recorded nor charged.
+are neither recorded nor charged. One uid may cause REFUSALS_PER_S records a second, with a burst; what is left
+out is counted in its next record, so that nobody fills the log by being refused.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Final
 
 from aether.contract.calls import Caller
@@ -15,12 +17,33 @@ from aether.substrate.access.access import Access, Admission, Resource
 from aether.substrate.book import Book
 from aether.substrate.entries import Node, masked
 
+REFUSALS_PER_S: Final = 5
+REFUSALS_BURST: Final = 50
+_UIDS_MAX: Final = 4_096
 _READS: Final = frozenset(
     {
         "health", "metrics", "job.list", "job.get", "job.result", "job.logs", "job.receipt", "job.story",
         "artifact.get", "artifact.list", "model.list", "audit.checkpoint", "cell.explain", "node.doctor",
     }
 )  # fmt: skip
+
+
+class _Bucket:
+    """A token bucket of one uid; `skipped` refusals were not recorded."""
+
+    __slots__ = ("level", "skipped", "time_ns")
+
+    def __init__(self, now_ns: int) -> None:
+        self.level, self.time_ns, self.skipped = float(REFUSALS_BURST), now_ns, 0
+
+    def take(self, now_ns: int) -> bool:
+        earned = max(0, now_ns - self.time_ns) * 1e-9 * REFUSALS_PER_S
+        self.level, self.time_ns = min(float(REFUSALS_BURST), self.level + earned), now_ns
+        if self.level < 1:
+            self.skipped += 1
+            return False
+        self.level -= 1
+        return True
 
 
 class Gate:
@@ -30,6 +53,7 @@ class Gate:
         self.node = node
         self._access = access
         self._book = book
+        self._buckets: OrderedDict[int, _Bucket] = OrderedDict()
 
     def admit(self, caller: Caller, operation: str, resource: Resource) -> Admission:
         """Who the caller is and on what authority; raises the AetherError of the stage that refused."""
@@ -45,6 +69,14 @@ class Gate:
         return self._access.admit_node(operation, resource, self._book.now_ns())
 
     def _record_refusal(self, caller: Caller, operation: str, resource: Resource, error: AetherError) -> None:
+        now_ns = self._book.now_ns()
+        bucket = self._buckets.setdefault(caller.uid, _Bucket(now_ns))
+        if len(self._buckets) > _UIDS_MAX:
+            self._buckets.popitem(last=False)
+        if not bucket.take(now_ns):
+            return
+        detail = {"not_recorded_before": str(bucket.skipped)} if bucket.skipped else {}
+        bucket.skipped = 0
         self._book.write(
             lambda index, time: Record(
                 type="access.denied",
@@ -60,5 +92,6 @@ class Gate:
                 model_id=resource.model,
                 labels=resource.labels,
                 error=masked(error.body()),
+                detail=detail,
             )
         )

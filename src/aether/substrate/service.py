@@ -184,8 +184,10 @@ class Service:
         job = parts.book.ledger.open.get(job_id)
         if view.state in TERMINAL or job is None:
             return view
-        asked = parts.book.write(lambda index, now: entries.stop_asked(job.intent, caller, admission, index, now))
-        await parts.book.durable(asked)
+        if job.stop is None:  # repeating it asks for nothing new
+            parts.book.write(lambda index, now: entries.stop_asked(job.intent, caller, admission, index, now))
+        assert job.stop is not None
+        await parts.book.durable(job.stop)
         await parts.orchestra.link().call("job.stop", JobStop(job_id=job_id, grace_ms=call.grace_ms), Empty)
         return parts.book.known(job_id) or await parts.orchestra.job(job_id)
 

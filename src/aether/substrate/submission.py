@@ -23,6 +23,7 @@ from aether.contract.wire import Empty, JobRunReply, JobSubmit
 from aether.substrate import entries
 from aether.substrate.access.access import Resource
 from aether.substrate.book import Book, outcome_of
+from aether.substrate.cells.supervisor import CellSupervisor
 from aether.substrate.entries import Submission
 from aether.substrate.execution import Execution
 from aether.substrate.gate import Gate
@@ -37,8 +38,11 @@ _PURE_DEADLINE_S: Final = 30.0
 class Submitter:
     """The `job.submit` operation."""
 
-    def __init__(self, gate: Gate, book: Book, orchestra: Orchestra, execution: Execution) -> None:
+    def __init__(
+        self, gate: Gate, book: Book, orchestra: Orchestra, execution: Execution, cells: CellSupervisor
+    ) -> None:
         self._gate = gate
+        self._cells = cells
         self._book = book
         self._orchestra = orchestra
         self._execution = execution
@@ -57,8 +61,10 @@ class Submitter:
         if request.kind == "command":
             params, _ = parse_command(request)
             argv, cell = params.argv, params.limits
+            if params.require:
+                self._cells.check_required(params.require)
         else:
-            model = parse_model(request).model.partition("@")[0]
+            model = parse_model(request).model
         resource = Resource(kind=request.kind, op=request.op, model=model, labels=request.labels)
         admission = self._gate.admit(caller, "job.submit", resource)
         principal = admission.principal

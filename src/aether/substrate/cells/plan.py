@@ -29,11 +29,13 @@ from aether.contract.cellplan import (
     exec_to_obj,
     to_obj,
 )
-from aether.contract.cells import CellSpec
+from aether.contract.cells import REQUIREMENTS, RUNGS, CellSpec
 from aether.contract.errors import AetherError
 from aether.substrate.cells.facts import Facts
 
 JOB_ID: Final = 1000
+DRIVEN: Final = ("process", "cell")
+"""The rungs that the native driver offers."""
 HOST_NAME: Final = "cell"
 WORK: Final = "/work"
 DEFAULT_ENV: Final = {
@@ -56,11 +58,20 @@ class Planned:
     missing: dict[str, str]
 
     def document(self) -> bytes:
-        """Canonical JSON of all that is asked, which receipts name by digest. The environment's values are left
-        out: they may be secrets."""
-        executable = exec_to_obj(self.executable)
+        """Canonical JSON of all that is asked, which receipts name by digest; the same for every cell of one kind.
+
+        What differs from cell to cell is named and not told: its id, its executable's, its work directory, its
+        block of uids. The environment's values are left out: they may be secrets.
+        """
+        plan, executable = to_obj(self.plan), exec_to_obj(self.executable)
+        work = next((step.source for step in self.plan.steps if isinstance(step, BindRw)), None)
+        plan["cell_id"], executable["exec_id"] = "{cell}", "{exec}"
+        plan["id_map"] |= {"host_uid": "{uid}", "host_gid": "{gid}"}
+        for step in plan["steps"]:
+            if work is not None and step.get("source") == work:
+                step["source"] = "{work}"
         executable["env"] = sorted(executable["env"])
-        return canonical({"plan": to_obj(self.plan), "exec": executable, "limits": self.limits})
+        return canonical({"plan": plan, "exec": executable, "limits": self.limits})
 
     def lines(self) -> tuple[str, ...]:
         asked = [f"cgroup limit {name}: {value}" for name, value in self.limits.items()]
@@ -68,20 +79,21 @@ class Planned:
         return (*describe(self.plan), *asked, *lacks, f"run {' '.join(self.executable.argv)} in {self.executable.cwd}")
 
 
-def require(spec: CellSpec, facts: Facts) -> None:
+def require(words: Sequence[str], facts: Facts) -> None:
     """Fail closed before anything is started: raises AetherError LEVEL_UNMET with the reason and the remedy."""
-    for word in spec.require:
-        if word == "process":
-            continue
+    for word in words:
+        if word in RUNGS and word not in DRIVEN:
+            message = f"cannot meet the required level {word}: this node has no driver for it"
+            raise AetherError("LEVEL_UNMET", message, f"require one of {', '.join(DRIVEN)}", {"required": word})
         lack = facts.missing.get(word)
-        if lack is not None:
+        if lack is not None and word != "process":
             message = f"cannot meet the required level {word}: {lack.reason}"
             raise AetherError("LEVEL_UNMET", message, lack.remedy, {"required": word})
 
 
 def plan_cell(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts, slot: int) -> Planned:
     """The plan of `spec` on this host. `slot` chooses the block of uids when the spawner is root."""
-    require(spec, facts)
+    require(spec.require, facts)
     work = f"{facts.work_root}/{cell_id}"
     is_cell = facts.level == "cell"
     plan = Plan(
@@ -176,11 +188,11 @@ def _missing(facts: Facts) -> dict[str, str]:
     return missing
 
 
-def check_spec(spec: CellSpec, known: Sequence[str]) -> None:
+def check_spec(spec: CellSpec) -> None:
     """What the specification's types do not say; raises AetherError BAD_FIELD."""
     for word in spec.require:
-        if word not in known:
-            raise AetherError("BAD_FIELD", f"cannot require {word[:80]!r}: not one of {', '.join(known)}")
+        if word not in REQUIREMENTS:
+            raise AetherError("BAD_FIELD", f"cannot require {word[:80]!r}: it is no level or mechanism")
     for name, source in spec.readonly_dirs.items():
         if not name.isidentifier() or len(name) > 64:
             raise AetherError("BAD_FIELD", f"cannot show a directory as {name[:80]!r}: not a plain name")

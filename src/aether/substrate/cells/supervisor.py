@@ -96,6 +96,10 @@ class CellSupervisor:
 
     # ---- what this host can do
 
+    def check_required(self, words: Sequence[str]) -> None:
+        """Refuses at once what no cell here can give; raises AetherError LEVEL_UNMET."""
+        self._driver.check_required(words)
+
     def explain(self, params: CommandParams) -> Explanation:
         """The plan a command would get; nothing is started."""
         spec = CellSpec(argv=params.argv, env=params.env, cwd=params.cwd, limits=params.limits, require=params.require)

@@ -11,24 +11,23 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 from aether.contract import limits
 from aether.contract.canonical import digest_bytes
 from aether.contract.cellplan import IdMap, exec_to_obj, to_obj
-from aether.contract.cells import CellSpec, ExecEnd, InputFile, Requirement, SandboxReport, Usage
+from aether.contract.cells import CellSpec, ExecEnd, InputFile, SandboxReport, Usage
 from aether.contract.errors import AetherError
 from aether.contract.wire import CellFile, CellFiles
 from aether.substrate.cells.client import Connector, SpawnerLink
 from aether.substrate.cells.drivers.port import Adopted, Explained, Fingerprint, Handle, Order, Started
 from aether.substrate.cells.facts import Facts, read_facts
-from aether.substrate.cells.plan import JOB_ID, Planned, check_spec, exec_spec, plan_cell
+from aether.substrate.cells.plan import JOB_ID, Planned, check_spec, exec_spec, plan_cell, require
 from aether.substrate.cells.report import end_of, sandbox_report, usage_of, verify_required
 
 FILES_PER_MESSAGE: Final = 200
 STDIO: Final = ("null", "log", "log")
 SLOT_TRIES: Final = 16
-_REQUIREMENTS: Final = get_args(Requirement)
 
 
 @dataclass(slots=True)
@@ -154,13 +153,17 @@ class NativeDriver:
         value: dict[str, Any] = (await self._connector.require().call("probe", {})).json()
         return value
 
+    def check_required(self, words: Sequence[str]) -> None:
+        """Whether this host can do what is required; raises AetherError LEVEL_UNMET, UNAVAILABLE."""
+        require(words, self.facts)
+
     def explain(self, spec: CellSpec) -> Explained:
-        check_spec(spec, _REQUIREMENTS)
+        check_spec(spec)
         planned = plan_cell(spec, "cell_example", "exec_example", self.facts, 0)
         return Explained(planned.lines(), to_obj(planned.plan), planned.document(), planned.missing)
 
     async def launch(self, order: Order) -> Started:
-        check_spec(order.spec, _REQUIREMENTS)
+        check_spec(order.spec)
         link, facts = self._connector.require(), self.facts
         known = self._cells.get(order.cell_id)
         if known is not None:
