@@ -26,8 +26,8 @@ from aether.contract.jobs import ArtifactRef, JobRequest, JobState, JobView
 from aether.contract.records import CodeRef
 from aether.contract.wire import ArtifactInfo, ArtifactQuery, Grant, JobQuery
 
-Phase = Literal["queued", "launching", "running", "collecting", "finishing", "freeing", "done"]
-"""Where a job is on its way; finer than JobState. `freeing`: the outcome is durable, its cell is not gone yet."""
+Phase = Literal["queued", "launching", "running", "collecting", "finishing", "done"]
+"""Where a job is on its way; finer than JobState."""
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from aether.contract.cells import CellSpec, ExecEnd, ExitStatus, InputFile, Usage
+from aether.contract.cells import ExecEnd, ExitStatus, Usage
 from aether.contract.errors import ErrorBody
 from aether.contract.jobs import ArtifactRef, JobRequest, JobState, JobView
 from aether.contract.records import CodeRef, Record
@@ -222,12 +222,18 @@ class MetricsReply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CellLaunch(msgspec.Struct, frozen=True, kw_only=True):
-    """`cell.launch`: start the job's cell under `grant`. Inputs are descriptors (`tokens`), one per file."""
+    """`cell.launch`: start the job's cell under `grant`, once per attempt.
+
+    `request` must be the admitted one: its input hash is compared with the intent's, and the authority itself
+    makes the cell of it. Inputs are descriptors (`tokens`), one per input file, in order. `labels` are those of
+    the request and of its inputs. `again`: this attempt may have been launched before a crash.
+    """
 
     grant: Grant
-    spec: CellSpec
-    files: tuple[InputFile, ...] = ()
+    request: JobRequest
+    labels: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
+    again: bool = False
 
 
 class CellLaunched(msgspec.Struct, frozen=True, kw_only=True):
@@ -241,7 +247,7 @@ class CellLaunched(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CellKey(msgspec.Struct, frozen=True, kw_only=True):
-    """`cell.free` and others: the cell of a granted job."""
+    """`cell.free`: the cell of a finished job; answers when nothing of it is left."""
 
     grant: Grant
     cell_id: str

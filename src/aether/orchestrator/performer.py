@@ -59,7 +59,7 @@ class Performer:
         self._inferring: set[str] = set()
 
     async def perform(self, row: JobRow, command: machine.Command) -> None:
-        """Performs one command whose row is durable."""
+        """Performs one command; the row says all that a restart needs to command it again."""
         link = self._effects.link()
         try:
             if isinstance(command, machine.Enqueue):
@@ -77,13 +77,11 @@ class Performer:
     async def _perform_over(self, link: Link, row: JobRow, command: machine.Command) -> None:
         match command:
             case machine.LaunchCell():
-                self._effects.post(row.job_id, await self._commands.launch(link, row))
+                self._effects.post(row.job_id, await self._commands.launch(link, row, command.again))
             case machine.StopCell():
                 await self._commands.stop(link, row, command.grace_ms)
             case machine.CollectOutputs():
                 self._effects.post(row.job_id, await self._commands.collect(link, row))
-            case machine.FreeCell():
-                self._effects.post(row.job_id, await self._commands.free(link, row))
             case machine.FinishJob():
                 await self._finish(link, row, command.verdict)
 

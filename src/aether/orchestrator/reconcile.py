@@ -60,7 +60,6 @@ async def reconcile(link: Link, store: Store, desk: Desk, owned: Callable[[LiveC
     Raises AetherError when the link breaks; the next connect does it all again.
     """
     stated = {row.job_id: row.phase for row in desk.open.values() if row.phase in _STATED}
-    freeing = [row.job_id for row in desk.open.values() if row.phase == "freeing"]
     applied = await store.applied_index()
     cells: dict[str, LiveCell] = {}
     log_size = 0
@@ -72,14 +71,12 @@ async def reconcile(link: Link, store: Store, desk: Desk, owned: Callable[[LiveC
         cells |= {cell.grant.job_id: cell for cell in truth.cells}
         log_size = truth.log_size
     await _catch_up(link, store, desk, applied, log_size)
-    ours = stated.keys() | set(freeing) | desk.open.keys()
+    ours = stated.keys() | desk.open.keys()
     orphans = [cell for job_id, cell in cells.items() if not owned(cell) and job_id not in ours]
     for job_id, phase in stated.items():
         row = desk.open.get(job_id)
         if row is not None and row.phase == phase:
             desk.post(job_id, machine.Reconciled(cell=cells.get(job_id)))
-    for job_id in freeing:
-        desk.post(job_id, machine.Reconciled())
     return orphans
 
 

@@ -15,10 +15,10 @@ from typing import Final
 from msgspec.structs import replace
 
 from aether.contract import ids
-from aether.contract.canonical import canonical_record
+from aether.contract.canonical import canonical_record, input_hash
 from aether.contract.cells import CellSpec, ExecEnd, ExitStatus, InputFile, Usage
 from aether.contract.errors import AetherError
-from aether.contract.jobs import JobState
+from aether.contract.jobs import JobState, parse_command
 from aether.contract.ports import Link
 from aether.contract.records import CodeRef, Record
 from aether.contract.wire import (
@@ -72,10 +72,14 @@ class Execution:
         """`cell.launch`; repeated for the same grant it answers with the cell that is there."""
         fds = [await link.take_fd(token) for token in body.tokens]
         try:
-            if len(fds) != len(body.files):
-                raise AetherError("PROTOCOL", "cannot launch: one descriptor per input file is needed")
             job = self.granted(body.grant)
-            launched, channel = await self.start(job, body.spec, list(zip(body.files, fds, strict=True)))
+            spec, inputs = _spec_of(job, body)
+            if len(fds) != len(inputs):
+                raise AetherError("PROTOCOL", "cannot launch: one descriptor per input file is needed")
+            self._check_again(job, body.again)
+            launched, channel = await self.start(job, spec, list(zip(inputs, fds, strict=True)))
+            if job.end is not None:  # it ended while nobody listened
+                self._tell_exit(job, job.end)
             return await hand_over(link, launched, channel)
         finally:
             for fd in fds:
@@ -113,8 +117,7 @@ class Execution:
         if (known := self._book.recent_outcome(job_id)) is not None:
             return known
         job = self.granted(body.grant)
-        _check_state(job, body)
-        outcome = self.conclude(job, body)
+        outcome = self.conclude(job, _judged(job, body))
         await self._book.durable(outcome)
         return self.told(job, outcome)
 
@@ -139,6 +142,7 @@ class Execution:
                     return _launched(job.started), None
                 await self._book.durable(job.intent)
                 self.granted(grant)
+                job.launched_on = job.launched_on or self._cells.instance
                 found = await self._cells.launch(cell_of(grant.job_id), spec, files)
                 if self._book.ledger.open.get(grant.job_id) is not job:
                     self._discard(found)
@@ -180,7 +184,7 @@ class Execution:
             self.free(job_of(end.cell_id))
         elif job.end is None:
             job.end = end
-            self._orchestra.tell_exit(CellExited(job_id=job.grant.job_id, attempt=job.grant.attempt, end=end))
+            self._tell_exit(job, end)
 
     def vanished(self, job: OpenJob) -> None:
         """The spawner no longer knows the job's cell: it died with the spawner."""
@@ -198,6 +202,22 @@ class Execution:
             await asyncio.wait(self._background)
 
     # ---- inside
+
+    def _check_again(self, job: OpenJob, again: bool) -> None:
+        """A launch that may have happened is not repeated: raises LOST unless its cell is there, or it cannot be.
+
+        The launch of this attempt is known not to have happened when this process admitted the job and never
+        asked a spawner that is gone. A repetition at the same spawner is answered with the cell that it has.
+        """
+        if job.started is not None or self._cells.knows(cell_of(job.grant.job_id)):
+            return
+        elsewhere = job.launched_on is not None and job.launched_on != self._cells.instance
+        forgotten = again and job.argv is None
+        if elsewhere or forgotten:
+            raise AetherError("LOST", f"cannot launch {job.grant.job_id} again: it may have run, and its cell is gone")
+
+    def _tell_exit(self, job: OpenJob, end: ExecEnd) -> None:
+        self._orchestra.tell_exit(CellExited(job_id=job.grant.job_id, attempt=job.grant.attempt, end=end))
 
     def _record_start(self, job: OpenJob, found: Launched) -> Record:
         log = self._book.log
@@ -224,6 +244,25 @@ class Execution:
         task = asyncio.ensure_future(work)  # type: ignore[call-overload]
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _spec_of(job: OpenJob, body: CellLaunch) -> tuple[CellSpec, tuple[InputFile, ...]]:
+    """The cell of the admitted request; raises NO_GRANT for any other request."""
+    request = body.request
+    if request.kind != "command" or job.intent.input_hash != input_hash(
+        request.schema_version, request.kind, request.op, request.params, request.inputs
+    ):
+        raise AetherError("NO_GRANT", f"cannot launch {body.grant.job_id}: it was admitted with another request")
+    params, inputs = parse_command(request)
+    spec = CellSpec(
+        argv=params.argv,
+        env=params.env,
+        cwd=params.cwd,
+        limits=params.limits,
+        require=params.require,
+        labels=tuple(sorted({*request.labels, *body.labels})),
+    )
+    return spec, inputs.files
 
 
 def _launched(started: Record) -> CellLaunched:
@@ -253,9 +292,23 @@ async def hand_over(link: Link, launched: CellLaunched, channel: int | None) -> 
     )
 
 
-def _check_state(job: OpenJob, finish: JobFinish) -> None:
-    """aurorad cannot call a cell's failure a success."""
-    if job.intent.kind == "command" and finish.state is JobState.SUCCEEDED:
-        end = job.end
-        if end is None or end.exit.code != 0:
-            raise AetherError("PROTOCOL", f"cannot finish {finish.grant.job_id} as succeeded: its executable did not")
+def _judged(job: OpenJob, finish: JobFinish) -> JobFinish:
+    """The verdict as the authority may record it: aurorad's word about an end needs the authority's own sight of it.
+
+    Raises UNAVAILABLE while that is still to come (the spawner tells it again after a reconnect), PROTOCOL for a
+    failure called success. An end that only aurorad saw, because the spawner died with it, is LOST.
+    """
+    job_id, end = finish.grant.job_id, job.end
+    if job.started is not None and end is None and finish.exit is not None:
+        raise AetherError("UNAVAILABLE", f"cannot finish {job_id} yet: its end is not known here", retry_after_s=1)
+    if end is not None and end.exit.reason == SPAWNER_DIED and _tells_more(finish):
+        error = AetherError("LOST", "cannot finish the job: how it ended was lost with its spawner")
+        return replace(finish, state=JobState.LOST, error=error.body())
+    if job.intent.kind == "command" and finish.state is JobState.SUCCEEDED and (end is None or end.exit.code != 0):
+        raise AetherError("PROTOCOL", f"cannot finish {job_id} as succeeded: its executable did not")
+    return finish
+
+
+def _tells_more(finish: JobFinish) -> bool:
+    """Whether it states an end that the authority did not see; a stop was recorded, so it may stand."""
+    return finish.exit is not None and finish.exit.reason != SPAWNER_DIED and finish.state is not JobState.CANCELLED

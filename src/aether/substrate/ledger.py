@@ -23,12 +23,13 @@ _WINDOW_NS: Final = IDEMPOTENCY_WINDOW_S * 1_000_000_000
 @dataclass(slots=True)
 class OpenJob:
     """An admitted job without an outcome. `end` is set once its executable ended; `argv` is known only to
-    the process that admitted it (the log does not hold it)."""
+    the process that admitted it (the log does not hold it), and so is the spawner that was asked to launch it."""
 
     intent: Record
     started: Record | None = None
     stop: Record | None = None
     argv: tuple[str, ...] | None = None
+    launched_on: str | None = None
     end: ExecEnd | None = None
 
     @property

@@ -11,6 +11,8 @@ import os
 from collections.abc import AsyncIterator
 from typing import Final
 
+import msgspec
+
 from aether.contract import ids
 from aether.contract.calls import (
     ArtifactCall,
@@ -84,6 +86,8 @@ class Reading:
         view = await self._view(caller, "job.result", call)
         if view.state not in TERMINAL:
             raise AetherError("NOT_READY", f"cannot give the result of {view.job_id}: it is {view.state}")
+        if view.kind == "command" and view.state is JobState.SUCCEEDED:
+            return RawReply(command_result(view), _JSON)
         if view.state is not JobState.SUCCEEDED or view.result_digest is None:
             raise AetherError("NO_RESULT", f"cannot give the result of {view.job_id}: it {view.state}")
         inline = await self._orchestra.inline_result(view)
@@ -193,6 +197,13 @@ class Reading:
             await asyncio.sleep(_START_POLL_S)
         ended = view if view.state in TERMINAL else await self._orchestra.job(view.job_id)
         return ended.cell_id, ended.exec_id
+
+
+def command_result(view: JobView) -> bytes:
+    """The result of a command: how it ended, what it left, what it used; all of it is in the outcome record."""
+    return msgspec.json.encode(
+        {"exit_code": view.exit_code, "signal": view.signal, "artifacts": view.artifacts, "usage": view.usage}
+    )
 
 
 async def _nothing() -> AsyncIterator[bytes]:

@@ -125,7 +125,7 @@ def test_open_jobs_are_those_not_done_oldest_first(run: Callable[[Check], None])
         for kept in reversed(rows):
             await store.submit(kept, ENTRY)
         await store.advance(replace(rows[1], revision=2, phase="done"), ENTRY)
-        await store.advance(replace(rows[3], revision=2, phase="freeing"), ENTRY)
+        await store.advance(replace(rows[3], revision=2, phase="finishing"), ENTRY)
         found = await store.open_jobs()
         assert [r.job_id for r in found] == [rows[i].job_id for i in (0, 2, 3, 4)]
         assert all(r.request is None for r in found)

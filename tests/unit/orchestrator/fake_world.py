@@ -361,10 +361,8 @@ class Authority:
             os.close(fd)
 
     async def _free(self, body: wire.CellKey) -> wire.Empty:
-        cell = self._cell(body.grant, body.cell_id)
         if body.grant.job_id not in self.outcomes:
             self.violations.append(f"{body.grant.job_id} was freed before its outcome")
-        cell.freed = True
         return wire.Empty()
 
     async def _finish(self, body: wire.JobFinish) -> wire.JobOutcome:
@@ -381,6 +379,8 @@ class Authority:
             self.violations.append(f"{job_id} finished {body.state} while its cell lives")
         error = AetherError.of(body.error) if body.error else None
         done = self._outcome(job_id, body.state, error, body.result_digest, body.result_bytes, body, tell=False)
+        if cell is not None:
+            cell.freed = True
         return wire.JobOutcome(view=outcome_view(done, None, None), log_index=done.log_index)
 
     async def _worker(self, body: wire.WorkerLaunch) -> wire.WorkerLaunched:

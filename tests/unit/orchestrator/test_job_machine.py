@@ -16,7 +16,7 @@ from aether.contract.wire import Grant, LiveCell
 from aether.orchestrator.jobs import machine as m
 from aether.orchestrator.jobs import story
 
-PHASES: tuple[Phase, ...] = ("queued", "launching", "running", "collecting", "finishing", "freeing", "done")
+PHASES: tuple[Phase, ...] = ("queued", "launching", "running", "collecting", "finishing", "done")
 ERROR = m.error_body("CELL_FAILED", "cannot launch: no")
 END = ExecEnd(cell_id="cell_1", exec_id="exec_1", exit=ExitStatus(code=0), usage=Usage())
 VERDICT = Verdict(state=JobState.SUCCEEDED)
@@ -34,7 +34,6 @@ EVENTS: tuple[m.AnyEvent, ...] = (
     m.EngineReplied(verdict=VERDICT),
     m.StopRequested(grace_ms=100),
     m.Finished(state=JobState.FAILED, log_index=3),
-    m.Freed(),
     m.Reconciled(),
     m.Reconciled(cell=CELL),
     m.Reconciled(cell=ENDED),
@@ -45,7 +44,6 @@ FACTS: dict[Phase, Facts] = {
     "running": Facts(cell_id="cell_1", exec_id="exec_1", started_at="t"),
     "collecting": Facts(cell_id="cell_1", exec_id="exec_1", started_at="t", end=END),
     "finishing": Facts(cell_id="cell_1", end=END, verdict=VERDICT),
-    "freeing": Facts(cell_id="cell_1", end=END, verdict=VERDICT),
     "done": Facts(verdict=VERDICT),
 }
 # (phase, event name) -> (next phase, names of commands), for a command job; what is not here changes nothing.
@@ -67,24 +65,20 @@ COMMAND_TABLE: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("launching", "Reconciled+end"): ("collecting", ("CollectOutputs",)),
     ("running", "CellExited"): ("collecting", ("CollectOutputs",)),
     ("running", "StopRequested"): ("running", ("StopCell",)),
-    ("running", "Finished"): ("freeing", ("FreeCell",)),
+    ("running", "Finished"): ("done", ()),
     ("running", "Reconciled"): ("finishing", ("FinishJob",)),
     ("running", "Reconciled+cell"): ("running", ()),
     ("running", "Reconciled+end"): ("collecting", ("CollectOutputs",)),
     ("collecting", "Collected"): ("finishing", ("FinishJob",)),
     ("collecting", "CollectFailed"): ("finishing", ("FinishJob",)),
-    ("collecting", "Finished"): ("freeing", ("FreeCell",)),
+    ("collecting", "Finished"): ("done", ()),
     ("collecting", "Reconciled"): ("collecting", ("CollectOutputs",)),
     ("collecting", "Reconciled+cell"): ("collecting", ("CollectOutputs",)),
     ("collecting", "Reconciled+end"): ("collecting", ("CollectOutputs",)),
-    ("finishing", "Finished"): ("freeing", ("FreeCell",)),
+    ("finishing", "Finished"): ("done", ()),
     ("finishing", "Reconciled"): ("finishing", ("FinishJob",)),
     ("finishing", "Reconciled+cell"): ("finishing", ("FinishJob",)),
     ("finishing", "Reconciled+end"): ("finishing", ("FinishJob",)),
-    ("freeing", "Freed"): ("done", ()),
-    ("freeing", "Reconciled"): ("freeing", ("FreeCell",)),
-    ("freeing", "Reconciled+cell"): ("freeing", ("FreeCell",)),
-    ("freeing", "Reconciled+end"): ("freeing", ("FreeCell",)),
 }
 MODEL_FACTS = {"running": Facts(), "finishing": Facts(verdict=VERDICT), "done": Facts(verdict=VERDICT)}
 MODEL_TABLE: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
@@ -143,9 +137,8 @@ def test_model_jobs(key: tuple[str, str], expected: tuple[str, tuple[str, ...]])
 )
 def test_how_an_end_is_judged(status: ExitStatus, stop: int | None, state: JobState, code: str | None) -> None:
     facts = Facts(end=msgspec.structs.replace(END, exit=status), stop_grace_ms=stop)
-    verdict = m.conclude(facts, m.Collected(result_digest="sha256:x", result_bytes=1))
+    verdict = m.conclude(facts, m.Collected())
     assert (verdict.state, verdict.error.code if verdict.error else None) == (state, code)
-    assert (verdict.result_digest is not None) == (state is JobState.SUCCEEDED)
 
 
 def test_a_refused_output_fails_a_good_job_only() -> None:

@@ -48,5 +48,5 @@ def test_running_jobs_of_an_earlier_process_hold_their_places() -> None:
     scheduler.moved("old", "running")
     scheduler.enqueue("new")
     assert scheduler.claim() is None
-    scheduler.moved("old", "freeing")
+    scheduler.moved("old", "finishing")
     assert scheduler.claim() == "new"

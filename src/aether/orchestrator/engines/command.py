@@ -2,7 +2,7 @@
 
 Each method performs one command of the machine over a link and returns the event that answers it. Every one
 may be performed again after a restart: `cell.launch` and `job.finish` are idempotent per job and attempt,
-artifacts are content-addressed, `cell.free` of a cell that is gone is a success.
+artifacts are content-addressed. The authority frees the cell when the outcome is recorded.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Final
 
 import msgspec
 
-from aether.contract.cells import CellSpec
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError, ErrorBody
-from aether.contract.jobs import ArtifactRef, CommandInputs, CommandParams, JobState, parse_command
+from aether.contract.jobs import ArtifactRef, CommandInputs, CommandParams, JobRequest, parse_command
 from aether.contract.limits import KIB, OUTPUT_BYTES_MAX, OUTPUT_FILES_MAX
 from aether.contract.ports import Link
 from aether.contract.store import JobRow, Store
@@ -27,7 +26,6 @@ from aether.contract.wire import (
     CellCollect,
     CellFile,
     CellFiles,
-    CellKey,
     CellLaunch,
     CellLaunched,
     CellOpen,
@@ -51,6 +49,7 @@ _TYPES: Final = MimeTypes()
 @dataclass(frozen=True, slots=True)
 class _Command:
     grant: Grant
+    request: JobRequest
     params: CommandParams
     inputs: CommandInputs
     labels: tuple[str, ...]
@@ -64,13 +63,17 @@ class CommandEngine:
         self._artifacts = artifacts
         self._clock_ns = clock_ns
 
-    async def launch(self, link: Link, row: JobRow) -> machine.AnyEvent:
+    async def launch(self, link: Link, row: JobRow, again: bool) -> machine.AnyEvent:
         """Performs LaunchCell."""
         try:
             command = await self._load(row)
             tokens = [await self._hand_over(link, file.artifact) for file in command.inputs.files]
             body = CellLaunch(
-                grant=command.grant, spec=_spec(command), files=command.inputs.files, tokens=tuple(tokens)
+                grant=command.grant,
+                request=command.request,
+                labels=command.labels,
+                tokens=tuple(tokens),
+                again=again,
             )
             launched = await insist(link, "cell.launch", body, CellLaunched)
         except AetherError as error:
@@ -91,25 +94,11 @@ class CommandEngine:
         try:
             command = await self._load(row)
             refs, problem = await self._gather(link, row, command)
-            state, _, _ = machine.ended_state(row.facts)
-            if state is not JobState.SUCCEEDED or problem is not None:
-                return machine.Collected(artifacts=refs, error=problem)
-            kept = await self._artifacts.keep(_result(row, refs))
-            return machine.Collected(artifacts=refs, result_digest=kept.digest, result_bytes=kept.size_bytes)
+            return machine.Collected(artifacts=refs, error=problem)
         except AetherError as error:
             if error.code in ("NO_SUCH_CELL", "NO_GRANT"):
                 return machine.CollectFailed(error=error.body())
             return machine.Collected(error=error.body())
-
-    async def free(self, link: Link, row: JobRow) -> machine.AnyEvent:
-        """Performs FreeCell."""
-        grant, cell_id = _cell(row)
-        try:
-            await insist(link, "cell.free", CellKey(grant=grant, cell_id=cell_id), Empty)
-        except AetherError as error:
-            if error.code != "NO_SUCH_CELL":
-                raise
-        return machine.Freed()
 
     # ---- inside
 
@@ -125,7 +114,7 @@ class CommandEngine:
             if info is None:
                 raise AetherError("NOT_FOUND", f"cannot place input {file.path!r}: no artifact {file.artifact}")
             labels.update(info.labels)
-        return _Command(row.grant, params, inputs, tuple(sorted(labels)))
+        return _Command(row.grant, kept.request, params, inputs, tuple(sorted(labels)))
 
     async def _hand_over(self, link: Link, digest: str) -> int:
         fd, _ = await self._artifacts.open_fd(digest)
@@ -201,36 +190,10 @@ class CommandEngine:
         )
 
 
-def _spec(command: _Command) -> CellSpec:
-    params = command.params
-    return CellSpec(
-        argv=params.argv,
-        env=params.env,
-        cwd=params.cwd,
-        limits=params.limits,
-        require=params.require,
-        labels=command.labels,
-    )
-
-
 def _cell(row: JobRow) -> tuple[Grant, str]:
     if row.grant is None or row.facts.cell_id is None:
         raise AetherError("INTERNAL", f"cannot reach the cell of {row.job_id}: it has none")
     return row.grant, row.facts.cell_id
-
-
-def _result(row: JobRow, refs: tuple[ArtifactRef, ...]) -> bytes:
-    """The result document of a command job: how it ended, what it left, what it used."""
-    end = row.facts.end
-    assert end is not None
-    return _encode(
-        {
-            "exit_code": end.exit.code,
-            "signal": end.exit.signal,
-            "artifacts": refs,
-            "usage": end.usage,
-        }
-    )
 
 
 def _refusal(refused: dict[str, str]) -> ErrorBody | None:

@@ -1,10 +1,12 @@
 """The open jobs: the one place where a job changes.
 
-`post` moves a job in one synchronous step (machine, row, queue) and puts the new row on its way to the store;
-what the machine commands is performed only once that row is durable. So a death at any point leaves a row from
-which the same command follows again, and every command is idempotent per job and attempt.
+`post` moves a job in one synchronous step (machine, row, queue) and puts the new row on its way to the store.
+A launch is performed only once its claim is durable, so that no second claimant can launch too; the claim goes
+into the same commit as a new row where there is a place. What follows a launch is fenced by the attempt in its
+grant, so it does not wait for the disk. A death at any point leaves a row from which the same command, or an
+earlier one, follows again, and every command is idempotent per job and attempt.
 
-Rows in memory hold no request (it may be large); whoever needs it reads it from the store.
+Rows in memory hold a request (it may be large) only while few jobs are open; else it is read from the store.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from aether.orchestrator.metrics import JobMetrics
 from aether.orchestrator.queue.scheduler import Scheduler
 from aether.orchestrator.tasks import cancel
 
+REQUESTS_HELD_MAX: Final = 128
 Perform = Callable[[JobRow, machine.Command], Awaitable[None]]
 _replace: Final = msgspec.structs.replace
 _log = logging.getLogger(__name__)
@@ -71,8 +74,12 @@ class Desk:
             await self._store.submit(row, entry)
             return
         self.check_room()
-        self.open[job_id] = _replace(row, request=None)
+        self.open[job_id] = row if len(self.open) < REQUESTS_HELD_MAX else _replace(row, request=None)
         kept = asyncio.ensure_future(self._store.submit(row, entry))
+        if row.kind == "command":
+            self._scheduler.enqueue(job_id)
+            self.pump()  # its claim, if there is a place, is in the same commit as the row
+            commands = ()
         self.spawn(self._admit(kept, row, commands))
         await asyncio.shield(kept)
 
@@ -164,6 +171,9 @@ class Desk:
         if row.kind == "command":
             self._scheduler.moved(row.job_id, row.phase)
         written = asyncio.ensure_future(self._store.advance(row, self._entry(event)))
+        if commands and not isinstance(event, machine.Claimed):
+            self.spawn(self._perform_all(row, commands))
+            commands = ()
         self.spawn(self._after(written, row, commands))
         return written
 
@@ -175,14 +185,19 @@ class Desk:
             await kept
         except AetherError:
             self.open.pop(row.job_id, None)
+            self._scheduler.forget(row.job_id)
             return
         self._metrics.submitted(row.kind).inc()
         await self._perform_all(row, commands)
 
     async def _after(self, written: Awaitable[bool], row: JobRow, commands: tuple[machine.Command, ...]) -> None:
-        if not await written:
+        try:
+            ours = await written
+        except AetherError:
+            ours = False  # the row itself could not be kept: `submit` says so
+        if not ours:
             # Another process moved this attempt: it is not ours any more, and nothing may be done for it.
-            _log.error("job %s: revision %d was not ours to write", row.job_id, row.revision)
+            _log.error("job %s: revision %d was not written", row.job_id, row.revision)
             self.open.pop(row.job_id, None)
             self._scheduler.forget(row.job_id)
             return

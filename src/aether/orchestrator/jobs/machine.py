@@ -1,8 +1,8 @@
 """A job's life as a pure function: `step(state, event) -> (state, commands)`. No clock, no I/O, no ids made here.
 
 ```
-command: queued -> launching -> running -> collecting -> finishing -> freeing -> done
-model:                          running ------------->   finishing ------------> done
+command: queued -> launching -> running -> collecting -> finishing -> done
+model:                          running ------------->   finishing -> done
 ```
 Invariants (tests/unit/orchestrator/test_machine.py)
 - A verdict is set once, on the way into `finishing`, and never changes: FinishJob may be commanded again after
@@ -62,8 +62,6 @@ class Collected(Event, frozen=True, kw_only=True):
     """The declared outputs are artifacts. `error`: an output was refused, which fails an otherwise good job."""
 
     artifacts: tuple[ArtifactRef, ...] = ()
-    result_digest: str | None = None
-    result_bytes: int | None = None
     error: ErrorBody | None = None
 
 
@@ -90,10 +88,6 @@ class Finished(Event, frozen=True, kw_only=True):
     log_index: int
 
 
-class Freed(Event, frozen=True, kw_only=True):
-    """The cell and its work directory are gone."""
-
-
 class Reconciled(Event, frozen=True, kw_only=True):
     """After a reconnect: what the authority knows of the job's cell; null when there is none."""
 
@@ -102,7 +96,7 @@ class Reconciled(Event, frozen=True, kw_only=True):
 
 AnyEvent = (
     Submitted | Claimed | CellStarted | LaunchFailed | CellExited | Collected | CollectFailed | EngineReplied
-    | StopRequested | Finished | Freed | Reconciled
+    | StopRequested | Finished | Reconciled
 )  # fmt: skip
 
 _COMMAND_OPEN: Final = frozenset[Phase]({"queued", "launching", "running", "collecting", "finishing"})
@@ -117,8 +111,7 @@ HANDLED: Final[dict[type[Event], frozenset[Phase]]] = {
     EngineReplied: frozenset({"running"}),
     StopRequested: frozenset({"queued", "launching", "running"}),
     Finished: _COMMAND_OPEN,
-    Freed: frozenset({"freeing"}),
-    Reconciled: _COMMAND_OPEN | {"freeing"},
+    Reconciled: _COMMAND_OPEN,
 }
 
 NO_FACTS: Final = Facts()
@@ -133,7 +126,9 @@ class Enqueue:
 
 @dataclass(frozen=True, slots=True)
 class LaunchCell:
-    """Ask for the cell; answered by CellStarted or LaunchFailed."""
+    """Ask for the cell; answered by CellStarted or LaunchFailed. `again`: it may have been asked for before."""
+
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +153,7 @@ class FinishJob:
     verdict: Verdict
 
 
-@dataclass(frozen=True, slots=True)
-class FreeCell:
-    """Let go of the cell; answered by Freed."""
-
-
-Command = Enqueue | LaunchCell | StopCell | CollectOutputs | RunModel | FinishJob | FreeCell
+Command = Enqueue | LaunchCell | StopCell | CollectOutputs | RunModel | FinishJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +192,6 @@ def step(state: State, event: AnyEvent) -> Step:
         case StopRequested():
             return _stop(state, event.grace_ms)
         case Finished():
-            return _finished(state)
-        case Freed():
             return replace(state, phase="done"), ()
         case Reconciled():
             return _reconciled(state, event.cell)
@@ -241,15 +229,7 @@ def conclude(facts: Facts, collected: Collected) -> Verdict:
     error = error_body(code, f"cannot finish the job: {why}") if code is not None else None
     if state is JobState.SUCCEEDED and collected.error is not None:
         state, error = JobState.FAILED, collected.error
-    good = state is JobState.SUCCEEDED
-    return Verdict(
-        state=state,
-        exit=facts.end.exit if facts.end else None,
-        error=error,
-        result_digest=collected.result_digest if good else None,
-        result_bytes=collected.result_bytes if good else None,
-        artifacts=collected.artifacts,
-    )
+    return Verdict(state=state, exit=facts.end.exit if facts.end else None, error=error, artifacts=collected.artifacts)
 
 
 def error_body(code: str, message: str) -> ErrorBody:
@@ -296,12 +276,6 @@ def _stop(state: State, grace_ms: int) -> Step:
     return replace(state, facts=facts), stop
 
 
-def _finished(state: State) -> Step:
-    if state.facts.cell_id is None:
-        return replace(state, phase="done"), ()
-    return replace(state, phase="freeing"), (FreeCell(),)
-
-
 def _reconciled(state: State, cell: LiveCell | None) -> Step:
     match state.phase:
         case "queued":
@@ -309,8 +283,6 @@ def _reconciled(state: State, cell: LiveCell | None) -> Step:
         case "finishing":
             assert state.facts.verdict is not None
             return state, (FinishJob(state.facts.verdict),)
-        case "freeing":
-            return state, (FreeCell(),)
         case "collecting":
             return state, (CollectOutputs(),)
     if state.kind == "model":
@@ -327,7 +299,7 @@ def _relaunch(state: State) -> Step:
         return replace(state, phase="collecting"), (CollectOutputs(),)
     if state.facts.stop_grace_ms is not None:
         return _finish(state, cancelled())
-    return state, (LaunchCell(),)
+    return state, (LaunchCell(again=True),)
 
 
 def _adopt(state: State, cell: LiveCell) -> Step:

@@ -54,8 +54,6 @@ def _text(event: m.AnyEvent) -> str:
             return f"asked to stop within {event.grace_ms} ms"
         case m.Finished():
             return f"ended {event.state.value}; the outcome is record {event.log_index}"
-        case m.Freed():
-            return "its cell is gone"
         case m.Reconciled():
             return "found again after a restart" + (f" in {event.cell.cell_id}" if event.cell else "")
 

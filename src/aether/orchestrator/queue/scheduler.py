@@ -1,7 +1,6 @@
 """Which command job may start: first in, first out, with a bound on jobs that occupy a cell. Pure bookkeeping.
 
-A job occupies a place from its claim until its executable ended and its outputs were collected; a cell that
-only waits to be freed holds no place.
+A job occupies a place from its claim until its executable ended and its outputs were collected.
 """
 
 from __future__ import annotations

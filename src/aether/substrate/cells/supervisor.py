@@ -70,6 +70,15 @@ class CellSupervisor:
         started = await self._driver.launch(order)
         return Launched(cell_id, started.exec_id, started.report, started.plan_text, started.channel_fd)
 
+    @property
+    def instance(self) -> str | None:
+        """The spawner that is connected; cells die with it. None before the first connection."""
+        return self._driver.instance
+
+    def knows(self, cell_id: str) -> bool:
+        """Whether the cell is there, living or ended."""
+        return self._driver.knows(Handle(cell_id))
+
     async def stop(self, cell_id: str, grace_ms: int) -> None:
         await self._driver.stop(Handle(cell_id), grace_ms)
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from aether.contract import limits
 from aether.contract.canonical import digest_bytes
 from aether.contract.cellplan import IdMap, exec_to_obj, to_obj
@@ -28,6 +30,7 @@ from aether.substrate.cells.report import end_of, sandbox_report, usage_of, veri
 FILES_PER_MESSAGE: Final = 200
 STDIO: Final = ("null", "log", "log")
 SLOT_TRIES: Final = 16
+DOCUMENTS_MAX: Final = 256
 
 
 @dataclass(slots=True)
@@ -51,6 +54,7 @@ class NativeDriver:
         self._cells: dict[str, _Cell] = {}
         self._ends: dict[tuple[str, str], ExecEnd] = {}
         self._waiting: dict[tuple[str, str], list[asyncio.Future[ExecEnd]]] = {}
+        self._documents: dict[bytes, bytes] = {}
         self._next_slot = 0
         self._slots: set[int] = set()
         self._on_end: list[Callable[[ExecEnd], None]] = []
@@ -136,6 +140,14 @@ class NativeDriver:
     def reason(self) -> str:
         """Why there is no connection now; empty when there is one."""
         return self._connector.reason
+
+    @property
+    def instance(self) -> str | None:
+        """The id of the spawner that was last connected."""
+        return self._facts.instance if self._facts is not None else None
+
+    def knows(self, handle: Handle) -> bool:
+        return str(handle) in self._cells
 
     # ---- the contract
 
@@ -243,8 +255,18 @@ class NativeDriver:
         channel = ours.detach() if ours is not None and "existing" not in reply.value else None
         return Started(Handle(order.cell_id), order.exec_id, report, text, channel)
 
+    def _document(self, spec: CellSpec, planned: Planned) -> bytes:
+        """`planned.document()`, which is the same for one specification on one host."""
+        key = self.facts.instance.encode() + msgspec.msgpack.encode(spec)
+        text = self._documents.get(key)
+        if text is None:
+            if len(self._documents) >= DOCUMENTS_MAX:
+                self._documents.clear()
+            text = self._documents[key] = planned.document()
+        return text
+
     def _reported(self, order: Order, planned: Planned, view: dict[str, Any]) -> tuple[SandboxReport, bytes]:
-        text = planned.document()
+        text = self._document(order.spec, planned)
         ids = planned.plan.id_map
         uid = ids.host_uid + (ids.job_uid if ids.count > 1 else 0)
         return sandbox_report(view["report"], planned.missing, uid, digest_bytes(text)), text
