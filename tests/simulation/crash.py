@@ -3,9 +3,15 @@
     python -m tests.simulation.crash --seed 7 --kills 200
 
 Submitters send command and model jobs with idempotency keys and repeat a submission whose answer was lost; a
-killer picks a role and a moment from the seed. At the end every accepted job must be terminal, no job may have
-started or ended twice, no key may stand for two jobs, every receipt must verify, the log must verify, and the
-machine must be clean. Prints `accepted=N terminal=N duplicate=0 orphan=0 unverified=0` and exits 0 if that is so.
+killer picks roles and moments from the seed. At the end every accepted job must be terminal with an end that can
+be true, every job that the log admitted must have an outcome, no job may have started or ended twice, no key may
+stand for two jobs, every receipt and the log must verify, results must be there, and the machine must be clean.
+Prints `accepted=N terminal=N duplicate=0 orphan=0 unverified=0` and exits 0 if that is so.
+
+Cells survive the death of aetherd (the spawner keeps exit statuses), of aurorad (but for model runtimes, whose
+channel it held) and of the keeper (output waits in the pipe). They die with the spawner (PDEATHSIG): commands
+that ran then end `lost`, or `failed` by a signal. The runtime `cfcd` takes what it was computing with it: those
+jobs fail with ENGINE_DIED unless they can be computed again.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -27,87 +34,97 @@ from pathlib import Path
 from aether.client import Client
 from aether.contract.errors import AetherError
 from aether.contract.ids import JOB
-from aether.contract.jobs import TERMINAL, JobRequest
+from aether.contract.jobs import TERMINAL, JobRequest, JobState, JobView
 from aether.contract.paths import Layout
-from aether.contract.records import Record
 from aether.daemons import control
-from aether.substrate.audit import entry, segments
-from aether.substrate.audit.verify import verify_log, verify_receipt
 from bench.sample import MODEL
+from tests.simulation import evidence
 from tests.support import machine
 from tests.support.instance import instance_marks, leftovers, role_pid
 
 SUBMITTERS = 6
-SETTLE_S = 90.0
-VICTIMS = ("aetherd", "aurorad", "aetherd", "aurorad", "spawner", "keeper", "cfcd")
+SETTLE_S = 60.0
+VICTIMS = ("aetherd",) * 3 + ("aurorad",) * 3 + ("spawner", "keeper", "cfcd") * 2
+"""One round of deaths; the seed shuffles each round, so that every role gets its share."""
+VICTIM_WAIT_S = 15.0
 RETRIED = frozenset({"UNAVAILABLE", "UNREACHABLE", "BUSY", "PROTOCOL", "DRAINING", "ENGINE_DIED", "INTERNAL"})
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A request and the exit code that it is due to end with."""
+
+    request: JobRequest
+    exit_code: int = 0
 
 
 @dataclass(slots=True)
 class Seen:
-    """What the submitters were told."""
+    """What the submitters were told, and what went wrong meanwhile."""
 
-    accepted: dict[str, str] = field(default_factory=dict)
-    """job id -> idempotency key"""
-    conflicts: int = 0
+    accepted: dict[str, Task] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    doubled: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     kills: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def accept(self, job_id: str, key: str) -> None:
+    def accept(self, job_id: str, key: str, task: Task) -> None:
         with self.lock:
-            self.conflicts += any(k == key and j != job_id for j, k in self.accepted.items())
-            self.accepted[job_id] = key
+            first = self.keys.setdefault(key, job_id)
+            if first != job_id:
+                self.doubled.append(f"{key}: {first} and {job_id}")
+            self.accepted[job_id] = task
 
 
-def requests(rng: random.Random) -> Iterator[JobRequest]:
+def tasks(rng: random.Random) -> Iterator[Task]:
     """An endless mix of jobs."""
     while True:
         kind = rng.random()
         if kind < 0.35:
-            yield JobRequest(kind="command", op="run", params={"argv": ["/bin/true"]})
+            yield Task(JobRequest(kind="command", op="run", params={"argv": ["/bin/true"]}))
         elif kind < 0.6:
-            argv = [
-                "/bin/sh",
-                "-c",
-                f"sleep {rng.uniform(0, 0.4):.2f}; echo out > out.txt; exit {rng.choice((0, 0, 3))}",
-            ]
-            yield JobRequest(kind="command", op="run", params={"argv": argv, "outputs": ["*.txt"]})
+            code = rng.choice((0, 0, 3))
+            argv = ["/bin/sh", "-c", f"sleep {rng.uniform(0, 0.4):.2f}; echo out > out.txt; exit {code}"]
+            yield Task(JobRequest(kind="command", op="run", params={"argv": argv, "outputs": ["*.txt"]}), code)
         else:
             obs = [[rng.uniform(-1, 1), rng.uniform(-1, 1)] for _ in range(4)]
             history = {"obs": obs, "action": [[0.0]] * 3, "dt": [0.05] * 3}
+            params = {"model": MODEL, "horizons_s": [0.1]}
             inputs = {"history": history, "action": [0.0]}
-            yield JobRequest(
-                kind="model",
-                op="predict_next_state",
-                params={"model": MODEL, "horizons_s": [0.1]},
-                inputs=inputs,
-            )
+            yield Task(JobRequest(kind="model", op="predict_next_state", params=params, inputs=inputs))
 
 
 def submitter(layout: Layout, seed: int, seen: Seen) -> None:
-    """Submits until told to stop; a submission is repeated with its key until it is answered."""
+    """Submits until told to stop."""
     rng = random.Random(seed)
-    with Client(state=layout.root, timeout_s=20) as client:
-        for number, request in enumerate(requests(rng)):
-            if seen.stop.is_set():
-                return
-            key = f"crash-{seed}-{number}"
-            wait_s = 5.0 if request.kind == "model" and rng.random() < 0.5 else 0.0
-            while True:
-                try:
-                    seen.accept(client.submit(request, wait_s=wait_s, idempotency_key=key).job_id, key)
-                    break
-                except AetherError as error:
-                    job_id = error.details.get("job_id")
-                    if isinstance(job_id, str) and job_id.startswith(JOB):
-                        seen.accept(job_id, key)  # refused after it was recorded: it must still be terminal
-                        break
-                    if error.code not in RETRIED:
-                        raise
-                    if seen.stop.is_set():
-                        return
-                    time.sleep(0.02)
+    try:
+        with Client(state=layout.root, timeout_s=20) as client:
+            for number, task in enumerate(tasks(rng)):
+                wait_s = 5.0 if task.request.kind == "model" and rng.random() < 0.5 else 0.0
+                if not submit(client, task, f"crash-{seed}-{number}", wait_s, seen):
+                    return
+                time.sleep(rng.uniform(0, 0.05))
+    except Exception as error:
+        seen.problems.append(f"submitter {seed}: {type(error).__name__}: {error}")
+
+
+def submit(client: Client, task: Task, key: str, wait_s: float, seen: Seen) -> bool:
+    """Repeats a submission with its key until it is answered; False when it is time to stop."""
+    while not seen.stop.is_set():
+        try:
+            seen.accept(client.submit(task.request, wait_s=wait_s, idempotency_key=key).job_id, key, task)
+            return True
+        except AetherError as error:
+            job_id = error.details.get("job_id")
+            if isinstance(job_id, str) and job_id.startswith(JOB):
+                seen.accept(job_id, key, task)  # refused after it was recorded: it must still be terminal
+                return True
+            if error.code not in RETRIED:
+                raise
+            time.sleep(0.02)
+    return False
 
 
 def victim_pid(layout: Layout, name: str) -> int | None:
@@ -124,125 +141,147 @@ def victim_pid(layout: Layout, name: str) -> int | None:
     return None
 
 
-def killer(layout: Layout, seed: int, kills: int, seen: Seen) -> None:
-    """SIGKILL, `kills` times, at moments that the seed chooses."""
-    rng = random.Random(seed)
-    while seen.kills.total() < kills:
-        time.sleep(rng.uniform(0.0, 0.3))
-        name = rng.choice(VICTIMS)
-        pid = victim_pid(layout, name)
-        if pid is None:
-            continue
-        with contextlib.suppress(ProcessLookupError):
-            pidfd = os.pidfd_open(pid)
-            try:
-                if victim_pid(layout, name) == pid:
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                    seen.kills[name] += 1
-            finally:
-                os.close(pidfd)
-
-
-def settle(layout: Layout, accepted: list[str]) -> set[str]:
-    """Waits until every accepted job is terminal; returns those that are."""
-    terminal: set[str] = set()
-    deadline = time.monotonic() + SETTLE_S
-    with Client(state=layout.root) as client:
-        while len(terminal) < len(accepted) and time.monotonic() < deadline:
-            for job_id in accepted:
-                if job_id in terminal:
-                    continue
-                with contextlib.suppress(AetherError):
-                    if client.get(job_id).state in TERMINAL:
-                        terminal.add(job_id)
-            time.sleep(0.2)
-    return terminal
-
-
-def unverified(layout: Layout, terminal: set[str]) -> int:
-    """Receipts and logs that do not verify."""
-    key = layout.audit_public_key.read_text()
-    bad = 0
-    with Client(state=layout.root) as client:
-        for job_id in sorted(terminal):
-            report = verify_receipt(client.receipt_bytes(job_id), key)
-            if not report.ok:
-                print(f"receipt of {job_id}: {report.problems[:3]}")
-                bad += 1
-    return bad
-
-
-def records(layout: Layout) -> Iterator[Record]:
-    """Every record of the log, in order."""
-    for path in sorted((layout.audit / "segments").glob("0*")):
-        content = path.read_bytes()
-        first = int(path.name)
-        header = segments.check_header(content, first, read_origin(layout))
-        for frame in segments.scan(content, header, first):
-            for text in frame.entries:
-                yield entry.decode(text)
-
-
-def read_origin(layout: Layout) -> str:
-    return layout.audit_public_key.read_text().split("+")[0]
-
-
-def duplicates(layout: Layout) -> int:
-    """Jobs with more than one intent, start or outcome, and jobs that share an idempotency key."""
-    count: Counter[tuple[str, str]] = Counter()
-    keys: dict[str, str] = {}
-    doubled = 0
-    for record in records(layout):
-        if record.job_id is None or record.type == "job.stop":
-            continue
-        count[(record.job_id, record.type)] += 1
-        if record.type == "job.intent" and record.idempotency_hash is not None:
-            doubled += keys.setdefault(record.idempotency_hash, record.job_id) != record.job_id
-    return doubled + sum(number - 1 for number in count.values())
-
-
-def run(seed: int, kills: int) -> bool:
-    """One simulation; prints its line and returns whether it holds."""
-    state = Path(tempfile.mkdtemp(prefix="aether-crash-"))
-    layout = Layout(state)
-    seen = Seen()
+def strike(layout: Layout, name: str) -> bool:
+    """SIGKILL to the one process that has the role now; False when there is none."""
+    pid = victim_pid(layout, name)
+    if pid is None:
+        return False
     try:
-        control.ensure_running(state, lambda text: None)
-        threads = [
-            threading.Thread(target=submitter, args=(layout, seed * 1000 + number, seen), daemon=True)
-            for number in range(SUBMITTERS)
-        ]
-        for thread in threads:
-            thread.start()
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        if victim_pid(layout, name) != pid:
+            return False
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        return True
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(pidfd)
+
+
+def killer(layout: Layout, seed: int, kills: int, seen: Seen) -> None:
+    """`kills` deaths in the order and, as far as the machine allows, at the moments that the seed chooses.
+
+    Half of the deaths follow closely upon the one before; the others find an instance that works again.
+    """
+    rng = random.Random(seed)
+    told = time.monotonic()
+    while seen.kills.total() < kills:
+        for name in rng.sample(VICTIMS, len(VICTIMS))[: kills - seen.kills.total()]:
+            if rng.random() < 0.5:
+                time.sleep(rng.uniform(0, 0.3))
+            else:
+                until_accepted(seen, 5, 6.0)
+                time.sleep(rng.uniform(0, 0.5))
+            deadline = time.monotonic() + VICTIM_WAIT_S
+            while not strike(layout, name):
+                if time.monotonic() > deadline:
+                    seen.problems.append(f"{name} did not come back within {VICTIM_WAIT_S:.0f} s")
+                    break
+                time.sleep(0.01)
+            else:
+                seen.kills[name] += 1
+            told = tell(seen, kills, told)
+
+
+def until_accepted(seen: Seen, more: int, within_s: float) -> None:
+    """Until `more` jobs were accepted, or the time is over."""
+    wanted = len(seen.accepted) + more
+    deadline = time.monotonic() + within_s
+    while len(seen.accepted) < wanted and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def tell(seen: Seen, kills: int, told: float) -> float:
+    """Progress on stderr: on a terminal every 3 s, else every 20 deaths. Returns when it was told last."""
+    due = time.monotonic() - told > 3 if sys.stderr.isatty() else seen.kills.total() % 20 == 0
+    if not due:
+        return told
+    print(f"killed {seen.kills.total()} of {kills}, accepted {len(seen.accepted)}", file=sys.stderr, flush=True)
+    return time.monotonic()
+
+
+def settle(client: Client, seen: Seen) -> dict[str, JobView]:
+    """Waits until nothing is open; returns the final views of the accepted jobs that have one."""
+    final: dict[str, JobView] = {}
+    deadline = time.monotonic() + SETTLE_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(AetherError):
+            for job_id in seen.accepted.keys() - final.keys():
+                view = client.get(job_id)
+                if view.state in TERMINAL and view.outcome_index is not None:
+                    final[job_id] = view
+            still = client.list(states=(JobState.QUEUED, JobState.RUNNING)).jobs
+            if len(final) == len(seen.accepted) and not still:
+                break
+        time.sleep(0.2)
+    return final
+
+
+def simulate(layout: Layout, seed: int, kills: int, seen: Seen) -> None:
+    """The load and the deaths."""
+    threads = [
+        threading.Thread(target=submitter, args=(layout, seed * 1000 + number, seen), daemon=True)
+        for number in range(SUBMITTERS)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
         killer(layout, seed, kills, seen)
+    finally:
         seen.stop.set()
         for thread in threads:
             thread.join(60)
-        terminal = settle(layout, sorted(seen.accepted))
-        bad = unverified(layout, terminal)
-        marks = instance_marks(layout)
-        control.down(state)
-        log = verify_log(layout.audit, layout.audit_public_key.read_text())
-        bad += not log.ok
-        for problem in log.problems[:5]:
-            print(problem)
-        doubled = duplicates(layout) + seen.conflicts
-        left = leftovers(layout, marks)
-        for line in left[:10]:
-            print(line)
-        for job_id in sorted(set(seen.accepted) - terminal)[:10]:
-            print(f"not terminal: {job_id}")
-        print("kills: " + " ".join(f"{name}={number}" for name, number in sorted(seen.kills.items())))
-        print(
-            f"accepted={len(seen.accepted)} terminal={len(terminal)} duplicate={doubled} "
-            f"orphan={len(left)} unverified={bad}"
-        )
-        return len(terminal) == len(seen.accepted) > 0 and not (doubled or left or bad)
+    if any(thread.is_alive() for thread in threads):
+        seen.problems.append("a submitter hangs")
+
+
+def judge(layout: Layout, seen: Seen) -> bool:
+    """Looks at all that is left, stops the instance, and prints what was found; whether nothing is wrong."""
+    problems = seen.problems
+    with Client(state=layout.root) as client:
+        final = settle(client, seen)
+        bad = evidence.unproved(client, layout.audit_public_key.read_text(), final)
+    for job_id, view in sorted(final.items()):
+        task = seen.accepted[job_id]
+        if (why := evidence.wrong(view, task.request, task.exit_code)) is not None:
+            problems.append(f"{job_id}: {why}")
+    marks = instance_marks(layout)
+    control.down(layout.root)
+    bad += evidence.log_problems(layout)
+    doubled = evidence.duplicates(layout) + seen.doubled
+    left = leftovers(layout, marks)
+    lost = [f"not terminal: {job_id}" for job_id in sorted(seen.accepted.keys() - final.keys())]
+    problems += [f"no outcome: {job_id}" for job_id in evidence.unfinished(layout)]
+    for line in (*lost, *problems, *bad, *doubled, *left)[:20]:
+        print(line)
+    states = Counter(str(view.state) for view in final.values())
+    print("kills: " + " ".join(f"{name}={seen.kills[name]}" for name in sorted(set(VICTIMS))))
+    print("ended: " + " ".join(f"{name}={number}" for name, number in sorted(states.items())))
+    print(
+        f"accepted={len(seen.accepted)} terminal={len(final)} duplicate={len(doubled)} "
+        f"orphan={len(left)} unverified={len(bad)}"
+    )
+    return bool(seen.accepted) and not (lost or problems or bad or doubled or left)
+
+
+def run(seed: int, kills: int) -> bool:
+    """One simulation; prints its lines and returns whether it holds. AETHER_KEEP_STATE keeps a bad one's state."""
+    state = Path(tempfile.mkdtemp(prefix="aether-crash-"))
+    layout = Layout(state)
+    seen = Seen()
+    good = False
+    try:
+        control.ensure_running(state, lambda text: None)
+        simulate(layout, seed, kills, seen)
+        good = judge(layout, seen)
+        return good
     finally:
-        seen.stop.set()
         with contextlib.suppress(Exception):
             control.down(state)
-        if os.environ.get("AETHER_KEEP_STATE") is None:
+        if good or os.environ.get("AETHER_KEEP_STATE") is None:
             shutil.rmtree(state, ignore_errors=True)
         else:
             print(f"state kept in {state}")
