@@ -16,8 +16,7 @@ from aether.contract.canonical import digest_bytes
 from aether.contract.cells import CellSpec, ExecEnd, InputFile, SandboxReport, Usage
 from aether.contract.jobs import CommandParams
 from aether.contract.wire import CellFiles, RoleHealth
-from aether.substrate.cells.drivers.native import NativeDriver
-from aether.substrate.cells.drivers.port import Adopted, Handle, Order
+from aether.substrate.cells.drivers.port import Adopted, Connected, Handle, Order
 
 ROLE: Final = "spawner"
 
@@ -41,7 +40,7 @@ def exec_of(cell_id: str) -> str:
 class CellSupervisor:
     """`on_end(call)` and `on_connect(call)` are set before `start`."""
 
-    def __init__(self, driver: NativeDriver, version: str) -> None:
+    def __init__(self, driver: Connected, version: str) -> None:
         self._driver = driver
         self._version = version
 

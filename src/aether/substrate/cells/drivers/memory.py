@@ -1,7 +1,8 @@
 """The double of every driver: no processes, the same contract.
 
 Programs are functions: `programs[argv[0]]` gets a `Run` and returns the exit code. What it writes to `files` are the
-outputs, what it awaits can be ended by signals.
+outputs, what it awaits can be ended by signals. The object is also the spawner that such a driver connects to: it
+outlives the authority (`close`, then `start` of the next one), and `die` takes its cells with it.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from aether.contract.canonical import canonical, digest_bytes
 from aether.contract.cells import CellSpec, ExecEnd, ExitStatus, SandboxReport, Usage
@@ -31,7 +34,8 @@ class Run:
     files: dict[str, bytes]
     refused: dict[str, str] = field(default_factory=dict)
     terminated: asyncio.Event = field(default_factory=asyncio.Event)
-    channel: int | None = None
+    channel: socket.socket | None = None
+    """The executable's end, the program's to close."""
 
 
 Program = Callable[[Run], Coroutine[None, None, int]]
@@ -67,7 +71,54 @@ class MemoryDriver:
         self._missing = missing or {}
         self._cells: dict[str, _Cell] = {}
         self._on_end: list[Callable[[ExecEnd], None]] = []
+        self._on_connect: list[Callable[[list[Adopted]], None]] = []
         self._watching: set[asyncio.Task[None]] = set()
+        self._lives = 1
+        self.reason = ""
+
+    # ---- the spawner
+
+    @property
+    def instance(self) -> str:
+        return f"{self.name}-{self._lives}"
+
+    def on_connect(self, call: Callable[[list[Adopted]], None]) -> None:
+        self._on_connect.append(call)
+
+    def start(self) -> None:
+        """Connects: what lives is told first, then what ended."""
+        found = self._adopted()
+        for call in self._on_connect:
+            call(found)
+        for adopted in found:
+            if adopted.end is not None:
+                self._tell(adopted.end)
+
+    async def close(self) -> None:
+        """Disconnects; the cells live on."""
+        self._on_end.clear()
+        self._on_connect.clear()
+
+    def die(self) -> None:
+        """Every cell is gone without a word, and another spawner is there."""
+        cells, self._cells = list(self._cells.values()), {}
+        self._lives += 1
+        for cell in cells:
+            for executable in cell.execs.values():
+                executable.work.cancel()
+        self.start()
+
+    def knows(self, handle: Handle) -> bool:
+        return handle in self._cells
+
+    def check_required(self, words: Sequence[str]) -> None:
+        self._require(words)
+
+    async def probe(self) -> dict[str, Any]:
+        cgroup = {"kind": self.name, "missing": {}, "remedy": ""}
+        return {"checks": [], "cgroup_driver": cgroup}
+
+    # ---- the contract
 
     def on_end(self, call: Callable[[ExecEnd], None]) -> None:
         self._on_end.append(call)
@@ -76,13 +127,13 @@ class MemoryDriver:
         return Fingerprint(True, "", LEVELS, {}, dict(self._missing))
 
     def explain(self, spec: CellSpec) -> Explained:
-        self._require(spec)
+        self._require(spec.require)
         missing = {name: reason for name, (reason, _) in self._missing.items()}
         text = canonical({"argv": list(spec.argv), "cwd": spec.cwd})
         return Explained((f"run {' '.join(spec.argv)}",), {"argv": list(spec.argv)}, text, missing)
 
-    def _require(self, spec: CellSpec) -> None:
-        for word in spec.require:
+    def _require(self, words: Sequence[str]) -> None:
+        for word in words:
             if word in self._missing:
                 reason, remedy = self._missing[word]
                 raise AetherError("LEVEL_UNMET", f"cannot meet the required level {word}: {reason}", remedy)
@@ -92,7 +143,7 @@ class MemoryDriver:
         if known is not None:
             first = known.started
             return Started(first.handle, first.exec_id, first.report, first.plan_text, None)
-        self._require(order.spec)
+        self._require(order.spec.require)
         text = self.explain(order.spec).plan_text
         report = SandboxReport(
             level="cell",
@@ -101,18 +152,20 @@ class MemoryDriver:
             missing={name: reason for name, (reason, _) in self._missing.items()},
             plan_digest=digest_bytes(text),
         )
-        started = Started(Handle(order.cell_id), order.exec_id, report, text, None)
+        ours, theirs = socket.socketpair() if order.spec.channel else (None, None)
+        channel = ours.detach() if ours is not None else None
+        started = Started(Handle(order.cell_id), order.exec_id, report, text, channel)
         files = {file.path: os.pread(fd, os.fstat(fd).st_size, 0) for file, fd in order.files}
         cell = _Cell(started, time.time_ns() // 1000, files)
-        self._start(cell, order.exec_id, order.spec)
+        self._start(cell, order.exec_id, order.spec, theirs)
         self._cells[order.cell_id] = cell
         return started
 
-    def _start(self, cell: _Cell, exec_id: str, spec: CellSpec) -> None:
+    def _start(self, cell: _Cell, exec_id: str, spec: CellSpec, channel: socket.socket | None = None) -> None:
         program = self._programs.get(spec.argv[0])
         if program is None:
             raise AetherError("CELL_FAILED", f"cannot start {exec_id}: exec: no program {spec.argv[0]}")
-        run = Run(spec, cell.files)
+        run = Run(spec, cell.files, channel=channel)
         work = asyncio.ensure_future(program(run))
         executable = _Exec(run, time.monotonic(), work)
         cell.execs[exec_id] = executable
@@ -145,10 +198,17 @@ class MemoryDriver:
             usage=Usage(wall_us=wall_us, basis={"wall_us": "measured"}),
         )
         executable.ended.set()
+        if str(cell.started.handle) in self._cells:
+            self._tell(executable.end)
+
+    def _tell(self, end: ExecEnd) -> None:
         for call in self._on_end:
-            call(executable.end)
+            call(end)
 
     async def adopt(self) -> list[Adopted]:
+        return self._adopted()
+
+    def _adopted(self) -> list[Adopted]:
         found = []
         for cell_id, cell in self._cells.items():
             first = cell.execs[cell.started.exec_id]

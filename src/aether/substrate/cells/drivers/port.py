@@ -128,3 +128,39 @@ class Driver(Protocol):
     def on_end(self, call: Callable[[ExecEnd], None]) -> None:
         """`call` hears of every end, once per connection; ends before a reconnect come by `adopt`."""
         ...
+
+
+class Connected(Driver, Protocol):
+    """A driver that speaks to a spawner, which outlives it: what `CellSupervisor` stands on."""
+
+    def start(self) -> None:
+        """Connects and stays connected until `close`; until then verbs raise UNAVAILABLE."""
+        ...
+
+    async def close(self) -> None:
+        """Leaves the cells alone."""
+        ...
+
+    def on_connect(self, call: Callable[[list[Adopted]], None]) -> None:
+        """`call` hears what lives, or ended without being freed, after every connect."""
+        ...
+
+    @property
+    def instance(self) -> str | None:
+        """The id of the spawner that was last connected; cells die with it."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why there is no connection now; empty when there is one."""
+        ...
+
+    def knows(self, handle: Handle) -> bool: ...
+
+    def check_required(self, words: Sequence[str]) -> None:
+        """Whether this host can do what is required; raises AetherError LEVEL_UNMET, UNAVAILABLE."""
+        ...
+
+    async def probe(self) -> dict[str, Any]:
+        """All that the host can and cannot enforce, asked now."""
+        ...
