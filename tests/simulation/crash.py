@@ -63,6 +63,8 @@ class Seen:
     """What the submitters were told, and what went wrong meanwhile."""
 
     accepted: dict[str, Task] = field(default_factory=dict)
+    unreleased: set[str] = field(default_factory=set)
+    """Jobs that a repeated submission found succeeded, their answer never released and its bytes lost in the crash."""
     keys: dict[str, str] = field(default_factory=dict)
     doubled: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -114,7 +116,10 @@ def submit(client: Client, task: Task, key: str, wait_s: float, seen: Seen) -> b
     """Repeats a submission with its key until it is answered; False when it is time to stop."""
     while not seen.stop.is_set():
         try:
-            seen.accept(client.submit(task.request, wait_s=wait_s, idempotency_key=key).job_id, key, task)
+            answer = client.submit(task.request, wait_s=wait_s, idempotency_key=key)
+            if answer.kind == "model" and answer.state is JobState.SUCCEEDED and answer.result is None:
+                seen.unreleased.add(answer.job_id)
+            seen.accept(answer.job_id, key, task)
             return True
         except AetherError as error:
             job_id = error.details.get("job_id")
@@ -243,7 +248,7 @@ def judge(layout: Layout, seen: Seen) -> bool:
     problems = seen.problems
     with Client(state=layout.root) as client:
         final = settle(client, seen)
-        bad = evidence.unproved(client, layout.audit_public_key.read_text(), final)
+        bad = evidence.unproved(client, layout.audit_public_key.read_text(), final, seen.unreleased)
     for job_id, view in sorted(final.items()):
         task = seen.accepted[job_id]
         if (why := evidence.wrong(view, task.request, task.exit_code)) is not None:

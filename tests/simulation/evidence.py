@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from aether.client import Client
 from aether.contract.errors import AetherError
@@ -19,14 +19,17 @@ DIED = frozenset({"ABANDONED", "ENGINE_DIED", "UNAVAILABLE", "TIMED_OUT", "CELL_
 OUTPUT = b"out\n"
 
 
-def unproved(client: Client, key: str, job_ids: Iterable[str]) -> list[str]:
-    """Jobs whose receipt does not verify, or whose outputs or result cannot be had although they succeeded."""
+def unproved(client: Client, key: str, job_ids: Iterable[str], unreleased: Collection[str]) -> list[str]:
+    """Jobs whose receipt does not verify, or whose outputs or result cannot be had although they succeeded.
+
+    Of the `unreleased` the result may be gone: nobody was given it.
+    """
     problems = []
     for job_id in sorted(job_ids):
         report = verify_receipt(client.receipt_bytes(job_id), key)
         problems += [f"receipt of {job_id}: {problem}" for problem in report.problems[:2]]
         view = client.get(job_id)
-        if view.state is JobState.SUCCEEDED:
+        if view.state is JobState.SUCCEEDED and job_id not in unreleased:
             problems += [f"{job_id}: {problem}" for problem in _left(client, view)]
     return problems
 
@@ -62,7 +65,7 @@ def wrong(view: JobView, request: JobRequest, exit_code: int) -> str | None:
 
 
 def log_problems(layout: Layout) -> list[str]:
-    """What is wrong with the log as a whole: proofs, jobs without an end, jobs that began or ended twice."""
+    """What does not verify in the log as a whole."""
     key = layout.audit_public_key.read_text()
     return [str(problem) for problem in verify_log(layout.audit, key).problems]
 

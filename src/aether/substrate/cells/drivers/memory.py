@@ -284,7 +284,7 @@ class MemoryDriver:
     async def free(self, handle: Handle) -> None:
         if handle in self._cells:
             await self.kill(handle)
-            del self._cells[handle]
+            self._cells.pop(handle, None)
 
     def _cell(self, handle: Handle) -> _Cell:
         cell = self._cells.get(handle)
