@@ -42,9 +42,19 @@ class Layout:
         return self.run / "spawner.sock"
 
     @property
+    def supervisor(self) -> Path:
+        """The supervisor's own: no role may write here."""
+        return self.root / "supervisor"
+
+    @property
+    def supervisor_lock(self) -> Path:
+        """Held while an instance is up."""
+        return self.supervisor / "lock"
+
+    @property
     def instance_file(self) -> Path:
-        """JSON written by the supervisor while an instance is up: pid, start time, version."""
-        return self.run / "instance.json"
+        """JSON written by the supervisor while an instance is up: pids, quick ends of roles, start time."""
+        return self.supervisor / "instance.json"
 
     @property
     def models(self) -> Path:

@@ -6,12 +6,16 @@ otherwise there is one uid and the split is fault isolation only.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Final
 
+from aether.api.address import SUN_PATH_BYTES_MAX
 from aether.contract.errors import AetherError
 from aether.contract.limits import DAEMON_UID_BASE
 from aether.contract.paths import Layout
@@ -43,12 +47,14 @@ def accounts(uid: int, gid: int) -> Accounts:
 
 
 def prepare(layout: Layout, who: Accounts) -> None:
-    """Makes the state directory with tight owners and modes; raises AetherError STATE_UNUSABLE.
+    """Makes the state directory and gives each directory its owner and mode; raises AetherError STATE_UNUSABLE.
 
-    Existing directories are only tightened, never widened; a symbolic link in their place is refused.
+    Some lie in a directory of aetherd's, which could put anything in their place: each is opened, never through a
+    symbolic link, and what was opened is changed.
     """
     owned = {
         layout.root: (who.spawner, 0o750),
+        layout.supervisor: (who.spawner, 0o755),
         layout.run: (who.aetherd, 0o750),
         layout.root / "logs": (who.spawner, 0o750),
         layout.audit: (who.aetherd, 0o750),
@@ -64,16 +70,46 @@ def prepare(layout: Layout, who: Accounts) -> None:
         layout.spool.parent: (who.spawner, 0o750),
         layout.spool: (who.aetherd, 0o700),
     }
-    try:
-        layout.root.mkdir(parents=True, exist_ok=True)
-        for directory, (uid, mode) in owned.items():
-            directory.mkdir(exist_ok=True)
-            if directory.is_symlink():
-                raise OSError(f"{directory} is a symbolic link")
-            os.chown(directory, uid, who.gid)
-            directory.chmod(mode)
-    except OSError as error:
-        raise AetherError("STATE_UNUSABLE", f"cannot prepare the state directory {layout.root}: {error}") from error
+    _check_length(layout)
+    for path, (uid, mode) in owned.items():
+        try:
+            layout.root.parent.mkdir(parents=True, exist_ok=True)
+            with directory(layout.root, path.relative_to(layout.root)) as handle:
+                os.fchown(handle, uid, who.gid)
+                os.fchmod(handle, mode)
+        except OSError as error:
+            reason = f"{path}: {error.strerror or error}"
+            raise AetherError("STATE_UNUSABLE", f"cannot prepare the state directory: {reason}") from error
+
+
+@contextlib.contextmanager
+def directory(root: Path, below: PurePath) -> Iterator[int]:
+    """The directory `root/below`, made where it is not there, reached through no link from `root` on; raises OSError."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with contextlib.suppress(FileExistsError):
+        root.mkdir(mode=0o700)
+    with contextlib.ExitStack() as opened:
+        handle = os.open(root, flags)
+        opened.callback(os.close, handle)
+        for name in below.parts:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=handle)
+            handle = os.open(name, flags, dir_fd=handle)
+            opened.callback(os.close, handle)
+        yield handle
+
+
+def _check_length(layout: Layout) -> None:
+    longest = max(
+        len(os.fsencode(path)) for path in (layout.api_socket, layout.authority_socket, layout.spawner_socket)
+    )
+    if longest > SUN_PATH_BYTES_MAX:
+        raise AetherError(
+            "STATE_UNUSABLE",
+            f"cannot use {layout.root} as state directory: paths of sockets in it have {longest} bytes, and the kernel "
+            f"takes {SUN_PATH_BYTES_MAX} (unix(7))",
+            "choose a shorter $AETHER_STATE",
+        )
 
 
 def become(uid: int, gid: int, umask: int = 0o027) -> None:

@@ -1,14 +1,12 @@
 """Start, find and stop an instance; what `aether up`, `aether down` and `aether run` stand on.
 
-An instance is one supervisor process holding an exclusive lock on `run/supervisor.lock`. The lock, not a pid
-file, says whether it lives; the pid in `instance.json` is trusted only while the lock is held.
+An instance is one supervisor process; `presence` says whether it is up. Who starts one in the background waits
+until every role answers, or until a role has said twice why it cannot run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import select
 import signal
@@ -18,73 +16,63 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from aether.contract.errors import AetherError
 from aether.contract.paths import Layout
+from aether.daemons.diagnosis import last_line, why_not_up
+from aether.daemons.presence import instance, is_up
 
 START_TIMEOUT_S: Final = 30.0
 STOP_TIMEOUT_S: Final = 20.0
-
-
-def lock_path(layout: Layout) -> Path:
-    return layout.run / "supervisor.lock"
-
-
-def is_up(layout: Layout) -> bool:
-    """Whether a supervisor holds the lock."""
-    try:
-        with open(lock_path(layout), "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except PermissionError as error:
-        raise AetherError("STATE_UNUSABLE", f"cannot look at the instance in {layout.root}: {error}") from error
-    except BlockingIOError:
-        return True
-    return False
-
-
-def instance(layout: Layout) -> dict[str, Any] | None:
-    """What the supervisor wrote about itself; None when no instance is up."""
-    if not is_up(layout):
-        return None
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(layout.instance_file.read_text())
-        if isinstance(found, dict):
-            return found
-    return None
+_POLL_S: Final = 0.02
 
 
 def ensure_running(state: Path, progress: Callable[[str], None]) -> None:
     """Starts an instance in the background unless one is up, and waits until it answers.
 
-    Raises AetherError UNREACHABLE with the end of the supervisor's log when it does not come up.
+    Raises the AetherError of a role that cannot run, or UNREACHABLE with the end of the supervisor's log. An
+    instance that was started here and cannot run is stopped again; one that is only slow goes on.
     """
     layout = Layout(state)
     if answers(layout):
         return
-    log = _supervisor_log(layout)
-    process: subprocess.Popen[bytes] | None = None
+    process = None
     if not is_up(layout):
         progress(f"starting an instance in {state}")
-        with open(log, "ab") as sink:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "aether.daemons.supervisor", "--state", str(state)],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                start_new_session=True,
-                cwd="/",
-            )
+        process = _start(layout)
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if answers(layout):
-            return
+    while not answers(layout):
         if process is not None and process.poll() is not None and not is_up(layout):
-            raise AetherError("UNREACHABLE", f"cannot start an instance in {state}: {_tail(log)}")
-        time.sleep(0.02)
-    raise AetherError("UNREACHABLE", f"cannot start an instance in {state}: no answer after {START_TIMEOUT_S:.0f} s")
+            reason = last_line(_supervisor_log(layout)) or "it ended at once"
+            raise AetherError("UNREACHABLE", f"cannot start an instance in {state}: {reason}")
+        if refused := why_not_up(state, instance(layout)):
+            if process is not None:
+                _stop(process)
+            raise refused
+        if time.monotonic() > deadline:
+            why = f"no answer after {START_TIMEOUT_S:.0f} s"
+            remedy = f"it goes on starting: see `aether health` and {layout.daemon_logs}, or stop it with `aether down`"
+            raise AetherError("UNREACHABLE", f"cannot wait for the instance in {state}: {why}", remedy)
+        time.sleep(_POLL_S)
+
+
+def _start(layout: Layout) -> subprocess.Popen[bytes]:
+    with open(_supervisor_log(layout), "ab") as sink:
+        return subprocess.Popen(
+            [sys.executable, "-m", "aether.daemons.supervisor", "--state", str(layout.root)],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+            cwd="/",
+        )
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_TIMEOUT_S)
 
 
 def up(state: Path, foreground: bool, progress: Callable[[str], None] = lambda text: None) -> int:
@@ -148,11 +136,3 @@ def _supervisor_log(layout: Layout) -> Path:
     except OSError as error:
         raise AetherError("STATE_UNUSABLE", f"cannot use {layout.root} as state directory: {error}") from error
     return layout.daemon_logs / "supervisor.log"
-
-
-def _tail(log: Path) -> str:
-    try:
-        lines = log.read_text(errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
-    return lines[-1][:500] if lines else "it ended at once"

@@ -53,7 +53,7 @@ def run(role: str, serve: Callable[[Layout, Any, asyncio.Event], Awaitable[None]
         become(asked.uid, asked.gid)
         uvloop.run(_main(serve, Layout(asked.state), log))
     except AetherError as error:
-        log.error("cannot run", code=error.code, reason=error.message)
+        log.error("cannot run", code=error.code, reason=error.message, remedy=error.remedy)
         raise SystemExit(error.kind.exit) from error
 
 

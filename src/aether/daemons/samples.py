@@ -6,13 +6,14 @@ trusted key; a state directory that already has models is left alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
 
 import aether
 from aether.contract.paths import Layout
-from aether.daemons.accounts import Accounts
+from aether.daemons.accounts import Accounts, directory
 
 
 def source() -> Path | None:
@@ -29,8 +30,9 @@ def install(layout: Layout, who: Accounts) -> None:
     found = source()
     if found is None or any(layout.models.iterdir()):
         return
-    for key in sorted((found / "keys").glob("*.pub")):
-        _copy_file(key, layout.trusted_keys / key.name, who)
+    with directory(layout.root, layout.trusted_keys.relative_to(layout.root)) as trusted:
+        for key in sorted((found / "keys").glob("*.pub")):
+            _write_file(trusted, key.name, key.read_bytes(), who)
     for manifest in sorted(found.glob("*/*/manifest.json")):
         version = manifest.parent
         target = layout.models / version.parent.name / version.name
@@ -44,10 +46,17 @@ def install(layout: Layout, who: Accounts) -> None:
         partial.rename(target)
 
 
-def _copy_file(source_file: Path, target: Path, who: Accounts) -> None:
-    shutil.copyfile(source_file, target)
-    os.chown(target, who.spawner, who.gid)
-    target.chmod(_mode(False))
+def _write_file(directory_fd: int, name: str, data: bytes, who: Accounts) -> None:
+    """In a directory whose parent is aetherd's: never through a link, whole or not at all."""
+    partial = f".{name}.partial"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(partial, dir_fd=directory_fd)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(partial, flags, 0o600, dir_fd=directory_fd), "wb") as file:
+        file.write(data)
+        os.fchown(file.fileno(), who.spawner, who.gid)
+        os.fchmod(file.fileno(), _mode(False))
+    os.rename(partial, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
 
 
 def _mode(directory: bool) -> int:

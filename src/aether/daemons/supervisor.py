@@ -4,14 +4,13 @@ Roles: spawner (with its keeper), aetherd, aurorad, each a child process with a 
 aetherd and aurorad may die and return while cells live; when the spawner dies its cells die with it. A role
 that keeps dying is restarted with growing pauses, never given up on: the API answers 503 meanwhile.
 
-Lifetime: holds the lock on `run/supervisor.lock`; ends on SIGTERM or SIGINT after stopping aurorad, aetherd
+Lifetime: holds the instance's lock (`presence`); ends on SIGTERM or SIGINT after stopping aurorad, aetherd
 and the spawner (which kills its cells), in that order. The roles die with it (PDEATHSIG).
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import selectors
@@ -22,11 +21,11 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 from aether.contract.errors import AetherError
 from aether.contract.paths import Layout, state_dir
-from aether.daemons import control, samples
+from aether.daemons import presence, samples
 from aether.daemons.accounts import Accounts, accounts, prepare
 
 _RESTART_PAUSE_S: Final = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -51,9 +50,9 @@ class Role:
 class Supervisor:
     """The parent of the roles; `run` blocks until a signal."""
 
-    def __init__(self, layout: Layout, who: Accounts, lock: IO[bytes]) -> None:
+    def __init__(self, layout: Layout, who: Accounts) -> None:
         self._layout = layout
-        self._lock = lock
+        self._started_epoch_s = int(time.time())
         self._roles = {name: Role(name, role_argv(name, layout, who)) for name in ROLES}
         self._selector = selectors.DefaultSelector()
         self._wake, wake_writer = socket.socketpair()
@@ -115,14 +114,19 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._layout.instance_file.unlink(missing_ok=True)
+        presence.withdraw(self._layout)
 
     def _write_instance(self) -> None:
         pids = {role.name: role.process.pid for role in self._roles.values() if role.process is not None}
-        text = json.dumps({"pid": os.getpid(), "roles": pids, "started_epoch_s": int(time.time())})
-        temporary = self._layout.instance_file.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.rename(self._layout.instance_file)
+        presence.announce(
+            self._layout,
+            {
+                "pid": os.getpid(),
+                "roles": pids,
+                "quick_ends": {role.name: role.failures for role in self._roles.values() if role.failures},
+                "started_epoch_s": self._started_epoch_s,
+            },
+        )
 
 
 def role_argv(name: str, layout: Layout, who: Accounts) -> list[str]:
@@ -146,17 +150,6 @@ def cell_roots(layout: Layout) -> tuple[Path, ...]:
     return (layout.models, layout.trusted_keys)
 
 
-def acquire(layout: Layout) -> IO[bytes]:
-    """The instance lock; raises AetherError ALREADY_RUNNING."""
-    file = open(control.lock_path(layout), "ab")  # noqa: SIM115 - held for the process's life
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise AetherError("ALREADY_RUNNING", f"cannot start an instance in {layout.root}: one is up") from None
-    return file
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="aether-supervisor")
     parser.add_argument("--state", type=Path)
@@ -165,9 +158,9 @@ def main() -> None:
     who = accounts(os.getuid(), os.getgid())
     try:
         prepare(layout, who)
-        lock = acquire(layout)
+        presence.acquire(layout)  # the descriptor stays open until this process ends
         samples.install(layout, who)
-        Supervisor(layout, who, lock).run()
+        Supervisor(layout, who).run()
     except AetherError as error:
         print(str(error), flush=True)
         raise SystemExit(error.kind.exit) from error

@@ -141,6 +141,8 @@ class Execution:
                 if job.started is not None:
                     return _launched(job.started), None
                 await self._book.durable(job.intent)
+                if job.row_kept is not None:
+                    await job.row_kept.wait()  # set, or the job is abandoned: `granted` tells
                 self.granted(grant)
                 job.launched_on = job.launched_on or self._cells.instance
                 found = await self._cells.launch(cell_of(grant.job_id), spec, files)
@@ -157,6 +159,8 @@ class Execution:
         assert job.intent.budget is not None
         settled = settlement(job.intent.budget, job.end.usage if job.end else finish.usage)
         outcome = self._book.write(lambda index, time: entries.cell_outcome(job, finish, settled, index, time))
+        if job.row_kept is not None:
+            job.row_kept.set()  # a launch that still waits learns that its grant is gone
         self.free(finish.grant.job_id)
         return outcome
 

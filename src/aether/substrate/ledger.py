@@ -7,6 +7,7 @@ window. Everything older is found in the log through the indexes that the job st
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
@@ -23,13 +24,14 @@ _WINDOW_NS: Final = IDEMPOTENCY_WINDOW_S * 1_000_000_000
 @dataclass(slots=True)
 class OpenJob:
     """An admitted job without an outcome. `end` is set once its executable ended; `argv` is known only to
-    the process that admitted it (the log does not hold it), and so is the spawner that was asked to launch it."""
+    the process that admitted it (the log does not hold it), and so are the spawner that was asked to launch it and whether its row is durable."""
 
     intent: Record
     started: Record | None = None
     stop: Record | None = None
     argv: tuple[str, ...] | None = None
     launched_on: str | None = None
+    row_kept: asyncio.Event | None = None
     end: ExecEnd | None = None
 
     @property

@@ -18,6 +18,7 @@ from aether.contract.canonical import digest_bytes, input_hash
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError, ErrorBody
 from aether.contract.jobs import JobRequest, JobView, check_labels, parse_command, parse_model
+from aether.contract.ports import Link
 from aether.contract.records import Record
 from aether.contract.wire import Empty, JobRunReply, JobSubmit
 from aether.substrate import entries
@@ -130,17 +131,22 @@ class Submitter:
         link = self._orchestra.link()
         intent = self._write_intent(submission)
         job = self._book.ledger.open[submission.job_id]
-        job.argv = submission.argv
+        job.argv, job.row_kept = submission.argv, asyncio.Event()
         view = queued_view(intent, submission.argv)
         row = JobSubmit(grant=job.grant, request=submission.request, view=view)
         kept, durable = await asyncio.gather(
-            link.call("job.submit", row, Empty), self._book.durable(intent), return_exceptions=True
+            self._keep_row(job, link, row), self._book.durable(intent), return_exceptions=True
         )
         if isinstance(durable, BaseException):
             raise durable
         if isinstance(kept, BaseException):
             raise await self._abandoned(job, kept)
         return await self._answer(submission.job_id, wait_ms, view)
+
+    async def _keep_row(self, job: OpenJob, link: Link, row: JobSubmit) -> None:
+        await link.call("job.submit", row, Empty)
+        if job.row_kept is not None:
+            job.row_kept.set()
 
     async def _abandoned(self, job: OpenJob, cause: BaseException) -> AetherError:
         """Ends a job whose row was not kept; returns what the caller is told."""
@@ -151,7 +157,19 @@ class Submitter:
     async def _answer(self, job_id: str, wait_ms: int, queued: JobView | None = None) -> SubmittedJob:
         final = await self._book.wait(job_id, wait_ms / 1000)
         view = final or queued or await self._orchestra.job(job_id)
-        return submitted(view, await self._orchestra.inline_result(view))
+        return submitted(view, await self._result(view))
+
+    async def _result(self, view: JobView) -> bytes | None:
+        """The inline result; none where its bytes died with both roles before any answer was released.
+
+        The repeated submission still names the job then, and `job.result` says GONE.
+        """
+        try:
+            return await self._orchestra.inline_result(view)
+        except AetherError as error:
+            if error.code != "GONE":
+                raise
+            return None
 
     # ---- the short way
 

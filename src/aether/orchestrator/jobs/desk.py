@@ -1,9 +1,10 @@
 """The open jobs: the one place where a job changes.
 
 `post` moves a job in one synchronous step (machine, row, queue) and puts the new row on its way to the store.
-A launch is performed only once its claim is durable, so that no second claimant can launch too; the claim goes
-into the same commit as a new row where there is a place. What follows a launch is fenced by the attempt in its
-grant, so it does not wait for the disk. A death at any point leaves a row from which the same command, or an
+A launch is performed only once its claim is durable, so that no second claimant can launch too. Where there is a
+place at once, the claim is in the same commit as the new row, and the authority, which holds a launch until it
+has heard that the row is durable, is asked meanwhile. What follows a launch is fenced by the attempt in its grant
+and does not wait for the disk. A death at any point leaves a row from which the same command, or an
 earlier one, follows again, and every command is idempotent per job and attempt.
 
 Rows in memory hold a request (it may be large) only while few jobs are open; else it is read from the store.
@@ -78,7 +79,7 @@ class Desk:
         kept = asyncio.ensure_future(self._store.submit(row, entry))
         if row.kind == "command":
             self._scheduler.enqueue(job_id)
-            self.pump()  # its claim, if there is a place, is in the same commit as the row
+            self.pump(fresh=job_id)
             commands = ()
         self.spawn(self._admit(kept, row, commands))
         await asyncio.shield(kept)
@@ -139,14 +140,14 @@ class Desk:
         if unfinished:
             await self._store.drop(unfinished)
 
-    def pump(self) -> None:
-        """Claims as many waiting jobs as there are places."""
+    def pump(self, fresh: str | None = None) -> None:
+        """Claims as many waiting jobs as there are places; `fresh` is the one whose row is being written."""
         while (job_id := self._scheduler.claim()) is not None:
             row = self.open.get(job_id)
             if row is None or row.phase != "queued":
                 self._scheduler.forget(job_id)
                 continue
-            self._move(row, machine.Claimed(), row.view)
+            self._move(row, machine.Claimed(), row.view, at_once=job_id == fresh)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -155,7 +156,9 @@ class Desk:
 
     # ---- inside
 
-    def _move(self, row: JobRow, event: machine.AnyEvent, view: JobView) -> Awaitable[bool] | None:
+    def _move(
+        self, row: JobRow, event: machine.AnyEvent, view: JobView, at_once: bool = False
+    ) -> Awaitable[bool] | None:
         old = machine.State(row.kind, row.phase, row.facts)
         state, commands = machine.step(old, event)
         if state is old and not commands:
@@ -171,7 +174,7 @@ class Desk:
         if row.kind == "command":
             self._scheduler.moved(row.job_id, row.phase)
         written = asyncio.ensure_future(self._store.advance(row, self._entry(event)))
-        if commands and not isinstance(event, machine.Claimed):
+        if commands and (at_once or not isinstance(event, machine.Claimed)):
             self.spawn(self._perform_all(row, commands))
             commands = ()
         self.spawn(self._after(written, row, commands))

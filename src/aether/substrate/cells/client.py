@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from aether.contract.errors import KINDS, AetherError
 from aether.contract.limits import LINK_CALLS_IN_FLIGHT_MAX, PROTOCOL_VERSION, SPAWNER_MESSAGE_BYTES_MAX
 
@@ -27,6 +29,7 @@ FDS_MAX: Final = 250
 CALL_TIMEOUT_S: Final = 120.0
 """Longer than any operation of the spawner; a spawner that hangs longer is restarted by its supervisor."""
 RECONNECT_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_encode: Final = msgspec.json.encode
 _SPACE: Final = socket.CMSG_SPACE(FDS_MAX * array.array("i").itemsize)
 
 
@@ -75,7 +78,7 @@ class SpawnerLink:
             raise AetherError("BUSY", f"cannot call {op}: too many calls to the spawner are under way")
         call_id = next(self._ids)
         request = {"id": call_id, "op": op, "key": key, "args": args}
-        data = json.dumps(request, separators=(",", ":")).encode()
+        data = _encode(request)
         if len(data) > SPAWNER_MESSAGE_BYTES_MAX:
             raise AetherError("TOO_LARGE", f"cannot call {op}: the message has {len(data)} bytes")
         future: asyncio.Future[Reply] = self._loop.create_future()
@@ -133,7 +136,7 @@ class SpawnerLink:
             self._receive(data, tuple(fds))
 
     def _receive(self, data: bytes, fds: tuple[int, ...]) -> None:
-        message = json.loads(data)
+        message = msgspec.json.decode(data)
         if "ev" in message:
             name = message.pop("ev")
             self._on_event(name, message)

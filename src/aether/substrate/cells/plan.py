@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from aether.contract import limits
 from aether.contract.canonical import canonical
@@ -28,6 +28,7 @@ from aether.contract.cellplan import (
     describe,
     exec_to_obj,
     to_obj,
+    to_plain,
 )
 from aether.contract.cells import REQUIREMENTS, RUNGS, CellSpec
 from aether.contract.errors import AetherError
@@ -79,6 +80,51 @@ class Planned:
         return (*describe(self.plan), *asked, *lacks, f"run {' '.join(self.executable.argv)} in {self.executable.cwd}")
 
 
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """What is the same for every cell of one specification on one host: made once, filled in for each cell.
+
+    `text` is the document that receipts name. A plan is some 4 KiB of JSON, so making it anew for each cell would
+    cost more than anything else that the authority does for a launch.
+    """
+
+    plan: dict[str, Any]
+    executable: dict[str, Any]
+    limits: dict[str, int]
+    missing: dict[str, str]
+    text: bytes
+    work: str
+    shared: bool
+    """False at level `process`, where the work directory's host path is all over the plan."""
+
+    def fill(self, cell_id: str, exec_id: str, ids: IdMap, work: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The plan and the executable of one cell, as JSON objects."""
+        steps = [step | {"source": work} if step.get("source") == self.work else step for step in self.plan["steps"]]
+        plan = self.plan | {"cell_id": cell_id, "id_map": to_plain(ids), "steps": steps}
+        return plan, self.executable | {"exec_id": exec_id}
+
+
+def blueprint(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts, slot: int) -> Blueprint:
+    """The blueprint of `spec`, drawn for one cell; raises AetherError LEVEL_UNMET."""
+    planned = plan_cell(spec, cell_id, exec_id, facts, slot)
+    executable = exec_to_obj(planned.executable)
+    del executable["stdio"]
+    return Blueprint(
+        plan=to_obj(planned.plan),
+        executable=executable,
+        limits=planned.limits,
+        missing=planned.missing,
+        text=planned.document(),
+        work=work_of(cell_id, facts),
+        shared=facts.level == "cell",
+    )
+
+
+def work_of(cell_id: str, facts: Facts) -> str:
+    """The host path of a cell's work directory."""
+    return f"{facts.work_root}/{cell_id}"
+
+
 def require(words: Sequence[str], facts: Facts) -> None:
     """Fail closed before anything is started: raises AetherError LEVEL_UNMET with the reason and the remedy."""
     for word in words:
@@ -94,13 +140,13 @@ def require(words: Sequence[str], facts: Facts) -> None:
 def plan_cell(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts, slot: int) -> Planned:
     """The plan of `spec` on this host. `slot` chooses the block of uids when the spawner is root."""
     require(spec.require, facts)
-    work = f"{facts.work_root}/{cell_id}"
+    work = work_of(cell_id, facts)
     is_cell = facts.level == "cell"
     plan = Plan(
         cell_id=cell_id,
         level=facts.level,
         namespaces=facts.namespaces,
-        id_map=_id_map(facts, slot),
+        id_map=id_map(facts, slot),
         hostname=HOST_NAME,
         steps=_steps(spec, facts, work) if is_cell else (),
         seccomp_profile="cell" if "net" in facts.namespaces else "offline",
@@ -137,7 +183,8 @@ def exec_spec(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts) -> ExecS
     )
 
 
-def _id_map(facts: Facts, slot: int) -> IdMap:
+def id_map(facts: Facts, slot: int) -> IdMap:
+    """The block of uids number `slot`, or the one uid there is without root."""
     if not facts.is_root:
         return IdMap(facts.uid, facts.gid, 1, JOB_ID, JOB_ID, JOB_ID)
     first = limits.CELL_UID_BASE + slot * limits.CELL_UID_BLOCK

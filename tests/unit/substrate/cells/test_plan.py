@@ -143,7 +143,7 @@ def test_document_names_the_environment_but_not_its_values(facts: Facts) -> None
 )
 def test_bad_specifications(spec: CellSpec) -> None:
     with pytest.raises(AetherError) as refused:
-        check_spec(spec, ("cell", "seccomp"))
+        check_spec(spec)
     assert refused.value.code == "BAD_FIELD"
 
 

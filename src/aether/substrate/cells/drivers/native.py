@@ -24,13 +24,23 @@ from aether.contract.wire import CellFile, CellFiles
 from aether.substrate.cells.client import Connector, SpawnerLink
 from aether.substrate.cells.drivers.port import Adopted, Explained, Fingerprint, Handle, Order, Started
 from aether.substrate.cells.facts import Facts, read_facts
-from aether.substrate.cells.plan import JOB_ID, Planned, check_spec, exec_spec, plan_cell, require
+from aether.substrate.cells.plan import (
+    JOB_ID,
+    Blueprint,
+    blueprint,
+    check_spec,
+    exec_spec,
+    id_map,
+    plan_cell,
+    require,
+    work_of,
+)
 from aether.substrate.cells.report import end_of, sandbox_report, usage_of, verify_required
 
 FILES_PER_MESSAGE: Final = 200
 STDIO: Final = ("null", "log", "log")
 SLOT_TRIES: Final = 16
-DOCUMENTS_MAX: Final = 256
+BLUEPRINTS_MAX: Final = 256
 
 
 @dataclass(slots=True)
@@ -54,7 +64,7 @@ class NativeDriver:
         self._cells: dict[str, _Cell] = {}
         self._ends: dict[tuple[str, str], ExecEnd] = {}
         self._waiting: dict[tuple[str, str], list[asyncio.Future[ExecEnd]]] = {}
-        self._documents: dict[bytes, bytes] = {}
+        self._blueprints: dict[bytes, Blueprint] = {}
         self._next_slot = 0
         self._slots: set[int] = set()
         self._on_end: list[Callable[[ExecEnd], None]] = []
@@ -183,10 +193,10 @@ class NativeDriver:
         files = list(order.files)
         for _ in range(SLOT_TRIES):
             slot = self._take_slot()
-            planned = plan_cell(order.spec, order.cell_id, order.exec_id, facts, slot)
             try:
-                files = await self._prepare(link, planned, files)
-                return await self._create(link, order, planned, slot, files)
+                ids = id_map(facts, slot)
+                files = await self._prepare(link, order.cell_id, ids, files)
+                return await self._create(link, order, ids, slot, files)
             except AetherError as error:
                 self._slots.discard(slot)
                 if not (error.code == "BAD_PLAN" and "holds it" in error.message):
@@ -203,24 +213,24 @@ class NativeDriver:
         raise AetherError("CELL_LIMIT", "cannot launch: every block of uids is in use")
 
     async def _prepare(
-        self, link: SpawnerLink, planned: Planned, files: list[tuple[InputFile, int]]
+        self, link: SpawnerLink, cell_id: str, ids: IdMap, files: list[tuple[InputFile, int]]
     ) -> list[tuple[InputFile, int]]:
         """More files than one message carries go ahead of the cell; the rest travels with it."""
         while len(files) > FILES_PER_MESSAGE:
             batch, files = files[:FILES_PER_MESSAGE], files[FILES_PER_MESSAGE:]
-            args = {"cell": planned.plan.cell_id, "owner": _owner(planned.plan.id_map), "files": _files(batch)}
+            args = {"cell": cell_id, "owner": _owner(ids), "files": _files(batch)}
             await link.call("work.prepare", args, [fd for _, fd in batch])
         return files
 
     async def _create(
-        self, link: SpawnerLink, order: Order, planned: Planned, slot: int, files: list[tuple[InputFile, int]]
+        self, link: SpawnerLink, order: Order, ids: IdMap, slot: int, files: list[tuple[InputFile, int]]
     ) -> Started:
         asked = order.spec.limits
-        executable = exec_to_obj(planned.executable)
-        del executable["stdio"]
+        drawn = self._blueprint(order, slot)
+        plan, executable = drawn.fill(order.cell_id, order.exec_id, ids, work_of(order.cell_id, self.facts))
         args = {
-            "plan": to_obj(planned.plan),
-            "limits": planned.limits,
+            "plan": plan,
+            "limits": drawn.limits,
             "files": _files(files),
             "work": True,
             "once": True,
@@ -236,7 +246,8 @@ class NativeDriver:
         fds = [fd for _, fd in files] + ([theirs.fileno()] if theirs is not None else [])
         try:
             reply = await link.call("cell.create", args, fds, key=order.cell_id)
-            report, text = self._reported(order, planned, reply.value)
+            uid = ids.host_uid + (ids.job_uid if ids.count > 1 else 0)
+            report = sandbox_report(reply.value["report"], drawn.missing, uid, digest_bytes(drawn.text))
         except BaseException:
             if ours is not None:
                 ours.close()
@@ -244,7 +255,7 @@ class NativeDriver:
         finally:
             if theirs is not None:
                 theirs.close()
-        self._cells[order.cell_id] = _Cell(order.exec_id, slot, report, text)
+        self._cells[order.cell_id] = _Cell(order.exec_id, slot, report, drawn.text)
         try:
             verify_required(order.spec, report)
         except AetherError:
@@ -253,23 +264,19 @@ class NativeDriver:
             await self.free(Handle(order.cell_id))
             raise
         channel = ours.detach() if ours is not None and "existing" not in reply.value else None
-        return Started(Handle(order.cell_id), order.exec_id, report, text, channel)
+        return Started(Handle(order.cell_id), order.exec_id, report, drawn.text, channel)
 
-    def _document(self, spec: CellSpec, planned: Planned) -> bytes:
-        """`planned.document()`, which is the same for one specification on one host."""
-        key = self.facts.instance.encode() + msgspec.msgpack.encode(spec)
-        text = self._documents.get(key)
-        if text is None:
-            if len(self._documents) >= DOCUMENTS_MAX:
-                self._documents.clear()
-            text = self._documents[key] = planned.document()
-        return text
-
-    def _reported(self, order: Order, planned: Planned, view: dict[str, Any]) -> tuple[SandboxReport, bytes]:
-        text = self._document(order.spec, planned)
-        ids = planned.plan.id_map
-        uid = ids.host_uid + (ids.job_uid if ids.count > 1 else 0)
-        return sandbox_report(view["report"], planned.missing, uid, digest_bytes(text)), text
+    def _blueprint(self, order: Order, slot: int) -> Blueprint:
+        """The plan of the order's specification, from memory where it can be shared."""
+        key = self.facts.instance.encode() + msgspec.msgpack.encode(order.spec)
+        drawn = self._blueprints.get(key)
+        if drawn is None:
+            drawn = blueprint(order.spec, order.cell_id, order.exec_id, self.facts, slot)
+            if drawn.shared:
+                if len(self._blueprints) >= BLUEPRINTS_MAX:
+                    self._blueprints.clear()
+                self._blueprints[key] = drawn
+        return drawn
 
     async def adopt(self) -> list[Adopted]:
         return await self._list(self._connector.require())
