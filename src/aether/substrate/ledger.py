@@ -23,8 +23,9 @@ _WINDOW_NS: Final = IDEMPOTENCY_WINDOW_S * 1_000_000_000
 
 @dataclass(slots=True)
 class OpenJob:
-    """An admitted job without an outcome. `end` is set once its executable ended; `argv` is known only to
-    the process that admitted it (the log does not hold it), and so are the spawner that was asked to launch it and whether its row is durable."""
+    """An admitted job without an outcome. `end` is set once its executable ended. What the log does not hold is
+    known only to the process that admitted it: `argv`, the spawner that was asked to launch it, and whether its row
+    is durable."""
 
     intent: Record
     started: Record | None = None

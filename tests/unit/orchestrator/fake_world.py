@@ -186,6 +186,7 @@ class Authority:
         self.answer: Callable[[InferRequest], InferReply | None] = echo
         self.refuse_launch: AetherError | None = None
         self.kept: set[str] = set()
+        self.keeping: dict[str, asyncio.Event] = {}
         self.released: dict[str, wire.JobRunReply] = {}
 
     # ---- clients
@@ -214,12 +215,15 @@ class Authority:
         """The id of an accepted job, or None (then it is abandoned, as aetherd does)."""
         body = self.admit(request)
         job_id = body.view.job_id
+        kept = self.keeping[job_id] = asyncio.Event()
         try:
             assert self.link is not None
             await self.link.call("job.submit", body, wire.Empty)
         except AetherError:
             self._outcome(job_id, JobState.FAILED, AetherError("ABANDONED", "cannot start"))
             return None
+        finally:
+            kept.set()
         return job_id
 
     async def run(self, request: JobRequest) -> wire.JobRunReply:
@@ -299,6 +303,8 @@ class Authority:
         assert self.link is not None
         job_id, attempt = body.grant.job_id, body.grant.attempt
         inputs = [await _read_all(self.link, token) for token in body.tokens]
+        if job_id in self.keeping:
+            await self.keeping[job_id].wait()  # a launch is held until the row is known to be durable
         if job_id not in self.open:
             raise AetherError("NO_GRANT", f"cannot launch {job_id}: not open")
         if self.refuse_launch is not None:
