@@ -123,7 +123,11 @@ class Submitter:
         self._orchestra.link()
 
     def _write_intent(self, submission: Submission) -> Record:
-        return self._book.write(lambda index, time: entries.intent(self._gate.node, submission, index, time))
+        try:
+            return self._book.write(lambda index, time: entries.intent(self._gate.node, submission, index, time))
+        except AetherError:
+            self._give_up(submission)  # no record, no charge
+            raise
 
     # ---- the long way
 

@@ -239,7 +239,8 @@ class AuditLog:
             self._disk_has_room = disk.f_bavail * disk.f_frsize >= self._disk_free_bytes_min
             if self._free_bytes() < OUTCOME_BYTES_RESERVED + RECORD_BYTES_MAX:
                 self._writer.put(Batch([], []))
-        return self._disk_has_room and self._free_bytes() >= OUTCOME_BYTES_RESERVED + RECORD_BYTES_MAX
+        behind = self._free_bytes() < OUTCOME_BYTES_RESERVED + RECORD_BYTES_MAX
+        return self._disk_has_room and not (behind and self._durable.short)
 
     def close(self) -> None:
         """Commits what is queued, publishes the checkpoint, ends the thread, releases the lock."""
@@ -261,7 +262,7 @@ class AuditLog:
         if self._free_bytes() >= cost:
             return
         self._writer.put(Batch([], []))
-        if self._outstanding_bytes > self._reserved_bytes:
+        if not self._durable.short or self._outstanding_bytes > self._reserved_bytes:
             # more was queued at once than is allocated ahead; the writer will have caught up
             raise AetherError("BUSY", "cannot record more now: the audit log is behind", retry_after_s=1)
         raise AetherError("DISK_FULL", "cannot record: what is left of the disk is kept for accepted jobs")

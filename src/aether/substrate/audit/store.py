@@ -26,11 +26,15 @@ _INTERVAL_NS = int(CHECKPOINT_INTERVAL_S * 1e9)
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The durable log: `size` entries with `root`; `left_bytes` of room are allocated behind it."""
+    """The durable log: `size` entries with `root`; `left_bytes` of room are allocated behind it.
+
+    `short`: less was to be had than was wanted, so the disk is full; else a shortage passes with the next commit.
+    """
 
     size: int
     root: bytes
     left_bytes: int
+    short: bool
 
 
 class LogStore:
@@ -75,7 +79,7 @@ class LogStore:
     def state(self, want_bytes: int) -> Committed:
         """The durable log as it is now, after allocating `want_bytes` behind it where there is room."""
         left = self._room.ensure(self._fd, self._offset, want_bytes)
-        return Committed(self.tiles.size, self.tiles.root(), left)
+        return Committed(self.tiles.size, self.tiles.root(), left, left < want_bytes + self._bounds.headroom_bytes)
 
     def publish(self, force: bool = False) -> None:
         """Full tiles as they come, partial ones and the checkpoint at most once a second. A full disk puts it off."""
