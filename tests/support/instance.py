@@ -39,7 +39,7 @@ def running() -> Iterator[Layout]:
 def instance_marks(layout: Layout) -> list[str]:
     """The spawner's instance ids, which its cgroups and work directories carry."""
     with contextlib.suppress(OSError):
-        return (layout.run / "spawner.instances").read_text().split()
+        return (layout.cells / ".instances").read_text().split()
     return []
 
 

@@ -84,7 +84,7 @@ def prepare(layout: Layout, who: Accounts) -> None:
 
 @contextlib.contextmanager
 def directory(root: Path, below: PurePath) -> Iterator[int]:
-    """The directory `root/below`, made where it is not there, reached through no link from `root` on; raises OSError."""
+    """The directory `root/below`, made if need be, reached through no link from `root` on; raises OSError."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     with contextlib.suppress(FileExistsError):
         root.mkdir(mode=0o700)
