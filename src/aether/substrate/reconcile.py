@@ -60,7 +60,7 @@ class Reconciler:
         index = body.start
         while index < self._book.log.durable_size and size < _PAGE_BYTES_MAX and len(found) < body.limit:
             for record in self._book.log.read(index, min(body.limit, 50)):
-                if size >= _PAGE_BYTES_MAX or record.log_index >= self._book.log.durable_size:
+                if size >= _PAGE_BYTES_MAX or len(found) >= body.limit:
                     break
                 index = record.log_index + 1
                 if record.type in _JOB_TYPES:
