@@ -20,7 +20,7 @@ from typing import Final
 
 from aether.contract.errors import AetherError
 from aether.contract.paths import Layout
-from aether.daemons.diagnosis import last_line, why_not_up
+from aether.daemons.diagnosis import last_words, why_not_up
 from aether.daemons.presence import instance, is_up
 
 START_TIMEOUT_S: Final = 30.0
@@ -44,8 +44,8 @@ def ensure_running(state: Path, progress: Callable[[str], None]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not answers(layout):
         if process is not None and process.poll() is not None and not is_up(layout):
-            reason = last_line(_supervisor_log(layout)) or "it ended at once"
-            raise AetherError("UNREACHABLE", f"cannot start an instance in {state}: {reason}")
+            silent = AetherError("UNREACHABLE", f"cannot start an instance in {state}: its supervisor ended at once")
+            raise last_words(state, "supervisor") or silent
         if refused := why_not_up(state, instance(layout)):
             if process is not None:
                 _stop(process)

@@ -27,19 +27,13 @@ def why_not_up(state: Path, found: dict[str, Any] | None) -> AetherError | None:
     ends = found.get("quick_ends") if found is not None else None
     for role, times in ends.items() if isinstance(ends, dict) else ():
         if isinstance(times, int) and times >= ENDS_MIN:
-            error = _last_words(state, role)
+            error = last_words(state, role)
             if error is not None and error.code != "ALREADY_RUNNING" and _PASSING not in error.message:
                 return error
     return None
 
 
-def last_line(log: Path) -> str:
-    """The last line of a log that is there to be read; empty when there is none."""
-    lines = _tail(log)
-    return lines[-1][:_REASON_CHARS_MAX] if lines else ""
-
-
-def _last_words(state: Path, role: str) -> AetherError | None:
+def last_words(state: Path, role: str) -> AetherError | None:
     """What the role said since it last started; None when it has not said anything yet."""
     log = Layout(state).daemon_logs / f"{role}.log"
     what = f"cannot start an instance in {state}: {role}: "

@@ -97,7 +97,7 @@ class Supervisor:
         role.failures = 0 if now - role.started > _STEADY_S else role.failures + 1
         pause = _RESTART_PAUSE_S[min(role.failures, len(_RESTART_PAUSE_S) - 1)]
         role.process, role.restart_at = None, now + pause
-        print(json.dumps({"role": "supervisor", "event": "role ended", "name": role.name, "code": code}), flush=True)
+        _say("role ended", level="warning", name=role.name, code=code)
 
     def _pause_s(self) -> float | None:
         due = [role.restart_at for role in self._roles.values() if role.restart_at is not None]
@@ -150,19 +150,25 @@ def cell_roots(layout: Layout) -> tuple[Path, ...]:
     return (layout.models, layout.trusted_keys)
 
 
+def _say(event: str, **facts: str | int) -> None:
+    """A line as the roles log them (aether.telemetry.logs), without their libraries: this process stays small."""
+    print(json.dumps({"role": "supervisor", "event": event, **facts}), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="aether-supervisor")
     parser.add_argument("--state", type=Path)
     asked = parser.parse_args()
     layout = Layout(asked.state or state_dir(os.environ, os.getuid(), Path.home()))
     who = accounts(os.getuid(), os.getgid())
+    _say("started", level="info", pid=os.getpid())
     try:
         prepare(layout, who)
         presence.acquire(layout)  # the descriptor stays open until this process ends
         samples.install(layout, who)
         Supervisor(layout, who).run()
     except AetherError as error:
-        print(str(error), flush=True)
+        _say("cannot run", level="error", code=error.code, reason=error.message, remedy=error.remedy)
         raise SystemExit(error.kind.exit) from error
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aether.contract.paths import Layout
-from aether.daemons.diagnosis import last_line, why_not_up
+from aether.daemons.diagnosis import why_not_up
 
 REFUSAL = json.dumps(
     {"level": "error", "event": "cannot run", "code": "LOG_CORRUPT", "reason": "cannot open the log: x", "remedy": "r"}
@@ -66,7 +66,6 @@ def test_a_predecessor_that_still_ends_is_waited_for(tmp_path: Path, line: str) 
 
 def test_no_log_is_no_word(tmp_path: Path) -> None:
     assert why_not_up(tmp_path, FOUND) is None
-    assert last_line(tmp_path / "absent") == ""
 
 
 @given(data=st.binary(max_size=300))
