@@ -14,6 +14,7 @@ import typer
 from aether.cli.session import Session, command
 
 if TYPE_CHECKING:
+    from aether.contract.records import Receipt, Record
     from aether.substrate.audit.report import Report
 
 Key = Annotated[
@@ -72,11 +73,36 @@ def _show(session: Session, job_id: Annotated[str, typer.Argument(metavar="JOB",
                     "  policy",
                     f"{record.policy.decision} by {', '.join(record.policy.determining)}" if record.policy else None,
                 ),
+                ("  enforced", _enforced(receipt, record)),
                 ("  state", record.state),
                 ("  error", record.error.code if record.error else None),
+                ("  usage", _usage(record)),
+                ("  artifacts", ", ".join(f"{ref.name} {ref.digest}" for ref in record.artifacts)),
                 ("  result", record.result_digest),
             ]
         )
+
+
+def _enforced(receipt: Receipt, record: Record) -> str | None:
+    """What the kernel enforced, from the sandbox report that the record names."""
+    import msgspec
+
+    from aether.contract.cells import SandboxReport
+
+    digest = record.code.sandbox_digest if record.code is not None and record.type == "job.started" else None
+    if digest is None or digest not in receipt.documents:
+        return None
+    report = msgspec.json.decode(receipt.documents[digest], type=SandboxReport)
+    missing = f"; missing: {', '.join(sorted(report.missing))}" if report.missing else ""
+    return f"{report.level}: {', '.join(name for name, seen in sorted(report.enforced.items()) if seen)}{missing}"
+
+
+def _usage(record: Record) -> str | None:
+    """The figures that were measured, with how they were come by."""
+    if record.usage is None:
+        return None
+    figures = {name: getattr(record.usage, name) for name in record.usage.basis}
+    return ", ".join(f"{name} {value}" for name, value in figures.items() if value) or None
 
 
 def _verify(

@@ -34,7 +34,10 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns[:-1]:
+        table.add_column(column, no_wrap=True, overflow="ignore")  # an id that is cut cannot be copied
+    table.add_column(columns[-1], no_wrap=True, overflow="ellipsis", ratio=1)
     for line in cells:
         table.add_row(*(Text(cell) for cell in line))
     Console(highlight=False).print(table)
