@@ -88,7 +88,9 @@ class Execution:
     async def stop(self, body: CellStop) -> Empty:
         """`cell.stop`: the end arrives as an event."""
         job = self.granted(body.grant)
-        if job.started is not None and job.end is None:
+        if job.end is not None:  # told again: whoever stops it may not have heard
+            self._tell_exit(job, job.end)
+        elif job.started is not None:
             await self._cells.stop(cell_of(body.grant.job_id), body.grace_ms)
         return Empty()
 

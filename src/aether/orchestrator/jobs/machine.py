@@ -308,7 +308,7 @@ def _adopt(state: State, cell: LiveCell) -> Step:
         cell_id=cell.cell_id,
         exec_id=cell.exec_id,
         started_at=cell.started_at,
-        end=cell.end,
+        end=cell.end or state.facts.end,  # its end may have overtaken this answer
     )
     if facts.end is not None:
         return replace(state, phase="collecting", facts=facts), (CollectOutputs(),)
