@@ -1,6 +1,7 @@
 """An untrusted script: each attempt is something that a job must not be able to do.
 
-Usage: intruder.py secret PATH | network PORT | forks | memory | flood. Exits 0 only if an attempt succeeded.
+Usage: intruder.py secret PATH | processes | network PORT | forks | memory | flood. Exits 0 only if an attempt
+succeeded; its last line says what it met.
 Harmless by construction: it reads, connects to this machine, and uses up nothing but its own bounds.
 """
 
@@ -10,6 +11,7 @@ import os
 import socket
 import sys
 import time
+from pathlib import Path
 
 
 def secret(path: str) -> bool:
@@ -20,8 +22,16 @@ def secret(path: str) -> bool:
                 print("the secret is", file.read())
                 return True
         except OSError as error:
-            print(f"open {candidate}: {error.strerror}")
+            print(f"open: {error.strerror}")
     return False
+
+
+def processes() -> bool:
+    """See what else runs on this machine."""
+    own = {os.getpid(), os.getppid(), 1}
+    others = [path for path in Path("/proc").iterdir() if path.name.isdigit() and int(path.name) not in own]
+    print(f"saw {len(others)} other processes")
+    return bool(others)
 
 
 def network(port: str) -> bool:
@@ -32,7 +42,7 @@ def network(port: str) -> bool:
             print("reached the host's listener")
             reached = True
     except OSError as error:
-        print(f"TCP 127.0.0.1:{port}: {error.strerror}")
+        print(f"TCP to the host: {error.strerror}")
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
             udp.connect(("192.0.2.1", 9))  # documentation address (RFC 5737); connecting UDP sends nothing
@@ -54,18 +64,22 @@ def forks() -> bool:
                 os._exit(0)
             children.append(pid)
     except OSError as error:
-        print(f"fork after {len(children)} children: {error.strerror}")
+        print(f"no fork after {len(children)}: {error.strerror}")
         return False
     return True
 
 
 def memory() -> bool:
-    """Take a gibibyte, a mebibyte at a time; the kernel ends this."""
-    taken = []
-    for size_mib in range(1024):
-        taken.append(bytearray(os.urandom(4096) * 256))
-        if size_mib % 32 == 0:
-            print(f"took {size_mib} MiB", flush=True)
+    """Take a gibibyte, a mebibyte at a time."""
+    taken: list[bytearray] = []
+    try:
+        while len(taken) < 1024:
+            taken.append(bytearray(os.urandom(4096) * 256))
+    except MemoryError:
+        count = len(taken)
+        taken.clear()
+        print(f"no more memory after {count} MiB")
+        return False
     return True
 
 
@@ -77,5 +91,5 @@ def flood() -> bool:
 
 
 if __name__ == "__main__":
-    attempt = {"secret": secret, "network": network, "forks": forks, "memory": memory, "flood": flood}[sys.argv[1]]
-    sys.exit(0 if attempt(*sys.argv[2:]) else 13)
+    attempts = {f.__name__: f for f in (secret, processes, network, forks, memory, flood)}
+    sys.exit(0 if attempts[sys.argv[1]](*sys.argv[2:]) else 13)
