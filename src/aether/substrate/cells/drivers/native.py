@@ -65,7 +65,6 @@ class NativeDriver:
         self._ends: dict[tuple[str, str], ExecEnd] = {}
         self._waiting: dict[tuple[str, str], list[asyncio.Future[ExecEnd]]] = {}
         self._blueprints: dict[bytes, Blueprint] = {}
-        self._next_slot = 0
         self._slots: set[int] = set()
         self._on_end: list[Callable[[ExecEnd], None]] = []
         self._on_connect: list[Callable[[list[Adopted]], None]] = []
@@ -205,11 +204,14 @@ class NativeDriver:
         raise AetherError("CELL_LIMIT", "cannot launch: no block of uids is free")
 
     def _take_slot(self) -> int:
-        for _ in range(limits.CELL_UID_SLOTS):
-            self._next_slot = (self._next_slot + 1) % limits.CELL_UID_SLOTS
-            if self._next_slot not in self._slots:
-                self._slots.add(self._next_slot)
-                return self._next_slot
+        """The lowest free block of uids: the launcher keeps the user namespace of a block that was used before.
+
+        A block is free only when its cell is gone: nothing of it lives and its files are removed.
+        """
+        for slot in range(limits.CELL_UID_SLOTS):
+            if slot not in self._slots:
+                self._slots.add(slot)
+                return slot
         raise AetherError("CELL_LIMIT", "cannot launch: every block of uids is in use")
 
     async def _prepare(
