@@ -55,7 +55,7 @@ def network(port: str) -> bool:
 
 def forks() -> bool:
     """Fork without end."""
-    children = []
+    children: list[int] = []
     try:
         while len(children) < 4096:
             pid = os.fork()
