@@ -8,6 +8,7 @@ freed here, so a dead aurorad leaves nothing behind.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Final
@@ -119,7 +120,7 @@ class Execution:
         if (known := self._book.recent_outcome(job_id)) is not None:
             return known
         job = self.granted(body.grant)
-        outcome = self.conclude(job, _judged(job, body))
+        outcome = self.conclude(job, _judged(job, body, self._cells.gone(cell_of(job_id))))
         await self._book.durable(outcome)
         return self.told(job, outcome)
 
@@ -244,7 +245,8 @@ class Execution:
         self._in_background(self._free(found.cell_id))
 
     async def _free(self, cell_id: str) -> None:
-        await self._cells.free(cell_id)
+        with contextlib.suppress(AetherError):  # the spawner is away: what it lists when it is back is freed then
+            await self._cells.free(cell_id)
 
     def _in_background(self, work: object) -> None:
         task = asyncio.ensure_future(work)  # type: ignore[call-overload]
@@ -298,16 +300,17 @@ async def hand_over(link: Link, launched: CellLaunched, channel: int | None) -> 
     )
 
 
-def _judged(job: OpenJob, finish: JobFinish) -> JobFinish:
+def _judged(job: OpenJob, finish: JobFinish, gone: bool) -> JobFinish:
     """The verdict as the authority may record it: aurorad's word about an end needs the authority's own sight of it.
 
     Raises UNAVAILABLE while that is still to come (the spawner tells it again after a reconnect), PROTOCOL for a
-    failure called success. An end that only aurorad saw, because the spawner died with it, is LOST.
+    failure called success. An end that only aurorad saw, because the spawner died with it, is LOST; `gone`: the
+    spawner does not know the cell, of which even the start may not have been durable.
     """
     job_id, end = finish.grant.job_id, job.end
-    if job.started is not None and end is None and finish.exit is not None:
+    if end is None and finish.exit is not None and not gone:
         raise AetherError("UNAVAILABLE", f"cannot finish {job_id} yet: its end is not known here", retry_after_s=1)
-    if end is not None and end.exit.reason == SPAWNER_DIED and _tells_more(finish):
+    if (end is None or end.exit.reason == SPAWNER_DIED) and _tells_more(finish):
         error = AetherError("LOST", "cannot finish the job: how it ended was lost with its spawner")
         return replace(finish, state=JobState.LOST, error=error.body())
     if job.intent.kind == "command" and finish.state is JobState.SUCCEEDED and (end is None or end.exit.code != 0):

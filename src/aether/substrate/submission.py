@@ -98,7 +98,7 @@ class Submitter:
                     f"cannot submit: the Idempotency-Key already stands for {known.job_id} with other input",
                     details={"job_id": known.job_id},
                 )
-            return await self._answer(known.job_id, wait_ms)
+            return await self._repeated(known.job_id, wait_ms)
         if not self._book.ledger.has_room_for_keys(now_ns):
             raise AetherError("BUSY", "cannot submit: too many idempotency keys in the window", retry_after_s=5)
         done = self._in_flight[key_hash] = asyncio.Event()
@@ -162,6 +162,13 @@ class Submitter:
         final = await self._book.wait(job_id, wait_ms / 1000)
         view = final or queued or await self._orchestra.job(job_id)
         return submitted(view, await self._result(view))
+
+    async def _repeated(self, job_id: str, wait_ms: int) -> SubmittedJob:
+        """The answer of the first submission: a model job that failed while its caller waited was a refusal."""
+        answer = await self._answer(job_id, wait_ms)
+        if wait_ms > 0 and answer.kind == "model" and answer.error is not None:
+            raise engine_error(answer.error, job_id)
+        return answer
 
     async def _result(self, view: JobView) -> bytes | None:
         """The inline result; none where its bytes died with both roles before any answer was released.

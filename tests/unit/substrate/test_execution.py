@@ -197,3 +197,21 @@ def test_what_is_abandoned_says_whether_it_may_have_run(tmp_path: Path) -> None:
         await node.start_aurorad()
 
     with_job(tmp_path, "forever", step)
+
+
+def test_an_end_of_a_cell_whose_start_was_not_durable_is_lost(tmp_path: Path) -> None:
+    """aetherd died before `job.started` was durable, and the spawner with the cell: only aurorad saw any of it."""
+
+    async def step(node: OneNode, job: OpenJob) -> None:
+        await node.kill_aurorad()
+        job.started = None  # as a log that lost its tail would say
+        body = finish(job, JobState.SUCCEEDED, exit=ExitStatus(code=0))
+        with pytest.raises(AetherError) as caught:
+            await node.parts.execution.finish(body)
+        assert caught.value.code == "UNAVAILABLE", "its cell is there"
+        node.driver.die()
+        told = await node.parts.execution.finish(body)
+        assert told.view.state is JobState.LOST
+        await node.start_aurorad()
+
+    with_job(tmp_path, "forever", step)

@@ -43,6 +43,7 @@ class CellSupervisor:
     def __init__(self, driver: Connected, version: str) -> None:
         self._driver = driver
         self._version = version
+        self._listed = False
 
     def start(self) -> None:
         self._driver.start()
@@ -59,6 +60,7 @@ class CellSupervisor:
         """`call` gets `{cell: its first executable}` of all that lives or was not freed, after each connect."""
 
         def connected(found: list[Adopted]) -> None:
+            self._listed = True
             call({adopted.cell_id: adopted.exec_id for adopted in found})
 
         self._driver.on_connect(connected)
@@ -77,6 +79,10 @@ class CellSupervisor:
     def knows(self, cell_id: str) -> bool:
         """Whether the cell is there, living or ended."""
         return self._driver.knows(Handle(cell_id))
+
+    def gone(self, cell_id: str) -> bool:
+        """Whether the spawner was asked, and does not know the cell."""
+        return self._listed and not self.knows(cell_id)
 
     async def stop(self, cell_id: str, grace_ms: int) -> None:
         await self._driver.stop(Handle(cell_id), grace_ms)
