@@ -17,20 +17,26 @@ setup: $(VENV)/.ready native ## Make .venv with everything the demo needs
 
 $(VENV)/.python:
 	@test -n "$(PYTHON)" || { echo "cannot set up: no Python 3.11 or newer found (apt-get install python3.11-venv, or uv python install 3.12)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	|| { echo "cannot set up: $(PYTHON) is not Python 3.11 or newer; choose one with PYTHON="; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment: apt-get install python3-venv"; exit 1; }
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@echo "installing into $(VENV) (about half a minute)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@echo "installing what the tests need"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 native: ## Build the static cell init, when there is a C compiler
-	@if command -v cc >/dev/null 2>&1; then $(MAKE) -s -C src/aether/spawner/native; \
-	else echo "no C compiler: cells use the portable executor (slower); apt-get install gcc libc6-dev"; fi
+	@if ! command -v cc >/dev/null 2>&1; then why="no C compiler"; \
+	elif ! echo 'int main(void) { return 0; }' | cc -static -x c -o /dev/null - 2>/dev/null; then why="no static C library"; \
+	else exec $(MAKE) -s -C src/aether/spawner/native; fi; \
+	echo "$$why: cells use the portable executor (slower); apt-get install gcc libc6-dev, or dnf install gcc glibc-static"
 
 demo: setup ## The main job on real input: intruder, model, proof
 	@$(BIN)/python -m examples.demo
@@ -57,5 +63,7 @@ train-demo: setup ## Train the pendulum package again (minutes; extra `train`)
 docs: setup ## Write the generated pages again
 	$(BIN)/python -m aether.api.docs
 
-clean: ## Remove what setup made
-	rm -rf $(VENV) build dist src/*.egg-info src/aether/spawner/native/aether-init
+clean: ## Remove what setup, tests and builds made
+	rm -rf $(VENV) build dist src/*.egg-info src/aether/spawner/native/aether-init src/aether/spawner/native/build
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis bench/out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
