@@ -46,14 +46,17 @@ def accounts(uid: int, gid: int) -> Accounts:
     return Accounts(spawner=0, aetherd=base + 1, aurorad=base + 2, keeper=base + 3, gid=base, split=True)
 
 
-def prepare(layout: Layout, who: Accounts) -> None:
+def prepare(layout: Layout, who: Accounts, by_path: bool = False) -> None:
     """Makes the state directory and gives each directory its owner and mode; raises AetherError STATE_UNUSABLE.
 
+    `by_path` is for a machine on which cells are given no view of files of their own: with uids of their own they
+    must be able to walk to their work directories and packages, so three directories can be walked through then.
     Some lie in a directory of aetherd's, which could put anything in their place: each is opened, never through a
     symbolic link, and what was opened is changed.
     """
+    walked = 0o751 if by_path and who.split else 0o750
     owned = {
-        layout.root: (who.spawner, 0o750),
+        layout.root: (who.spawner, walked),
         layout.supervisor: (who.spawner, 0o755),
         layout.run: (who.aetherd, 0o750),
         layout.root / "logs": (who.spawner, 0o750),
@@ -62,8 +65,8 @@ def prepare(layout: Layout, who: Accounts) -> None:
         layout.daemon_logs: (who.spawner, 0o750),
         layout.db: (who.aurorad, 0o700),
         layout.artifacts: (who.aurorad, 0o700),
-        layout.models: (who.spawner, 0o750),
-        layout.keys: (who.aetherd, 0o750),
+        layout.models: (who.spawner, walked),
+        layout.keys: (who.aetherd, walked),
         layout.trusted_keys: (who.spawner, 0o755),
         layout.policy.parent: (who.spawner, 0o750),
         layout.cells: (who.spawner, 0o711),

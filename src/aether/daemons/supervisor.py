@@ -27,6 +27,7 @@ from aether.contract.errors import AetherError
 from aether.contract.paths import Layout, state_dir
 from aether.daemons import presence, samples
 from aether.daemons.accounts import Accounts, accounts, prepare
+from aether.spawner.linux.probe import probe
 
 _RESTART_PAUSE_S: Final = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 5.0)
 _STEADY_S: Final = 10.0
@@ -163,7 +164,7 @@ def main() -> None:
     who = accounts(os.getuid(), os.getgid())
     _say("started", level="info", pid=os.getpid())
     try:
-        prepare(layout, who)
+        prepare(layout, who, by_path=who.split and "cell" in probe()["missing"])
         presence.acquire(layout)  # the descriptor stays open until this process ends
         samples.install(layout, who)
         Supervisor(layout, who).run()

@@ -53,6 +53,16 @@ def test_prepare_twice_gives_the_same(layout: Layout) -> None:
     assert layout.trusted_keys.stat().st_uid == who.spawner
 
 
+def test_directories_are_walked_through_only_where_cells_have_no_view_of_their_own(layout: Layout) -> None:
+    who = accounts(os.getuid(), os.getgid())
+    prepare(layout, who, by_path=True)
+    expected = 0o751 if who.split else 0o750
+    assert {path.stat().st_mode & 0o777 for path in (layout.root, layout.models, layout.keys)} == {expected}
+    assert {path.stat().st_mode & 0o777 for path in (layout.run, layout.audit, layout.job_logs)} == {0o750}
+    prepare(layout, who)
+    assert layout.root.stat().st_mode & 0o777 == 0o750
+
+
 @pytest.mark.parametrize("name", [".", "run", "keys", "keys/models", "logs", "logs/audit", "supervisor"])
 def test_links_in_the_place_of_directories_are_refused(layout: Layout, tmp_path: Path, name: str) -> None:
     elsewhere = tmp_path / "elsewhere"
