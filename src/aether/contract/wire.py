@@ -242,7 +242,7 @@ class CellLaunched(msgspec.Struct, frozen=True, kw_only=True):
     cell_id: str
     exec_id: str
     started_at: str
-    plan_digest: str
+    plan_digest: str | None
     channel: int | None = None
 
 

@@ -54,6 +54,7 @@ class Book:
         self._snapshot_at = 0
         self._waiters: dict[str, asyncio.Future[JobOutcome]] = {}
         self._outcomes: dict[str, JobOutcome] = {}
+        self._unpublished: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<Book {self.ledger!r} waiting={len(self._waiters)}>"
@@ -77,6 +78,8 @@ class Book:
 
         self.log.append(build)
         self._apply(built[0])
+        if built[0].type == "job.outcome" and built[0].job_id is not None:
+            self._unpublished.add(built[0].job_id)
         return built[0]
 
     async def durable(self, record: Record) -> None:
@@ -87,6 +90,7 @@ class Book:
         """Tells the waiters of a job whose outcome is durable."""
         job_id = outcome.view.job_id
         self._outcomes[job_id] = outcome
+        self._unpublished.discard(job_id)
         if len(self._outcomes) > _OUTCOMES_KEPT:
             del self._outcomes[next(iter(self._outcomes))]
         if (waiter := self._waiters.pop(job_id, None)) is not None and not waiter.done():
@@ -96,7 +100,7 @@ class Book:
         """The final view of an open job once its outcome is durable; None when the time is over."""
         if (known := self._outcomes.get(job_id)) is not None:
             return known.view
-        if job_id not in self.ledger.open or timeout_s <= 0:
+        if timeout_s <= 0 or not (job_id in self.ledger.open or job_id in self._unpublished):
             return None
         waiter = self._waiters.get(job_id)
         if waiter is None:

@@ -193,6 +193,12 @@ class Execution:
             job.end = end
             self._tell_exit(job, end)
 
+    def adopt(self, job: OpenJob) -> None:
+        """Records the start of a cell that is there although the record of its start was lost in a crash."""
+        found = self._cells.found(cell_of(job.grant.job_id)) if job.started is None else None
+        if found is not None:
+            self._record_start(job, found)
+
     def vanished(self, job: OpenJob) -> None:
         """The spawner no longer knows the job's cell: it died with the spawner."""
         exit_status = ExitStatus(reason=SPAWNER_DIED)
@@ -216,7 +222,7 @@ class Execution:
         The launch of this attempt is known not to have happened when this process admitted the job and never
         asked a spawner that is gone. A repetition at the same spawner is answered with the cell that it has.
         """
-        if job.started is not None or self._cells.knows(cell_of(job.grant.job_id)):
+        if job.started is not None or self._cells.found(cell_of(job.grant.job_id)) is not None:
             return
         elsewhere = job.launched_on is not None and job.launched_on != self._cells.instance
         forgotten = again and job.argv is None
@@ -230,7 +236,7 @@ class Execution:
         log = self._book.log
         # What is the same for every such cell is stored once; the uid block is this cell's own.
         sandbox = log.store_document(canonical_record(replace(found.report, uid=None)))
-        plan = log.store_document(found.plan_text)
+        plan = log.store_document(found.plan_text) if found.plan_text else None
         code = CodeRef(
             plan_digest=plan, sandbox_digest=sandbox, route="local", engine=job.intent.kind, rung=found.report.level
         )
@@ -274,7 +280,7 @@ def _spec_of(job: OpenJob, body: CellLaunch) -> tuple[CellSpec, tuple[InputFile,
 
 
 def _launched(started: Record) -> CellLaunched:
-    assert started.cell_id is not None and started.code is not None and started.code.plan_digest is not None
+    assert started.cell_id is not None and started.code is not None
     return CellLaunched(
         cell_id=started.cell_id,
         exec_id=started.detail["exec_id"],

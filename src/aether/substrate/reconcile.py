@@ -36,6 +36,8 @@ class Reconciler:
         await log.durable(log.size - 1)
         rows = {row.job_id for row in body.open_jobs}
         stated |= rows
+        for job in ledger.open.values():
+            self._execution.adopt(job)
         if body.last:
             await self._abandon_all_but(stated)
         decided = self._outcomes_since(body.applied_index)

@@ -178,3 +178,23 @@ def test_waiters_hear_of_an_outcome_that_is_durable(tmp_path: Path) -> None:
         book.log.close()
 
     asyncio.run(main())
+
+
+def test_who_waits_between_an_outcome_and_its_durability_is_told(tmp_path: Path) -> None:
+    """An outcome closes the job when it is written; who asks before it is durable must not be told `queued`."""
+
+    async def main() -> None:
+        book, _ = Shelf(tmp_path).open()
+        admitted = write(book, job(1))
+        outcome = end(book, admitted)
+        waiting = asyncio.create_task(book.wait("job_1", 5.0))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await book.durable(outcome)
+        book.publish(outcome_of(admitted, outcome))
+        view = await waiting
+        assert view is not None and view.state is JobState.SUCCEEDED
+        assert await book.wait("job_1", 0) == view
+        book.log.close()
+
+    asyncio.run(main())

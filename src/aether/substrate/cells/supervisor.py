@@ -16,7 +16,7 @@ from aether.contract.canonical import digest_bytes
 from aether.contract.cells import CellSpec, ExecEnd, InputFile, SandboxReport, Usage
 from aether.contract.jobs import CommandParams
 from aether.contract.wire import CellFiles, RoleHealth
-from aether.substrate.cells.drivers.port import Adopted, Connected, Handle, Order
+from aether.substrate.cells.drivers.port import Adopted, Connected, Handle, Order, Started
 
 ROLE: Final = "spawner"
 
@@ -68,21 +68,21 @@ class CellSupervisor:
     async def launch(self, cell_id: str, spec: CellSpec, files: Sequence[tuple[InputFile, int]]) -> Launched:
         """Start the cell; repeated for the same id it answers with the cell that is there. Borrows the files."""
         order = Order(cell_id, exec_of(cell_id), spec, files)
-        started = await self._driver.launch(order)
-        return Launched(cell_id, started.exec_id, started.report, started.plan_text, started.channel_fd)
+        return _launched(cell_id, await self._driver.launch(order))
 
     @property
     def instance(self) -> str | None:
         """The spawner that is connected; cells die with it. None before the first connection."""
         return self._driver.instance
 
-    def knows(self, cell_id: str) -> bool:
-        """Whether the cell is there, living or ended."""
-        return self._driver.knows(Handle(cell_id))
+    def found(self, cell_id: str) -> Launched | None:
+        """A cell that is there, living or ended; without its plan's text when another process asked for it."""
+        started = self._driver.found(Handle(cell_id))
+        return None if started is None else _launched(cell_id, started)
 
     def gone(self, cell_id: str) -> bool:
         """Whether the spawner was asked, and does not know the cell."""
-        return self._listed and not self.knows(cell_id)
+        return self._listed and self.found(cell_id) is None
 
     async def stop(self, cell_id: str, grace_ms: int) -> None:
         await self._driver.stop(Handle(cell_id), grace_ms)
@@ -143,3 +143,7 @@ class CellSupervisor:
                 }
             )
         return tuple(checks)
+
+
+def _launched(cell_id: str, started: Started) -> Launched:
+    return Launched(cell_id, started.exec_id, started.report, started.plan_text, started.channel_fd)

@@ -108,8 +108,12 @@ class MemoryDriver:
                 executable.work.cancel()
         self.start()
 
-    def knows(self, handle: Handle) -> bool:
-        return handle in self._cells
+    def found(self, handle: Handle) -> Started | None:
+        known = self._cells.get(handle)
+        if known is None:
+            return None
+        first = known.started
+        return Started(first.handle, first.exec_id, first.report, first.plan_text, None)
 
     def check_required(self, words: Sequence[str]) -> None:
         self._require(words)

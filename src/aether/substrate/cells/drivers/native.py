@@ -155,8 +155,9 @@ class NativeDriver:
         """The id of the spawner that was last connected."""
         return self._facts.instance if self._facts is not None else None
 
-    def knows(self, handle: Handle) -> bool:
-        return str(handle) in self._cells
+    def found(self, handle: Handle) -> Started | None:
+        known = self._cells.get(handle)
+        return None if known is None else Started(handle, known.exec_id, known.report, known.plan_text, None)
 
     # ---- the contract
 
@@ -186,9 +187,9 @@ class NativeDriver:
     async def launch(self, order: Order) -> Started:
         check_spec(order.spec)
         link, facts = self._connector.require(), self.facts
-        known = self._cells.get(order.cell_id)
+        known = self.found(Handle(order.cell_id))
         if known is not None:
-            return Started(Handle(order.cell_id), known.exec_id, known.report, known.plan_text, None)
+            return known
         files = list(order.files)
         for _ in range(SLOT_TRIES):
             slot = self._take_slot()

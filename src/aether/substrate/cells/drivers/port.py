@@ -155,7 +155,9 @@ class Connected(Driver, Protocol):
         """Why there is no connection now; empty when there is one."""
         ...
 
-    def knows(self, handle: Handle) -> bool: ...
+    def found(self, handle: Handle) -> Started | None:
+        """A cell that is there, living or ended; its plan's text is empty when another process asked for it."""
+        ...
 
     def check_required(self, words: Sequence[str]) -> None:
         """Whether this host can do what is required; raises AetherError LEVEL_UNMET, UNAVAILABLE."""
