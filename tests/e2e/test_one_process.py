@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from aether.contract.calls import JobCall, SubmittedJob
 from aether.contract.errors import AetherError
 from aether.contract.jobs import TERMINAL, JobRequest, JobState
+from aether.orchestrator.jobs.desk import REQUESTS_HELD_MAX
 from aether.substrate.audit.verify import verify_receipt
 from aether.substrate.cells.drivers.memory import Run
 from aether.substrate.workers import WORKER_OP
@@ -165,3 +167,30 @@ def test_deaths_between_any_two_steps(tmp_path: Path, seed: int) -> None:
         assert not trial.node.errors, (trial.deaths, trial.node.errors)
 
     asyncio.run(main())
+
+
+@pytest.mark.skipif(not PACKAGE.is_dir(), reason="the sample package is not here")
+def test_a_command_runs_beside_more_open_jobs_than_requests_are_held_for(tmp_path: Path) -> None:
+    """Its launch overlaps the commit of its row, so the request must not be looked for in the store."""
+
+    async def silent(run: Run) -> int:
+        await asyncio.sleep(60)
+        return 0
+
+    async def main() -> None:
+        node = OneNode(tmp_path, {"true": true, sys.executable: silent}, models=True)
+        try:
+            await node.start_aetherd()
+            await node.start_aurorad()
+            await node.connected()
+            await asyncio.gather(*(node.submit(MODEL, caller()) for _ in range(REQUESTS_HELD_MAX + 10)))
+            job = await node.submit(command("true"), caller(), 5_000)
+            assert job.state is JobState.SUCCEEDED, job.error
+        finally:
+            await node.stop()
+
+    asyncio.run(main())
+
+
+async def true(run: Run) -> int:
+    return 0

@@ -77,7 +77,7 @@ class OneNode:
         prepare(self.layout, who)
         if models:
             samples.install(self.layout, who)
-        self.driver = MemoryDriver({**programs, sys.executable: cfcd})
+        self.driver = MemoryDriver({sys.executable: cfcd, **programs})
         self.on_step: Callable[[str], None] = lambda name: None
         self.errors: list[str] = []
         self._authority: aetherd.Authority | None = None

@@ -75,7 +75,7 @@ class Desk:
             await self._store.submit(row, entry)
             return
         self.check_room()
-        self.open[job_id] = row if len(self.open) < REQUESTS_HELD_MAX else _replace(row, request=None)
+        self.open[job_id] = row  # with its request, which the store cannot give before the row is durable
         kept = asyncio.ensure_future(self._store.submit(row, entry))
         if row.kind == "command":
             self._scheduler.enqueue(job_id)
@@ -190,6 +190,9 @@ class Desk:
             self.open.pop(row.job_id, None)
             self._scheduler.forget(row.job_id)
             return
+        held = self.open.get(row.job_id)
+        if held is not None and len(self.open) > REQUESTS_HELD_MAX:
+            self.open[row.job_id] = _replace(held, request=None)
         self._metrics.submitted(row.kind).inc()
         await self._perform_all(row, commands)
 
