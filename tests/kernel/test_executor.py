@@ -246,6 +246,13 @@ print(json.dumps([told(lambda: open('/usr/aether-probe', 'w')), told(lambda: soc
     assert outside == errno.EPERM or cells.abi() < 6  # PID 1 is outside the domain of its executables
 
 
+def test_the_process_level_starts_where_clone3_is_filtered(host: Host) -> None:
+    if "landlock" in cells.missing():
+        pytest.skip("this kernel has no Landlock")
+    result = host.run(["echo", "here"], level="process", no_clone3=True)
+    assert result.out == "here\n" and result.of("Exited", "first")["code"] == 0
+
+
 def test_the_process_level_leaves_no_process(host: Host) -> None:
     if "landlock" in cells.missing():
         pytest.skip("this kernel has no Landlock")

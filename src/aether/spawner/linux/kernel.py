@@ -7,6 +7,7 @@ asm-generic/unistd.h for aarch64). Every function raises OSError with the kernel
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import signal
@@ -34,8 +35,8 @@ NAMESPACE_FLAGS: Final = {
 
 ARCH: Final = platform.machine()
 _NUMBERS: Final = {
-    "x86_64": {"capget": 125, "capset": 126, "pivot_root": 155, "seccomp": 317, "setgroups": 116},
-    "aarch64": {"capget": 90, "capset": 91, "pivot_root": 41, "seccomp": 277, "setgroups": 159},
+    "x86_64": {"capget": 125, "capset": 126, "clone": 56, "pivot_root": 155, "seccomp": 317, "setgroups": 116},
+    "aarch64": {"capget": 90, "capset": 91, "clone": 220, "pivot_root": 41, "seccomp": 277, "setgroups": 159},
 }
 _COMMON: Final = {
     "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "clone3": 435,
@@ -99,10 +100,18 @@ def last_capability() -> int:
 
 
 def clone(flags: int, cgroup_dir: int | None) -> int:
-    """clone3(2) that returns twice, like fork: the pid, and 0 in the child. Single-threaded callers only."""
+    """clone3(2) that returns twice, like fork: the pid, and 0 in the child. Single-threaded callers only.
+
+    Where a seccomp filter answers it with ENOSYS, as Docker's default profile does, clone(2) serves.
+    """
     cgroup = 0
     if cgroup_dir is not None:
         flags |= CLONE_INTO_CGROUP
         cgroup = cgroup_dir
     args = struct.pack("<11Q", flags, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup)
-    return syscall("clone3", args, len(args))
+    try:
+        return syscall("clone3", args, len(args))
+    except OSError as error:
+        if error.errno != errno.ENOSYS or cgroup_dir is not None:
+            raise
+        return syscall("clone", flags | signal.SIGCHLD, None, None, None, None)

@@ -90,11 +90,18 @@ static int write_map(pid_t pid, const char *file, uint32_t host, uint32_t count)
     return done == size ? 0 : -1;
 }
 
+/* clone3(2), or clone(2) where a seccomp filter answers clone3 with ENOSYS, as Docker's default profile does. */
+static pid_t new_process(const struct clone_args *args) {
+    pid_t pid = (pid_t)syscall(SYS_clone3, args, sizeof *args);
+    if (pid >= 0 || errno != ENOSYS || args->flags & CLONE_INTO_CGROUP) return pid;
+    return (pid_t)syscall(SYS_clone, args->flags | args->exit_signal, NULL, NULL, NULL, NULL);
+}
+
 /* A user namespace with this block mapped; its first process is gone, the descriptor keeps it. */
 static int make_userns(const struct program *p) {
     char path[64];
     struct clone_args args = {.flags = CLONE_NEWUSER, .exit_signal = SIGCHLD};
-    pid_t pid = (pid_t)syscall(SYS_clone3, &args, sizeof args);
+    pid_t pid = new_process(&args);
     if (pid == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
         for (;;) pause();
@@ -156,7 +163,7 @@ static pid_t launch(int socket_fd, const int *fds, int fd_count, uint32_t *phase
         args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = (uint64_t)fds[1];
     }
-    pid_t pid = (pid_t)syscall(SYS_clone3, &args, sizeof args);
+    pid_t pid = new_process(&args);
     int spare = p->id_count > 1 && p->unshare_flags & CLONE_NEWNET ? netns : -1;
     if (pid != 0) {
         if (pid > 0 && spare >= 0) {

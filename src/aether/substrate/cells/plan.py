@@ -164,7 +164,7 @@ def plan_cell(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts, slot: in
 
 
 def exec_spec(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts) -> ExecSpec:
-    """The executable of `spec`. Without a mount namespace /work is the work directory's host path; this
+    """The executable of `spec`. Without a mount namespace /work and /mnt/<name> are the host's paths; this
     installation's interpreter, named by its host path, is found where the cell has it, with its modules."""
     is_cell = facts.level == "cell"
     work = WORK if is_cell else f"{facts.work_root}/{cell_id}"
@@ -174,6 +174,9 @@ def exec_spec(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts) -> ExecS
     if is_cell and argv[0] == facts.python.host:
         argv = (facts.python.cell, *argv[1:])
         env["PYTHONPATH"] = facts.python.path
+    if not is_cell:
+        shown = {f"/mnt/{name}": source for name, source in spec.readonly_dirs.items()}
+        argv = tuple(shown.get(word, word) for word in argv)
     return ExecSpec(
         exec_id=exec_id,
         argv=argv,
