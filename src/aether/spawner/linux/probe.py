@@ -26,6 +26,9 @@ _MAX_USERNS: Final = Path("/proc/sys/user/max_user_namespaces")
 _DEBIAN: Final = Path("/proc/sys/kernel/unprivileged_userns_clone")
 
 
+ATTEMPTS: Final = 3
+
+
 def _check(name: str, ok: bool, value: str, reason: str = "", remedy: str = "") -> dict[str, Any]:
     return {
         "name": name,
@@ -37,7 +40,19 @@ def _check(name: str, ok: bool, value: str, reason: str = "", remedy: str = "") 
 
 
 def attempt(action: Callable[[], None]) -> int:
-    """Errno of `action` in a child of its own, 0 when it works."""
+    """Errno of `action` in a child of its own, 0 when it works.
+
+    A child that somebody killed has said nothing about the host, and must not make all cells weaker: it is asked
+    again.
+    """
+    for _ in range(ATTEMPTS):
+        code = _attempt_once(action)
+        if code >= 0:
+            return code
+    return errno.EINTR
+
+
+def _attempt_once(action: Callable[[], None]) -> int:
     pid = os.fork()
     if pid == 0:
         code = 255
