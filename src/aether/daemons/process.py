@@ -74,7 +74,9 @@ def die(log: Any, what: str) -> Callable[[BaseException], None]:
     """For a failed write or sync: says so and ends the process at once, nothing is retried."""
 
     def fatal(error: BaseException) -> None:
-        log.critical(what, error=f"{type(error).__name__}: {error}")
-        os._exit(EXIT_FATAL)
+        try:
+            log.critical(what, error=f"{type(error).__name__}: {error}")
+        finally:
+            os._exit(EXIT_FATAL)
 
     return fatal

@@ -11,6 +11,7 @@ and the spawner (which kills its cells), in that order. The roles die with it (P
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import selectors
@@ -119,15 +120,16 @@ class Supervisor:
 
     def _write_instance(self) -> None:
         pids = {role.name: role.process.pid for role in self._roles.values() if role.process is not None}
-        presence.announce(
-            self._layout,
-            {
-                "pid": os.getpid(),
-                "roles": pids,
-                "quick_ends": {role.name: role.failures for role in self._roles.values() if role.failures},
-                "started_epoch_s": self._started_epoch_s,
-            },
-        )
+        facts = {
+            "pid": os.getpid(),
+            "roles": pids,
+            "quick_ends": {role.name: role.failures for role in self._roles.values() if role.failures},
+            "started_epoch_s": self._started_epoch_s,
+        }
+        try:
+            presence.announce(self._layout, facts)
+        except OSError as error:  # on a full disk the file is late; the lock says that we are here
+            _say("cannot write the instance file", level="warning", reason=str(error))
 
 
 def role_argv(name: str, layout: Layout, who: Accounts) -> list[str]:
@@ -153,7 +155,8 @@ def cell_roots(layout: Layout) -> tuple[Path, ...]:
 
 def _say(event: str, **facts: str | int) -> None:
     """A line as the roles log them (aether.telemetry.logs), without their libraries: this process stays small."""
-    print(json.dumps({"role": "supervisor", "event": event, **facts}), flush=True)
+    with contextlib.suppress(OSError):  # a full disk must not end the instance
+        print(json.dumps({"role": "supervisor", "event": event, **facts}), flush=True)
 
 
 def main() -> None:
