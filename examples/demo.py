@@ -18,17 +18,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from aether.client import Client
-from aether.contract.cells import Limits
+from aether.contract.cells import Limits, SandboxReport
 from aether.contract.errors import AetherError
 from aether.contract.jobs import CommandParams, JobState, JobView
 from aether.contract.limits import MIB
 from aether.contract.paths import Layout
+from aether.contract.records import Record
 from aether.daemons import control
 from aether.worldmodel import data
 from examples import plot
@@ -128,6 +130,7 @@ def intruder(client: Client, missing: set[str]) -> str:
         ]
     logs = {job.job_id: b"".join(client.logs(job.job_id)) for _, job in jobs}
     console.print(_table(jobs, logs))
+    console.print(f"The kernel enforced, says the receipt: {_enforced(client, jobs[0][1].job_id)}.")
     for attempt, job in jobs:
         if job.state is JobState.SUCCEEDED and attempt.stopped_by and attempt.stopped_by <= missing:
             needed = " or ".join(sorted(attempt.stopped_by))
@@ -143,6 +146,7 @@ def _table(jobs: list[tuple[Attempt, JobView]], logs: dict[str, bytes]) -> Table
     table = Table(box=None, pad_edge=False)
     for name in ("attempt", "stopped", "what it met"):
         table.add_column(name, no_wrap=name == "attempt")
+    table.add_column("ended", no_wrap=True)
     for name in ("CPU", "memory", "output kept"):
         table.add_column(name, justify="right", no_wrap=True)
     for attempt, job in jobs:
@@ -151,6 +155,7 @@ def _table(jobs: list[tuple[Attempt, JobView]], logs: dict[str, bytes]) -> Table
             attempt.title,
             "[bold red]NO[/]" if succeeded else "yes",
             _met(job, logs[job.job_id]),
+            f"signal {job.signal}" if job.exit_code is None else f"exit {job.exit_code}",
             _cpu(job),
             _mib(usage.memory_peak_bytes if usage else None),
             _kept(job),
@@ -168,6 +173,15 @@ def _met(job: JobView, log: bytes) -> str:
         return "its pipe was full, its time over"
     lines = log.decode(errors="replace").strip().splitlines()
     return escape(lines[-1][:60]) if lines else f"exit {job.exit_code}, signal {job.signal}"
+
+
+def _enforced(client: Client, job_id: str) -> str:
+    """The sandbox report that the receipt of a job carries, in a line."""
+    receipt = client.receipt(job_id)
+    outcome = msgspec.json.decode(receipt.entries[-1].entry, type=Record)
+    assert outcome.code is not None and outcome.code.sandbox_digest is not None
+    report = msgspec.json.decode(receipt.documents[outcome.code.sandbox_digest], type=SandboxReport)
+    return f"level {report.level} ({', '.join(name for name, seen in sorted(report.enforced.items()) if seen)})"
 
 
 def _kept(job: JobView) -> str:
@@ -237,17 +251,19 @@ def forecast(client: Client) -> None:
 
 def surprise(client: Client) -> str:
     """The surprise rises where a fault was injected. Returns the job's id."""
-    faulty = data.generate(1, 64, SEED + 1, stream=9, fault="kick")
+    faulty = data.generate(1, 64, SEED + 1, stream=9, fault="spike")
     at = int(faulty.fault_step[0])
     obs, action, t = faulty.obs[0].tolist(), faulty.action[0].tolist(), faulty.t[0].tolist()
     result = client.score(MODEL, {"t": t, "obs": obs, "action": action})
     values = result["surprise"]
     peak = int(np.argmax(values[8:])) + 8
     console.print(
-        f"\nThe same plant with an unseen kick: surprise per step (peak at {peak}, kick before observation {at})."
+        f"\nThe same plant with a spike in its sensor: surprise per step (peak at step {peak}, spike in observation {at})."
     )
     console.print("\n".join(plot.bars(values, mark=at - 1, ceiling=max(values))))
-    console.print(f"Sequence score {result['seq_score']:.1f}, alarm level {result['threshold']:.1f}.")
+    console.print(
+        f"Sequence score {result['seq_score']:.1f}, alarm level {result['threshold']:.1f}: {'alarm' if result['seq_score'] > result['threshold'] else 'no alarm'}."
+    )
     expect(abs(peak + 1 - at) <= 2, "the surprise peaks where the fault was injected")
     return client.list(limit=1).jobs[0].job_id
 
