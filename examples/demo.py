@@ -258,11 +258,12 @@ def surprise(client: Client) -> str:
     values = result["surprise"]
     peak = int(np.argmax(values[8:])) + 8
     console.print(
-        f"\nThe same plant with a spike in its sensor: surprise per step (peak at step {peak}, spike in observation {at})."
+        f"\nThe same plant, its sensor with one spike: surprise per step (peak at {peak}, spike in observation {at})."
     )
     console.print("\n".join(plot.bars(values, mark=at - 1, ceiling=max(values))))
     console.print(
-        f"Sequence score {result['seq_score']:.1f}, alarm level {result['threshold']:.1f}: {'alarm' if result['seq_score'] > result['threshold'] else 'no alarm'}."
+    alarm = "alarm" if result["seq_score"] > result["threshold"] else "no alarm"
+    console.print(f"Sequence score {result['seq_score']:.1f}, alarm level {result['threshold']:.1f}: {alarm}.")
     )
     expect(abs(peak + 1 - at) <= 2, "the surprise peaks where the fault was injected")
     return client.list(limit=1).jobs[0].job_id

@@ -47,7 +47,12 @@ class Workers:
         self._book.accounts.reserve(submission.budget, submission.admission.limits)
         self._book.write(lambda index, time: entries.intent(self._gate.node, submission, index, time))
         job = self._book.ledger.open[submission.job_id]
-        launched, channel = await self._execution.start(job, runtime_spec(package, self._layout), ())
+        try:
+            launched, channel = await self._execution.start(job, runtime_spec(package, self._layout), ())
+        except AetherError as error:
+            if self._book.ledger.open.get(submission.job_id) is job:
+                await self._execution.abandon(job, error.message)
+            raise
         return WorkerLaunched(grant=job.grant, cell=await hand_over(link, launched, channel))
 
     def _package(self, body: WorkerLaunch) -> Path:
