@@ -261,10 +261,8 @@ def surprise(client: Client) -> str:
         f"\nThe same plant, its sensor with one spike: surprise per step (peak at {peak}, spike in observation {at})."
     )
     console.print("\n".join(plot.bars(values, mark=at - 1, ceiling=max(values))))
-    console.print(
     alarm = "alarm" if result["seq_score"] > result["threshold"] else "no alarm"
     console.print(f"Sequence score {result['seq_score']:.1f}, alarm level {result['threshold']:.1f}: {alarm}.")
-    )
     expect(abs(peak + 1 - at) <= 2, "the surprise peaks where the fault was injected")
     return client.list(limit=1).jobs[0].job_id
 
