@@ -139,6 +139,10 @@ def test_the_cell_is_a_cell_where_the_kernel_lets_users_make_one(found: dict[str
         assert "cell" in report["missing"]
 
 
+def test_the_receipt_says_that_there_is_one_uid(found: dict[str, Any]) -> None:
+    assert "share one uid" in sandbox(found)["missing"]["own-uids"]
+
+
 def test_limits_without_cgroups_are_said_to_be_missing(found: dict[str, Any]) -> None:
     report = sandbox(found)
     checks = {check["name"]: check for check in found["checks"]}

@@ -158,19 +158,19 @@ class Execution:
                 self._launching.pop(grant.job_id, None)
 
     def conclude(self, job: OpenJob, finish: JobFinish) -> Record:
-        """Writes the outcome (not yet durable) and frees the cell."""
+        """Writes the outcome, not yet durable."""
         assert job.intent.budget is not None
         settled = settlement(job.intent.budget, job.end.usage if job.end else finish.usage)
         outcome = self._book.write(lambda index, time: entries.cell_outcome(job, finish, settled, index, time))
         if job.row_kept is not None:
             job.row_kept.set()  # a launch that still waits learns that its grant is gone
-        self.free(finish.grant.job_id)
         return outcome
 
     def told(self, job: OpenJob, outcome: Record) -> JobOutcome:
-        """Tells waiters and aurorad of a durable outcome."""
+        """Tells waiters of a durable outcome; only then frees the cell, so that nobody waits for that."""
         told = outcome_of(job.intent, outcome, job.argv)
         self._book.publish(told)
+        self.free(told.view.job_id)
         self._book.maybe_snapshot()
         return told
 

@@ -235,6 +235,8 @@ def _missing(facts: Facts) -> dict[str, str]:
     for name, stand_in in stand_ins.items():
         if name in missing:
             missing[name] += f"; {stand_in}"
+    if not facts.is_root:
+        missing["own-uids"] = "without root, cells and daemons share one uid: their split is fault isolation only"
     return missing
 
 
