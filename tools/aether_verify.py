@@ -39,6 +39,8 @@ INTEGER_MAX = 2**53 - 1
 NOTE_BYTES_MAX = 65_536
 RECEIPT_BYTES_MAX = 16 * 1024 * 1024
 SEGMENT_BYTES_MAX = 67_108_864
+FRAME_BYTES_MAX = 1_048_576
+DOCUMENT_BYTES_MAX = 1_048_576
 LISTED_MAX = 100  # failures and files printed as text; --json has them all
 Json = Any  # what json.loads returns
 
@@ -202,9 +204,9 @@ def check_checkpoint(data: bytes, key: Key, report: Report, file: str, where: st
     claim = None
     with report.at(file, field=where):
         text, bad = read_note(data, key)
-        match = re.fullmatch(r"([^\n]+)\n(0|[1-9][0-9]{0,19})\n([^\n]+)\n", text)
+        match = re.fullmatch(r"([^\n]+)\n(0|[1-9][0-9]{0,15})\n([^\n]+)\n", text)
         root = unbase64(match[3]) if match else b""
-        if match is None or len(root) != 32:
+        if match is None or len(root) != 32 or int(match[2]) > INTEGER_MAX:
             raise VerifyError("NOTE_FORMAT", "the text is not origin, size and base64 of a 32-byte root")
         claim = Checkpoint(match[1], int(match[2]), root)
         if bad:
@@ -348,15 +350,25 @@ def read_record(data: bytes) -> dict[str, Json]:
         at = first_difference(canonical, data)
         raise VerifyError("ENTRY_NOT_CANONICAL", "RFC 8785 spells it otherwise", offset=at)
     wrong = misfit(record, RECORD)
+    if wrong is None and record["type"] == "document.stored" and "digest" in record["detail"]:
+        wrong = misfit(record["detail"]["digest"], "digest", "detail.digest")
     if wrong:
         raise VerifyError("ENTRY_SCHEMA", wrong)
     return dict(record)
 
 
+def check_node(record: dict[str, Json], origin: str) -> None:
+    """An origin is `aether/<node id>/<epoch>`. Raises ENTRY_NODE."""
+    head, _, rest = origin.partition("/")
+    if head != "aether" or rest.count("/") != 1 or rest.partition("/")[0] != record["node_id"]:
+        raise VerifyError("ENTRY_NODE", f"of node {record['node_id']}, the origin is {origin}", field="node_id")
+
+
 def documents_of(record: dict[str, Json]) -> set[str]:
     """Digests of the documents that a record names."""
     policy, code = record["policy"] or {}, record["code"] or {}
-    named = (policy.get("digest"), code.get("plan_digest"), code.get("sandbox_digest"))
+    stored = record["detail"].get("digest") if record["type"] == "document.stored" else None
+    named = (stored, policy.get("digest"), code.get("plan_digest"), code.get("sandbox_digest"))
     return {digest for digest in named if digest is not None}
 
 
@@ -405,20 +417,29 @@ class Frame(NamedTuple):
     end: int
 
 
+def frame_end(data: bytes, at: int) -> int | None:
+    """Where a frame that was written whole at an offset ends, whatever it says; None where there is none."""
+    if len(data) < at + 24 or data[at : at + 4] != b"AEF1":
+        return None
+    length, check = struct.unpack_from(">II", data, at + 16)
+    end = at + 24 + int(length)
+    if end > len(data) or end - at > FRAME_BYTES_MAX:
+        return None
+    return end if zlib.crc32(memoryview(data)[at + 24 : end], zlib.crc32(data[at : at + 20])) == check else None
+
+
 def frame_at(data: bytes, at: int) -> Frame | str:
     """The frame at an offset, or why there is none."""
-    if len(data) < at + 24 or data[at : at + 4] != b"AEF1":
-        return "no frame starts here"
-    first, count, length, check = struct.unpack_from(">QIII", data, at + 4)
-    end = at + 24 + length
-    if end > len(data):
-        return f"a frame of {24 + length} bytes is cut off"
-    if zlib.crc32(memoryview(data)[at + 24 : end], zlib.crc32(data[at : at + 20])) != check:
-        return "the check sum is wrong"
+    end = frame_end(data, at)
+    if end is None:
+        return "no frame, a frame that is cut off or above its bound, or a wrong check sum"
+    first, count = struct.unpack_from(">QI", data, at + 4)
     entries: list[tuple[int, bytes]] = []
     cursor = at + 24
     while cursor + 4 <= end and len(entries) < count:
         size = int.from_bytes(data[cursor : cursor + 4], "big")
+        if not 1 <= size <= ENTRY_BYTES_MAX:
+            return f"an entry of {size} bytes"
         entries.append((cursor + 4, data[cursor + 4 : cursor + 4 + size]))
         cursor += 4 + size
     if cursor != end or len(entries) != count or count == 0:
@@ -427,9 +448,11 @@ def frame_at(data: bytes, at: int) -> Frame | str:
 
 
 def is_torn(data: bytes, at: int) -> bool:
-    """No valid frame lies from here on: bytes were left unwritten, not damaged."""
+    """What one write left unfinished: no more than one frame's bytes, and no frame written whole from here on."""
+    if len(data) - at > FRAME_BYTES_MAX:
+        return False
     while (at := data.find(b"AEF1", at)) >= 0:
-        if isinstance(frame_at(data, at), Frame):
+        if frame_end(data, at) is not None:
             return False
         at += 1
     return True
@@ -548,10 +571,11 @@ class LogCheck:
                 self.named.setdefault(digest, index)
             if record["log_index"] != index:
                 raise VerifyError("ENTRY_INDEX", f"the record says {record['log_index']}", field="log_index", offset=0)
+            check_node(record, self.key.name)
         if index != len(self.leaves):
             return
         self.leaves.append(leaf_hash(entry))
-        self.bundle.append(min(len(entry), ENTRY_BYTES_MAX).to_bytes(2, "big") + entry)
+        self.bundle.append(len(entry).to_bytes(2, "big") + entry)
         if index < self.size and (len(self.bundle) == 256 or index == self.size - 1):
             self.match(tile_path("entries", index // 256, len(self.bundle) % 256), self.bundle, index // 256 * 256)
         if len(self.bundle) == 256:
@@ -612,17 +636,15 @@ class LogCheck:
             present.add(f"sha256:{path.name}")
             with self.report.at(file):
                 match = re.fullmatch(r"documents/sha256/(..)/(\1[0-9a-f]{62})", file)
-                if match is None or not path.is_file() or file_digest(path) != match[2]:
+                text = read_file(path, DOCUMENT_BYTES_MAX)
+                if text is None or len(text) > DOCUMENT_BYTES_MAX:
+                    raise VerifyError("DOCUMENT_MISMATCH", f"not a file of at most {DOCUMENT_BYTES_MAX} bytes")
+                if match is None or hashlib.sha256(text).hexdigest() != match[2]:
                     raise VerifyError("DOCUMENT_MISMATCH", "its bytes have another digest than its name")
         for digest, index in self.named.items():
             with self.report.at("documents", index=index):
                 if digest not in present:
                     raise VerifyError("DOCUMENT_MISSING", f"entry {index} names {digest}")
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Receipts.
@@ -640,7 +662,8 @@ def verify_receipt(data: bytes, key: Key, file: str) -> Report:
         if claim and receipt["origin"] != claim.origin:
             raise VerifyError("CHECKPOINT_ORIGIN", "not the checkpoint's first line")
     given = enumerate(receipt["entries"])
-    records = [record for at, each in given if (record := check_entry(each, f"entries[{at}]", claim, report, file))]
+    read = [check_entry(each, f"entries[{at}]", claim, key, report, file) for at, each in given]
+    records = [record for record in read if record]
     if len(records) == len(receipt["entries"]):
         check_story(records, receipt["job_id"], report, file)
         check_documents(records, receipt["documents"], report, file)
@@ -662,6 +685,10 @@ def read_receipt(data: bytes) -> dict[str, Json]:
         receipt = read_json(data)
     except ValueError as error:
         raise VerifyError("RECEIPT_FORMAT", f"not JSON: {error}", **fault_place(error)) from None
+    canonical, spelled = write_json(receipt), data.removesuffix(b"\n")
+    if canonical != spelled:
+        at = first_difference(canonical, spelled)
+        raise VerifyError("RECEIPT_FORMAT", "RFC 8785 spells it otherwise", offset=at)
     wrong = misfit(receipt, RECEIPT)
     if wrong:
         raise VerifyError("RECEIPT_FORMAT", wrong)
@@ -669,7 +696,7 @@ def read_receipt(data: bytes) -> dict[str, Json]:
 
 
 def check_entry(
-    given: dict[str, Json], where: str, claim: Checkpoint | None, report: Report, file: str
+    given: dict[str, Json], where: str, claim: Checkpoint | None, key: Key, report: Report, file: str
 ) -> dict[str, Json] | None:
     """Step 3 for one entry: the record, or None when its text is none."""
     record, index, entry = None, given["proof"]["log_index"], given["entry"].encode()
@@ -681,6 +708,7 @@ def check_entry(
         record = read_record(entry)
         if record["log_index"] != index:
             raise VerifyError("ENTRY_INDEX", f"the record says {record['log_index']}, the proof {index}")
+        check_node(record, key.name)
     return record
 
 
@@ -698,11 +726,12 @@ def check_story(records: list[dict[str, Json]], job_id: str, report: Report, fil
             told = ", ".join(f"{index} {kind}" for index, kind in zip(indexes, types, strict=True))
             raise VerifyError("ENTRY_SEQUENCE", f"not intent, started or stop, outcome with rising indexes: {told}")
         intent, outcome = records[0], records[-1]
-        wrong = [name for name in ("tenant_id", "node_id", "kind", "op", "input_hash") if intent[name] != outcome[name]]
+        wrong = [name for name in ("kind", "op", "input_hash") if intent[name] != outcome[name]]
+        wrong += [] if all(record["tenant_id"] == intent["tenant_id"] for record in records) else ["tenant_id"]
         wrong += [] if budgets_agree(intent, outcome) else ["budget"]
         wrong += [] if (intent["policy"] or {}).get("decision") == "allow" else ["policy"]
         if wrong:
-            raise VerifyError("ENTRY_CONTRADICTION", f"intent and outcome differ or do not fit in {', '.join(wrong)}")
+            raise VerifyError("ENTRY_CONTRADICTION", f"the entries differ or do not fit in {', '.join(wrong)}")
 
 
 def budgets_agree(intent: dict[str, Json], outcome: dict[str, Json]) -> bool:

@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
     command(receipts, "show", help="Print a job's receipt; with --json exactly as it verifies.")(_show)
     group = typer.Typer(help="The audit log.", no_args_is_help=True, rich_markup_mode=None)
     app.add_typer(group, name="audit")
-    example = "\n\n\b\nExample:\n  aether audit verify ./logs/audit --key audit.pub"
+    example = "\n\n\b\nExample:\n  aether audit verify ./logs/audit --key audit.pub --checkpoint kept"
     command(group, "verify", help="Verify a log directory, this instance's otherwise." + example)(_verify_log)
     command(group, "checkpoint", help="Print the signed checkpoint; keep it elsewhere to notice truncation.")(
         _checkpoint
@@ -130,6 +130,10 @@ def _verify_log(
     session: Session,
     directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="The log's directory.")] = None,
     key: Key = None,
+    checkpoint: Annotated[
+        list[Path] | None,
+        typer.Option("--checkpoint", metavar="NOTE", help="A kept checkpoint that the log must contain; repeatable."),
+    ] = None,
 ) -> int:
     from aether.cli.output import progress
     from aether.contract.errors import AetherError
@@ -139,9 +143,10 @@ def _verify_log(
     chosen = directory if directory is not None else Layout(session.state_dir).audit
     if not chosen.is_dir():
         raise AetherError("NOT_FOUND", f"cannot verify {chosen}: no such directory", "name the log's directory")
+    held = {str(path): _read(path) for path in checkpoint or ()}
     with progress("verifying the log"):
         try:
-            report = verify_log(chosen, _key(session, key))
+            report = verify_log(chosen, _key(session, key), held)
         except OSError as error:
             raise _unreadable(chosen, error) from error
     return _show_report(session, report)

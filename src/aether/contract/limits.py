@@ -93,6 +93,8 @@ LOG_READ_BYTES_MAX: Final = 64 * KIB
 RECORD_BYTES_MAX: Final = 65_535
 """C2SP tlog-tiles: an entry bundle holds entries with a 16-bit length."""
 SEGMENT_BYTES_MAX: Final = 64 * MIB
+SEGMENT_FRAME_BYTES_MAX: Final = 1 * MIB
+"""One group commit, its header included; so is what a write that was cut off can leave behind."""
 CHECKPOINT_INTERVAL_S: Final = 1.0
 TILE_WIDTH: Final = 256
 DISK_FREE_BYTES_MIN: Final = 64 * MIB

@@ -117,8 +117,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 class InclusionProof(msgspec.Struct, frozen=True, kw_only=True):
     """RFC 6962 audit path of entry `log_index` in the tree of the receipt's checkpoint; base64 hashes."""
 
-    log_index: int
     hashes: tuple[str, ...]
+    log_index: int
 
 
 class ReceiptEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,12 +133,13 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
 
     `documents` maps a digest to the canonical JSON text it stands for (sandbox report, plan, policy set).
     `verdict` is a signed note by the authority: it verified the ticket whose link ids the intent names.
+    Its fields, and those of its parts, stand in sorted order: then however it is encoded, its bytes are canonical.
     """
 
-    receipt_version: str
+    checkpoint: str
+    documents: dict[str, str]
+    entries: tuple[ReceiptEntry, ...]
     job_id: str
     origin: str
-    entries: tuple[ReceiptEntry, ...]
-    documents: dict[str, str]
+    receipt_version: str
     verdict: str
-    checkpoint: str

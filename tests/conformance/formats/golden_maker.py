@@ -239,7 +239,7 @@ def write_golden(target: Path) -> None:
         if not path.exists():
             path.write_bytes(canonical_record(record))
     receipt = asyncio.run(write_log(target / "log", records))
-    (target / "receipt.json").write_bytes(msgspec.json.format(msgspec.json.encode(receipt), indent=1) + b"\n")
+    (target / "receipt.json").write_bytes(canonical_record(receipt))
     write_samples(target / "samples", records, receipt)
     (target / "audit.pub").write_text(f"{SIGNER.verifier}\n")
     (target / "ticket.json").write_text(json.dumps(make_ticket(), indent=1) + "\n")

@@ -61,11 +61,8 @@ def test_receipt() -> None:
 
 
 def test_receipt_with_a_flipped_byte() -> None:
-    """The receipt's own JSON may be spelled in more ways than one: what still verifies must say the very same."""
-    good = (GOLDEN / "receipt.json").read_bytes()
-    for bad in flips(good, 900):
-        report = verifier.verify_receipt(bad, KEY, "receipt")
-        assert report.failures or json.loads(bad) == json.loads(good), bad
+    for bad in flips((GOLDEN / "receipt.json").read_bytes(), 900):
+        assert verifier.verify_receipt(bad, KEY, "receipt").failures, bad
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)

@@ -131,7 +131,7 @@ def test_verdict_of_another_job(small: World) -> None:
 
 CONTRADICTIONS: list[tuple[int, Callable[[dict[str, Any]], object]]] = [
     (5, lambda r: r.update(tenant_id="t2")),
-    (5, lambda r: r.update(node_id="node_other")),
+    (4, lambda r: r.update(tenant_id="t2")),
     (5, lambda r: r.update(op="other")),
     (5, lambda r: r.update(input_hash=None)),
     (5, lambda r: r["budget"].update(settled=False)),
@@ -141,6 +141,7 @@ CONTRADICTIONS: list[tuple[int, Callable[[dict[str, Any]], object]]] = [
     (3, lambda r: r["budget"].update(settled=True)),
     (3, lambda r: r["ticket"].update(link_ids=["l1", "l0"])),
     (3, lambda r: r["policy"].update(decision="deny")),
+    (3, lambda r: r.update(ticket=None)),
 ]
 
 

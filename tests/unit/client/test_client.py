@@ -30,7 +30,7 @@ def test_every_operation_has_its_method(client: Client) -> None:
     assert client.result(job.job_id) == {"exit_code": 0}
     assert b"".join(client.logs(job.job_id, stream="stdout")) == b"hello\n"
     assert client.receipt(job.job_id).job_id == job.job_id
-    assert client.receipt_bytes(job.job_id).startswith(b'{"receipt_version"')
+    assert client.receipt_bytes(job.job_id).startswith(b'{"checkpoint"')
     assert client.story(job.job_id).lines[0].event == "submitted"
     assert client.stop(job.job_id).state is JobState.SUCCEEDED
     assert client.list(states=[JobState.SUCCEEDED], limit=1).jobs[0].job_id == job.job_id

@@ -3,12 +3,15 @@
 Writing masks free text, then encodes with msgspec's sorted encoder, which is RFC 8785 for values without floats,
 with ASCII keys and integers within 2^53 - `_check` holds a record to that. Reading accepts only what writing gives:
 a text is canonical when the record read from it is written as the same bytes (unknown, missing or repeated
-fields and any other spelling differ).
+fields and any other spelling differ). `read` is for verifiers: it holds a record to what its types cannot say,
+the forms of digests and times and the words of closed lists.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Any, Final
 
 import msgspec
@@ -16,6 +19,7 @@ import rfc8785
 
 from aether.contract.canonical import canonical_record
 from aether.contract.errors import AetherError
+from aether.contract.ids import is_digest
 from aether.contract.limits import RECORD_BYTES_MAX
 from aether.contract.records import RECORD_SCHEMA_VERSION, Record
 from aether.substrate.audit.note import NoteError
@@ -23,6 +27,9 @@ from aether.substrate.audit.redact import redact_detail, redact_error
 
 INTEGER_MAX: Final = 2**53 - 1
 _DECODER: Final = msgspec.json.Decoder(Record)
+_TIME: Final = re.compile(r"[-0-9]{10}T[:0-9]{8}\.[0-9]{6}Z", re.ASCII)
+_EFFECTS: Final = frozenset({None, "pure", "cell", "read", "control"})
+_BASES: Final = frozenset({"measured", "apportioned"})
 
 
 def encode(record: Record) -> bytes:
@@ -58,6 +65,46 @@ def decode(entry: bytes) -> Record:
     if not _is_canonical(entry):
         raise NoteError("ENTRY_NOT_CANONICAL", f"the entry is not canonical JSON: {reason}")
     raise NoteError("ENTRY_SCHEMA", f"the entry is not a record: {reason}")
+
+
+def read(entry: bytes) -> Record:
+    """The record of an entry whose every field has its form; raises NoteError as `decode` does."""
+    record = decode(entry)
+    if (why := _misformed(record)) is not None:
+        raise NoteError("ENTRY_SCHEMA", f"the entry is not a record: {why}")
+    return record
+
+
+def named_documents(record: Record) -> list[str]:
+    """The digests of the documents that a record names."""
+    named: list[str | None] = [record.detail.get("digest")] if record.type == "document.stored" else []
+    if record.policy is not None:
+        named.append(record.policy.digest)
+    if record.code is not None:
+        named += (record.code.plan_digest, record.code.sandbox_digest)
+    return [digest for digest in named if digest is not None]
+
+
+def _misformed(record: Record) -> str | None:
+    digests = [record.input_hash, record.idempotency_hash, record.result_digest, *named_documents(record)]
+    digests += [artifact.digest for artifact in record.artifacts]
+    times = (record.created_at, record.started_at, record.finished_at)
+    if any(digest is not None and not is_digest(digest) for digest in digests):
+        return "a digest is not sha256: and 64 lower-case hex digits"
+    if not _is_time(record.time) or any(time is not None and not _is_time(time) for time in times):
+        return "a time is not RFC 3339 UTC with six decimals"
+    if record.effect not in _EFFECTS:
+        return f"effect is {record.effect!r}"
+    if record.usage is not None and not _BASES.issuperset(record.usage.basis.values()):
+        return "usage.basis says neither measured nor apportioned"
+    return None
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return _TIME.fullmatch(text) is not None and bool(datetime.fromisoformat(text))
+    except ValueError:
+        return False
 
 
 def _is_canonical(entry: bytes) -> bool:

@@ -6,6 +6,7 @@ empty line, and lines `— <key name> <base64(key id || signature)>`; the signat
 Rules of `Verifier.open`, in this order:
 - the note is UTF-8, at most NOTE_BYTES_MAX, without control characters other than newline;
 - it has a text, an empty line (the last one counts) and at least one well-formed signature line;
+- base64 has one spelling: padded, pad bits zero;
 - lines of other keys are ignored; a line of our key (name and id) that does not verify refuses the note;
 - one line of our key verifies.
 """
@@ -22,6 +23,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 NOTE_BYTES_MAX: Final = 65_536
+SIZE_MAX: Final = 2**53 - 1
 _ALGORITHM: Final = b"\x01"
 """Ed25519 in the signed-note registry."""
 _DASH: Final = "\u2014 "
@@ -55,12 +57,12 @@ class Verifier:
 
     @classmethod
     def parse(cls, vkey: str) -> Verifier:
-        """Reads a verifier key line; raises NoteError KEY_FORMAT."""
-        name, _, rest = vkey.strip().partition("+")
+        """Reads a verifier key line, its newline optional; raises NoteError KEY_FORMAT."""
+        name, _, rest = vkey.removesuffix("\n").partition("+")
         identity, _, encoded = rest.partition("+")
+        raw = decode_base64(encoded)
         try:
-            raw = base64.b64decode(encoded, validate=True)
-            if len(raw) != 33 or raw[:1] != _ALGORITHM:
+            if raw is None or len(raw) != 33 or raw[:1] != _ALGORITHM:
                 raise ValueError("it is not an Ed25519 key")
             verifier = cls(name, raw[1:])
         except ValueError as error:
@@ -137,10 +139,18 @@ def parse_checkpoint(text: str) -> Checkpoint:
     # isdecimal alone would let other scripts' digits through
     if not (size.isascii() and size.isdecimal()) or len(size) > 16 or (size[0] == "0" and size != "0"):
         raise NoteError("NOTE_FORMAT", "the checkpoint's size is not a plain decimal number")
-    root = _base64(lines[2])
+    if int(size) > SIZE_MAX:
+        raise NoteError("NOTE_FORMAT", f"the checkpoint's size is beyond {SIZE_MAX}")
+    root = decode_base64(lines[2])
     if root is None or len(root) != 32:
         raise NoteError("NOTE_FORMAT", "the checkpoint's root is not 32 bytes of base64")
     return Checkpoint(lines[0], int(size), root)
+
+
+def node_of(origin: str) -> str | None:
+    """The node that an origin `aether/<node id>/<epoch>` names."""
+    parts = origin.split("/")
+    return parts[1] if len(parts) == 3 and parts[0] == "aether" else None
 
 
 def open_checkpoint(note: str, verifier: Verifier) -> Checkpoint:
@@ -151,8 +161,12 @@ def open_checkpoint(note: str, verifier: Verifier) -> Checkpoint:
     return checkpoint
 
 
+def _is_name(name: str) -> bool:
+    return bool(name) and "+" not in name and not any(c.isspace() for c in name)
+
+
 def _check_name(name: str) -> None:
-    if not name or "+" in name or any(c.isspace() for c in name) or not name.isprintable():
+    if not _is_name(name):
         raise ValueError(f"cannot use {name[:80]!r} as a key name: it is empty or holds white space or '+'")
 
 
@@ -167,14 +181,18 @@ def _split(note: str) -> tuple[str, list[tuple[str, bytes]]]:
     signatures: list[tuple[str, bytes]] = []
     for line in tail[:-1].split("\n"):
         name, _, encoded = line.removeprefix(_DASH).partition(" ")
-        raw = _base64(encoded)
-        if not line.startswith(_DASH) or not name or raw is None or len(raw) < 5:
+        raw = decode_base64(encoded)
+        if not line.startswith(_DASH) or not _is_name(name) or raw is None or len(raw) < 5:
             raise NoteError("NOTE_FORMAT", f"{line[:80]!r} is not a signature line")
         signatures.append((name, raw))
     return head + "\n", signatures
 
 
-def _base64(text: str) -> bytes | None:
+def decode_base64(text: str) -> bytes | None:
+    """The bytes of RFC 4648 section 4 in its one spelling, else None.
+
+    The module's own decoder takes pad bits that are not zero: four spellings of a 64-byte signature would verify.
+    """
     try:
         raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):

@@ -1,14 +1,14 @@
 """Rules by which a receipt holds, pure: bytes and a public key in, a report out.
 
 As in docs/formats.md "Verifying a receipt"; the name in parentheses is the failure:
-- it is JSON of the receipt's shape and version, within bounds (RECEIPT_FORMAT);
+- it is canonical JSON of the receipt's shape and version, within bounds (RECEIPT_FORMAT);
 - its checkpoint is a note (NOTE_FORMAT) signed by the key (NOTE_SIGNATURE) for the key's origin, which is the
   receipt's (CHECKPOINT_ORIGIN);
-- each entry is canonical (ENTRY_NOT_CANONICAL), a record (ENTRY_SCHEMA), at the index of its proof (ENTRY_INDEX), and
-  its proof leads to the checkpoint's root (PROOF_INVALID);
+- each entry is canonical (ENTRY_NOT_CANONICAL), a record (ENTRY_SCHEMA), at the index of its proof (ENTRY_INDEX), of
+  the origin's node (ENTRY_NODE), and its proof leads to the checkpoint's root (PROOF_INVALID);
 - entries are of this job (ENTRY_JOB): one intent first, one outcome last, in between only what belongs
   there, indexes rising (ENTRY_SEQUENCE);
-- intent and outcome agree on what was admitted, by whom and for what price (ENTRY_CONTRADICTION);
+- all are of one tenant; intent and outcome agree on what was admitted and for what price (ENTRY_CONTRADICTION);
 - documents are those the entries name, all of them (DOCUMENT_MISSING) and no other or changed one (DOCUMENT_MISMATCH);
 - the verdict is the authority's on exactly this intent (VERDICT_MISMATCH).
 """
@@ -16,16 +16,15 @@ As in docs/formats.md "Verifying a receipt"; the name in parentheses is the fail
 from __future__ import annotations
 
 import base64
-import binascii
 import itertools
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from aether.contract.canonical import canonical_record, digest_bytes
 from aether.contract.records import PolicyRef, Receipt, Record, TicketRef
 from aether.substrate.audit import entry as entries
-from aether.substrate.audit.note import Checkpoint, NoteError, Verifier, open_checkpoint
+from aether.substrate.audit.note import Checkpoint, NoteError, Verifier, decode_base64, node_of, open_checkpoint
 from aether.substrate.audit.report import Findings, Report
 from aether.substrate.audit.tree import HASH_BYTES, leaf_hash, verify_inclusion
 
@@ -33,8 +32,8 @@ RECEIPT_VERSION: Final = "1.0"
 RECEIPT_BYTES_MAX: Final = 16 * 1024 * 1024
 VERDICT_HEAD: Final = "aether.verdict/v1"
 _BETWEEN: Final = frozenset({"job.started", "job.stop"})
-_JOINED: Final = ("tenant_id", "node_id", "kind", "op", "input_hash")
-_DOCUMENT_FIELDS: Final = ("plan_digest", "sandbox_digest")
+_JOINED: Final = ("kind", "op", "input_hash")
+_DECODER: Final = msgspec.json.Decoder(Receipt)
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,14 +62,6 @@ def verdict_text(intent: Record) -> str:
     return f"{VERDICT_HEAD}\n{canonical_record(verdict).decode()}\n"
 
 
-def named_documents(record: Record) -> list[str]:
-    """The digests of the documents that a record names."""
-    named = [record.policy.digest] if record.policy is not None else []
-    if record.code is not None:
-        named += [digest for name in _DOCUMENT_FIELDS if (digest := getattr(record.code, name)) is not None]
-    return named
-
-
 def check_receipt(data: bytes, public_key: str) -> Report:
     """Applies every rule that can still be applied after earlier ones failed."""
     found = Findings()
@@ -87,9 +78,9 @@ def check_receipt(data: bytes, public_key: str) -> Report:
     checkpoint = _checkpoint(receipt, verifier, found)
     if checkpoint is not None:
         facts["checkpoint_size"] = checkpoint.size
-    records = _entries(receipt, checkpoint, found)
+    records = _entries(receipt, checkpoint, node_of(verifier.name), found)
     if len(records) == len(receipt.entries) and _sequence(receipt, records, found):
-        _joins(records[0], records[-1], found)
+        _joins(records, found)
         _verdict(receipt, records[0], verifier, found)
     _documents(receipt, records, found)
     return found.report(f"receipt of {receipt.job_id}", facts)
@@ -100,27 +91,23 @@ def _parse(data: bytes, found: Findings) -> Receipt | None:
         found.add("RECEIPT_FORMAT", "receipt", f"it is longer than {RECEIPT_BYTES_MAX} bytes")
         return None
     try:
-        generic = msgspec.json.decode(data)
-        receipt = msgspec.convert(generic, Receipt)
-        # the way back shows fields that the receipt does not know; repeated ones are JSON's business
-        if msgspec.to_builtins(receipt) != _tuples(generic):
-            raise ValueError("it holds an unknown field")
-    except (msgspec.DecodeError, msgspec.ValidationError, ValueError, RecursionError) as error:
+        receipt = _DECODER.decode(data)
+        if receipt.receipt_version != RECEIPT_VERSION:
+            raise ValueError(f"version {receipt.receipt_version!r} is not known")
+        # the way back shows fields that are unknown or there twice, and every other spelling
+        if canonical_record(receipt) != data.removesuffix(b"\n"):
+            raise ValueError("it is not canonical JSON, or holds an unknown field")
+        if not all(_is_hash(text) for item in receipt.entries for text in item.proof.hashes):
+            raise ValueError("a hash of a proof is not base64 of 32 bytes")
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         found.add("RECEIPT_FORMAT", "receipt", str(error))
-        return None
-    if receipt.receipt_version != RECEIPT_VERSION:
-        found.add("RECEIPT_FORMAT", "receipt_version", f"{receipt.receipt_version!r} is not known")
         return None
     return receipt
 
 
-def _tuples(value: Any) -> Any:
-    """JSON arrays as tuples, as msgspec.to_builtins gives them for tuple fields."""
-    if isinstance(value, list):
-        return tuple(_tuples(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return value
+def _is_hash(text: str) -> bool:
+    raw = decode_base64(text)
+    return raw is not None and len(raw) == HASH_BYTES
 
 
 def _checkpoint(receipt: Receipt, verifier: Verifier, found: Findings) -> Checkpoint | None:
@@ -134,35 +121,27 @@ def _checkpoint(receipt: Receipt, verifier: Verifier, found: Findings) -> Checkp
     return checkpoint
 
 
-def _entries(receipt: Receipt, checkpoint: Checkpoint | None, found: Findings) -> list[Record]:
+def _entries(receipt: Receipt, checkpoint: Checkpoint | None, node_id: str | None, found: Findings) -> list[Record]:
     records: list[Record] = []
     for number, item in enumerate(receipt.entries):
         place, proof = f"entries[{number}]", item.proof
+        entry = item.entry.encode()
+        path = [base64.b64decode(text) for text in proof.hashes]
+        if checkpoint is not None and not verify_inclusion(
+            proof.log_index, checkpoint.size, leaf_hash(entry), path, checkpoint.root
+        ):
+            found.add("PROOF_INVALID", place, "the proof does not lead to the checkpoint's root", proof.log_index)
         try:
-            entry = item.entry.encode()
-            record = entries.decode(entry)
+            record = entries.read(entry)
         except NoteError as error:
             found.add(error.code, place, error.reason, proof.log_index)
             continue
         records.append(record)
         if record.log_index != proof.log_index:
             found.add("ENTRY_INDEX", place, f"the record says it is record {record.log_index}", proof.log_index)
-        if checkpoint is None:
-            continue
-        path = _hashes(proof.hashes)
-        if path is None or not verify_inclusion(
-            proof.log_index, checkpoint.size, leaf_hash(entry), path, checkpoint.root
-        ):
-            found.add("PROOF_INVALID", place, "the proof does not lead to the checkpoint's root", proof.log_index)
+        if record.node_id != node_id:
+            found.add("ENTRY_NODE", place, f"the record is of node {record.node_id!r}", proof.log_index)
     return records
-
-
-def _hashes(encoded: tuple[str, ...]) -> list[bytes] | None:
-    try:
-        hashes = [base64.b64decode(text, validate=True) for text in encoded]
-    except (binascii.Error, ValueError):
-        return None
-    return hashes if len(hashes) <= 64 and all(len(digest) == HASH_BYTES for digest in hashes) else None
 
 
 def _sequence(receipt: Receipt, records: list[Record], found: Findings) -> bool:
@@ -183,7 +162,11 @@ def _sequence(receipt: Receipt, records: list[Record], found: Findings) -> bool:
     return good
 
 
-def _joins(intent: Record, outcome: Record, found: Findings) -> None:
+def _joins(records: list[Record], found: Findings) -> None:
+    intent, outcome = records[0], records[-1]
+    for record in records:
+        if record.tenant_id != intent.tenant_id:
+            found.add("ENTRY_CONTRADICTION", "entries", "it is of another tenant than the intent", record.log_index)
     for name in _JOINED:
         if getattr(intent, name) != getattr(outcome, name):
             found.add("ENTRY_CONTRADICTION", "entries", f"intent and outcome differ in {name}", outcome.log_index)
@@ -194,7 +177,7 @@ def _joins(intent: Record, outcome: Record, found: Findings) -> None:
         if reserved is not settled:
             found.add("ENTRY_CONTRADICTION", "entries", "only one of intent and outcome has a budget")
         return
-    links = intent.ticket.link_ids if intent.ticket is not None else ()
+    links = intent.ticket.link_ids if intent.ticket is not None else None
     if (
         (reserved.reservation_id, reserved.accounts) != (settled.reservation_id, settled.accounts)
         or reserved.settled
@@ -205,7 +188,7 @@ def _joins(intent: Record, outcome: Record, found: Findings) -> None:
 
 
 def _documents(receipt: Receipt, records: list[Record], found: Findings) -> None:
-    named = {digest: record.log_index for record in records for digest in named_documents(record)}
+    named = {digest: record.log_index for record in records for digest in entries.named_documents(record)}
     for digest, index in named.items():
         if digest not in receipt.documents:
             found.add("DOCUMENT_MISSING", "documents", f"{digest} is named and not carried", index)

@@ -10,10 +10,10 @@ from typing import Final
 
 from aether.contract.errors import AetherError
 from aether.contract.records import InclusionProof, Receipt, ReceiptEntry, Record
-from aether.substrate.audit.entry import decode
+from aether.substrate.audit.entry import decode, named_documents
 from aether.substrate.audit.log import AuditLog
 from aether.substrate.audit.note import Signer
-from aether.substrate.audit.receipt_rules import RECEIPT_VERSION, named_documents, verdict_text
+from aether.substrate.audit.receipt_rules import RECEIPT_VERSION, verdict_text
 
 _INDEXES: Final = ("intent_index", "started_index", "stop_index")
 

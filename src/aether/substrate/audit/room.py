@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from aether.contract.limits import MIB, RECORD_BYTES_MAX, SEGMENT_BYTES_MAX
+from aether.contract.limits import MIB, RECORD_BYTES_MAX, SEGMENT_BYTES_MAX, SEGMENT_FRAME_BYTES_MAX
 from aether.substrate.audit.files import allocate
 
 _PREFIX: Final = "spare-"
@@ -28,13 +28,15 @@ class Bounds:
     """Sizes of the log's parts in bytes; a frame is one group commit."""
 
     segment_bytes: int = SEGMENT_BYTES_MAX
-    frame_bytes: int = 1 * MIB
+    frame_bytes: int = SEGMENT_FRAME_BYTES_MAX
     headroom_bytes: int = 4 * MIB
     step_bytes: int = 1 * MIB
 
     def __post_init__(self) -> None:
         if self.frame_bytes < 2 * RECORD_BYTES_MAX or self.segment_bytes < 2 * self.frame_bytes:
             raise ValueError(f"cannot use {self}: a segment must hold two frames, a frame two records")
+        if self.frame_bytes > SEGMENT_FRAME_BYTES_MAX or self.segment_bytes > SEGMENT_BYTES_MAX:
+            raise ValueError(f"cannot use {self}: readers take no larger ones")
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from aether.contract.limits import RECORD_BYTES_MAX, SEGMENT_BYTES_MAX
+from aether.contract.limits import RECORD_BYTES_MAX, SEGMENT_BYTES_MAX, SEGMENT_FRAME_BYTES_MAX
 
 SEGMENT_MAGIC: Final = b"AETHSEG1"
 FRAME_MAGIC: Final = b"AEF1"
@@ -80,23 +80,29 @@ def frame_bytes(entries: Sequence[bytes]) -> int:
     return FRAME_HEADER_BYTES + sum(ENTRY_HEADER_BYTES + len(entry) for entry in entries)
 
 
-def read_frame(data: Bytes, offset: int, first_index: int | None = None) -> Frame:
-    """The frame at `offset`; raises SegmentError FRAME_BAD. `first_index` None takes any."""
-    if len(data) - offset < FRAME_HEADER_BYTES:
-        raise SegmentError("FRAME_BAD", offset, "the frame's header is cut off")
-    magic, index, count, length = _FRAME.unpack_from(data, offset)
-    start = offset + FRAME_HEADER_BYTES
-    if magic != FRAME_MAGIC:
-        raise SegmentError("FRAME_BAD", offset, "no frame begins here")
-    if length > len(data) - start:
-        raise SegmentError("FRAME_BAD", offset, f"the frame of entry {index} is cut off")
-    payload = bytes(data[start : start + length])
-    (check,) = _U32.unpack_from(data, offset + _FRAME.size)
-    if zlib.crc32(payload, zlib.crc32(data[offset : offset + _FRAME.size])) != check:
-        raise SegmentError("FRAME_BAD", offset, f"the check of the frame of entry {index} does not match")
-    if first_index is not None and index != first_index:
+def read_frame(data: Bytes, offset: int, first_index: int) -> Frame:
+    """The frame of entries from `first_index` on at `offset`; raises SegmentError FRAME_BAD."""
+    end = whole_frame(data, offset)
+    if end is None:
+        raise SegmentError("FRAME_BAD", offset, f"the frame of entry {first_index} is cut off or its check is wrong")
+    _, index, count, _ = _FRAME.unpack_from(data, offset)
+    if index != first_index:
         raise SegmentError("FRAME_BAD", offset, f"the frame is of entry {index}, not {first_index}")
-    return Frame(index, _entries(payload, count, offset), offset, start + length)
+    payload = bytes(data[offset + FRAME_HEADER_BYTES : end])
+    return Frame(index, _entries(payload, count, offset), offset, end)
+
+
+def whole_frame(data: Bytes, offset: int) -> int | None:
+    """Where a frame that was written whole at `offset` ends: magic, bound and check hold. None where there is none."""
+    start = offset + FRAME_HEADER_BYTES
+    if len(data) < start:
+        return None
+    magic, _, _, length = _FRAME.unpack_from(data, offset)
+    end = start + int(length)
+    if magic != FRAME_MAGIC or end - offset > SEGMENT_FRAME_BYTES_MAX or end > len(data):
+        return None
+    (check,) = _U32.unpack_from(data, offset + _FRAME.size)
+    return end if zlib.crc32(data[start:end], zlib.crc32(data[offset : offset + _FRAME.size])) == check else None
 
 
 def scan(data: Bytes, offset: int, first_index: int) -> Iterator[Frame]:
@@ -108,20 +114,20 @@ def scan(data: Bytes, offset: int, first_index: int) -> Iterator[Frame]:
 
 
 def is_torn(data: Bytes, offset: int) -> bool:
-    """Whether the invalid bytes from `offset` to the end are one interrupted write: no valid frame follows.
+    """Whether the invalid bytes from `offset` to the end are one interrupted write.
 
-    A later valid frame means that the earlier one was durable once (one write is in progress at a time, and
-    the next begins after its fdatasync): then it is damage.
+    One write is in progress at a time, it is of one frame, and the next begins after its fdatasync: bytes beyond a
+    frame's bound, or a frame written whole from there on (whatever it says), were durable once; then it is damage.
+    What clients put into entries is no frame: its length would be control characters, which JSON escapes.
     """
+    if len(data) - offset > SEGMENT_FRAME_BYTES_MAX:
+        return False
     rest = bytes(data[offset:])
-    at = rest.find(FRAME_MAGIC, 1)
+    at = rest.find(FRAME_MAGIC)
     while at >= 0:
-        try:
-            read_frame(rest, at)
-        except SegmentError:
-            at = rest.find(FRAME_MAGIC, at + 1)
-        else:
+        if whole_frame(rest, at) is not None:
             return False
+        at = rest.find(FRAME_MAGIC, at + 1)
     return True
 
 

@@ -5,24 +5,29 @@ Rules, as in docs/formats.md "Verifying a log"; the name in parentheses is the f
   key's origin (CHECKPOINT_ORIGIN);
 - segments follow each other without gap or overlap (SEGMENT_MISSING), with right headers (SEGMENT_HEADER) and valid
   frames (FRAME_BAD); one torn frame may end the log where the checkpoint does not reach;
-- each entry is canonical (ENTRY_NOT_CANONICAL), a record (ENTRY_SCHEMA), at its own index (ENTRY_INDEX);
-- the checkpoint's size is there (LOG_SHORT) and the root over it is its root (ROOT_MISMATCH);
+- each entry is canonical (ENTRY_NOT_CANONICAL), a record (ENTRY_SCHEMA), at its own index (ENTRY_INDEX), of the
+  origin's node (ENTRY_NODE);
+- the checkpoint's size is there (LOG_SHORT) and the root over it is its root (ROOT_MISMATCH); so it is for every
+  checkpoint kept elsewhere;
 - tiles and bundles of that size are there (TILE_MISSING) and as computed (TILE_MISMATCH);
 - documents that records name are there (DOCUMENT_MISSING) and each has its digest (DOCUMENT_MISMATCH).
 
-A log may grow while it is verified: the checkpoint is read first, tiles only up to its size.
+A log may grow while it is verified: the checkpoint is read first, tiles only up to its size. What lies beyond it no
+signature covers; it is counted (`entries_unproven`). Files are hostile: only regular ones are read, within bounds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from aether.contract.canonical import digest_bytes
+from aether.contract.limits import RECORD_BYTES_MAX, TILE_WIDTH
 from aether.substrate.audit import entry as entries
 from aether.substrate.audit import segments
-from aether.substrate.audit.documents import document_path
-from aether.substrate.audit.note import Checkpoint, NoteError, Verifier, open_checkpoint
-from aether.substrate.audit.receipt_rules import check_receipt, named_documents
+from aether.substrate.audit.documents import DOCUMENT_BYTES_MAX, document_path
+from aether.substrate.audit.note import NOTE_BYTES_MAX, Checkpoint, NoteError, Verifier, node_of, open_checkpoint
+from aether.substrate.audit.receipt_rules import check_receipt
 from aether.substrate.audit.recover import CHECKPOINT, SEGMENTS, list_segments, mapped
 from aether.substrate.audit.report import Findings, Problem, Report
 from aether.substrate.audit.segments import SegmentError
@@ -31,13 +36,17 @@ from aether.substrate.audit.tree import EMPTY_ROOT, HASH_BYTES, Frontier, leaf_h
 
 __all__ = ["Problem", "Report", "verify_log", "verify_receipt"]
 
+_TILE_BYTES_MAX = TILE_WIDTH * (2 + RECORD_BYTES_MAX)
 
-def verify_log(directory: Path, public_key: str) -> Report:
+
+def verify_log(directory: Path, public_key: str, held: Mapping[str, bytes] | None = None) -> Report:
     """Checks the log in `directory` against the verifier key (the text of keys/audit.pub); never raises on damage.
 
-    Facts: `size` (entries read), `checkpoint_size`, `origin`, `torn_bytes`. Raises OSError when files cannot be read.
+    `held` are checkpoints kept elsewhere (a name for the report, the note) that the log must contain. Facts: `size`
+    (entries read), `checkpoint_size`, `entries_unproven` (those beyond it), `origin`, `torn_bytes`. Raises OSError
+    when files cannot be read.
     """
-    return _LogCheck(directory, public_key).run()
+    return _LogCheck(directory, public_key, held or {}).run()
 
 
 def verify_receipt(receipt: bytes, public_key: str) -> Report:
@@ -48,7 +57,7 @@ def verify_receipt(receipt: bytes, public_key: str) -> Report:
 class _LogCheck:
     """One pass over a log directory."""
 
-    def __init__(self, directory: Path, public_key: str) -> None:
+    def __init__(self, directory: Path, public_key: str, held: Mapping[str, bytes]) -> None:
         self._directory = directory
         self._public_key = public_key
         self._found = Findings()
@@ -60,6 +69,9 @@ class _LogCheck:
         self._size = 0
         self._torn_bytes = 0
         self._documents: dict[str, int] = {}
+        self._held_notes = held
+        self._held: list[tuple[str, Checkpoint]] = []
+        self._held_frontier = Frontier(lambda level, digest: None)
 
     def run(self) -> Report:
         try:
@@ -68,26 +80,44 @@ class _LogCheck:
             self._found.add(error.code, "public key", error.reason)
             return self._report(None)
         self._checkpoint = self._read_checkpoint(verifier)
+        for name, note in self._held_notes.items():
+            if (claim := self._open(note, name, verifier)) is not None:
+                self._held.append((name, claim))
         self._read_segments(verifier.name)
+        for name, claim in self._held:
+            if claim.size > self._held_frontier.size:
+                reason = f"the log has {self._held_frontier.size} good entries, this checkpoint {claim.size}"
+                self._found.add("LOG_SHORT", name, reason, self._held_frontier.size)
         self._check_partial_tiles()
         self._check_documents()
         return self._report(verifier.name)
 
     def _report(self, origin: str | None) -> Report:
         size = self._checkpoint.size if self._checkpoint else None
-        facts = {"origin": origin, "size": self._size, "checkpoint_size": size, "torn_bytes": self._torn_bytes}
+        facts = {
+            "origin": origin,
+            "size": self._size,
+            "checkpoint_size": size,
+            "entries_unproven": max(0, self._size - (size or 0)),
+            "torn_bytes": self._torn_bytes,
+            "held_checkpoints": len(self._held_notes),
+        }
         return self._found.report(str(self._directory), facts)
 
     def _read_checkpoint(self, verifier: Verifier) -> Checkpoint | None:
-        path = self._directory / CHECKPOINT
-        try:
-            return open_checkpoint(path.read_bytes().decode(), verifier)
-        except FileNotFoundError:
+        note = _read_file(self._directory / CHECKPOINT, NOTE_BYTES_MAX)
+        if note is None:
             self._found.add("CHECKPOINT_MISSING", CHECKPOINT, "the log has no checkpoint")
+            return None
+        return self._open(note, CHECKPOINT, verifier)
+
+    def _open(self, note: bytes, place: str, verifier: Verifier) -> Checkpoint | None:
+        try:
+            return open_checkpoint(note.decode(), verifier)
         except UnicodeDecodeError:
-            self._found.add("NOTE_FORMAT", CHECKPOINT, "the checkpoint is not UTF-8")
+            self._found.add("NOTE_FORMAT", place, "the checkpoint is not UTF-8")
         except NoteError as error:
-            self._found.add(error.code, CHECKPOINT, error.reason)
+            self._found.add(error.code, place, error.reason)
         return None
 
     def _read_segments(self, origin: str) -> None:
@@ -95,6 +125,7 @@ class _LogCheck:
         limit = self._checkpoint.size if self._checkpoint else 0
         if limit == 0:
             self._check_root()
+        self._check_held()
         for path in found:
             place = f"{SEGMENTS}/{path.name}"
             if int(path.name) != self._size:
@@ -107,12 +138,15 @@ class _LogCheck:
             self._found.add("LOG_SHORT", SEGMENTS, reason, self._frontier.size)
 
     def _read_segment(self, path: Path, place: str, origin: str, limit: int, last: bool) -> bool:
+        if not path.is_file():
+            self._found.add("SEGMENT_HEADER", place, "it is not a regular file", self._size)
+            return False
         with mapped(path) as data:
             try:
                 offset = segments.check_header(data, self._size, origin)
                 for frame in segments.scan(data, offset, self._size):
                     for entry in frame.entries:
-                        self._read_entry(entry, place, limit)
+                        self._read_entry(entry, place, limit, node_of(origin))
             except SegmentError as error:
                 torn = last and error.code == "FRAME_BAD" and self._size >= limit
                 if torn and segments.is_torn(data, error.offset):
@@ -122,18 +156,23 @@ class _LogCheck:
                 return False
         return True
 
-    def _read_entry(self, entry: bytes, place: str, limit: int) -> None:
+    def _read_entry(self, entry: bytes, place: str, limit: int, node_id: str | None) -> None:
         index = self._size
         self._size += 1
         try:
-            record = entries.decode(entry)
+            record = entries.read(entry)
         except NoteError as error:
             self._found.add(error.code, place, error.reason, index)
         else:
             if record.log_index != index:
                 self._found.add("ENTRY_INDEX", place, f"the record says it is record {record.log_index}", index)
-            for digest in named_documents(record):
+            if record.node_id != node_id:
+                self._found.add("ENTRY_NODE", place, f"the record is of node {record.node_id!r}", index)
+            for digest in entries.named_documents(record):
                 self._documents.setdefault(digest, index)
+        if self._held:
+            self._held_frontier.append(leaf_hash(entry))
+            self._check_held()
         if index < limit:
             self._bundle.append(entry)
             self._frontier.append(leaf_hash(entry))
@@ -149,6 +188,13 @@ class _LogCheck:
         if root != self._checkpoint.root:
             reason = f"the root over {self._checkpoint.size} entries is not the one that was signed"
             self._found.add("ROOT_MISMATCH", CHECKPOINT, reason)
+
+    def _check_held(self) -> None:
+        """Whether the log up to here is what a kept checkpoint of this size signed for."""
+        for name, claim in self._held:
+            if claim.size == self._held_frontier.size and claim.root != self._held_frontier.root():
+                reason = f"the root over {claim.size} entries is not the one that this checkpoint signed"
+                self._found.add("ROOT_MISMATCH", name, reason)
 
     # ---- tiles: compared as they fill, so that only the right edge is held
 
@@ -201,11 +247,8 @@ class _LogCheck:
         path, full = tile_path(level, number, width), tile_path(level, number)
         wider = (f"{full}.p/{w}" for w in self._widths(f"{full}.p") if w > width)
         for candidate in (path, full, *wider):
-            try:
-                data = (self._directory / candidate).read_bytes()
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            return candidate, data if candidate == path else _prefix(level, data, width)
+            if (data := _read_file(self._directory / candidate, _TILE_BYTES_MAX)) is not None:
+                return candidate, data if candidate == path else _prefix(level, data, width)
         self._found.add("TILE_MISSING", path, "the checkpoint needs it", number * 256 * 256 ** max(level, 0))
         return path, None
 
@@ -219,13 +262,23 @@ class _LogCheck:
         for digest, index in self._documents.items():
             if not (self._directory / document_path(digest)).is_file():
                 self._found.add("DOCUMENT_MISSING", document_path(digest), "a record names it", index)
-        for path in sorted((self._directory / "documents").glob("sha256/*/*")):
-            place = str(path.relative_to(self._directory))
-            if path.name.endswith(".tmp"):
+        for path in sorted((self._directory / "documents").rglob("*")):
+            if path.is_dir() or path.name.endswith(".tmp"):
                 continue
-            digest = f"sha256:{path.name}"
-            if digest_bytes(path.read_bytes()) != digest or place != document_path(digest):
+            place, digest = str(path.relative_to(self._directory)), f"sha256:{path.name}"
+            text = _read_file(path, DOCUMENT_BYTES_MAX)
+            if text is None or len(text) > DOCUMENT_BYTES_MAX:
+                self._found.add("DOCUMENT_MISMATCH", place, f"it is no file of at most {DOCUMENT_BYTES_MAX} bytes")
+            elif digest_bytes(text) != digest or place != document_path(digest):
                 self._found.add("DOCUMENT_MISMATCH", place, "its bytes are not those it is named by")
+
+
+def _read_file(path: Path, limit: int) -> bytes | None:
+    """At most `limit` + 1 bytes; None where no regular file is (a fifo would block, a device never end)."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return file.read(limit + 1)
 
 
 def _prefix(level: int, data: bytes, width: int) -> bytes:

@@ -11,7 +11,8 @@ from aether.substrate.audit.log import AuditLog
 from aether.substrate.audit.note import Signer
 from aether.substrate.audit.room import Bounds
 
-ORIGIN = "aether/test/1"
+NODE = "node_0190f6a2-7b3c-7def-8123-456789abcdef"
+ORIGIN = f"aether/{NODE}/1"
 SIGNER = Signer(ORIGIN, b"\x07" * 32)
 PUBLIC_KEY = str(SIGNER.verifier)
 SMALL = Bounds(segment_bytes=262_140, frame_bytes=131_070, headroom_bytes=65_536, step_bytes=65_536)
@@ -34,7 +35,7 @@ def intent(index: int, padding: int = 0) -> Record:
         type="job.intent",
         log_index=index,
         time="2026-11-21T02:10:00.123456Z",
-        node_id="node_0190f6a2-7b3c-7def-8123-456789abcdef",
+        node_id=NODE,
         tenant_id="default",
         principal="uid:1000",
         request_id="req_0190f6a2-7b3c-7def-8123-456789abcdef",
@@ -68,7 +69,7 @@ def plain(index: int, kind: str = "document.stored", padding: int = 0) -> Record
         type=kind,  # type: ignore[arg-type]
         log_index=index,
         time="2026-11-21T02:10:00.123456Z",
-        node_id="node-1",
+        node_id=NODE,
         detail={"number": str(index)} | text,
     )
 
