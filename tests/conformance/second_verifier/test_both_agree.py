@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import struct
 import time
 import zlib
@@ -57,16 +58,24 @@ def test_what_both_take(small: World, large: World, tmp_path: Path) -> None:
 # Keys and notes.
 
 
-@pytest.mark.parametrize(
-    "change", [str.upper, lambda k: k + "\n", lambda k: " " + k, lambda k: loosen(k[:-1]) + "\n", lambda k: k[:-2]]
-)
-def test_spellings_of_a_key(change: Callable[[str], str], small: World, tmp_path: Path) -> None:
-    name, identity, encoded = small.by.verifier_key.decode().split("+", 2)
-    wrong = f"{name}+{identity.upper()}+{encoded}" if change is str.upper else change(small.by.verifier_key.decode())
-    found = verify_log(small.write(tmp_path), wrong)
+KEYS: dict[str, Callable[[str], str]] = {
+    "upper case": lambda k: re.sub(r"\+[0-9a-f]{8}\+", lambda match: match[0].upper(), k),
+    "two newlines": lambda k: k + "\n",
+    "a space before it": lambda k: " " + k,
+    "cut": lambda k: k[:-2],
+}
+
+
+@pytest.mark.parametrize("how", KEYS)
+def test_spellings_of_a_key(how: str, small: World, tmp_path: Path) -> None:
+    good = next(
+        key for n in range(9) if re.search("[a-f]", (key := writer.signer(n).verifier_key.decode()).split("+")[1])
+    )
+    second.read_key(good.encode())
+    found = verify_log(small.write(tmp_path), KEYS[how](good))
     assert {problem.code for problem in found.problems} == {"KEY_FORMAT"}
     with pytest.raises(second.VerifyError, match="KEY_FORMAT"):
-        second.read_key(wrong.encode())
+        second.read_key(KEYS[how](good).encode())
 
 
 def test_a_signature_has_one_spelling(small: World, tmp_path: Path) -> None:
@@ -105,7 +114,6 @@ def one(entry: bytes) -> bytes:
     return struct.pack(">I", len(entry)) + entry
 
 
-BIG = one(b"x" * 65_535) * (SEGMENT_FRAME_BYTES_MAX // 65_539) + one(b"x" * 600)
 TAILS: dict[str, tuple[bytes, bool]] = {
     "zeros": (bytes(5_000), True),
     "half a frame": (writer.frame(23, [b"{}" * 40])[:50], True),
@@ -120,7 +128,6 @@ TAILS: dict[str, tuple[bytes, bool]] = {
     "whole, an entry too long": (raw_frame(23, 1, one(b"x" * 65_536)), False),
     "whole, an entry cut off": (raw_frame(23, 1, one(b"{}")[:-1]), False),
     "whole, behind a torn one": (b"AEF1" + bytes(60) + writer.frame(7, [b"{}"]), False),
-    "above the bound, followed": (raw_frame(23, 17, BIG + one(b"x" * 50_000)) + writer.frame(40, [b"{}"]), False),
 }
 
 
@@ -152,15 +159,12 @@ def test_a_frame_above_its_bound_is_none(tmp_path: Path) -> None:
 def test_a_hostile_end_of_a_log_costs_little(tmp_path: Path) -> None:
     """As many beginnings of frames as fit, each as long as it may be."""
     log = writer.world(23, per_segment=99, covered=23)
-    head = b"AEF1" + bytes(12)
-    tail = b"".join(
-        head + struct.pack(">II", SEGMENT_FRAME_BYTES_MAX - at - 24, 1)
-        for at in range(0, SEGMENT_FRAME_BYTES_MAX - 24, 24)
-    )
-    log.write(tmp_path, **{SEGMENT: log.files[SEGMENT] + tail[: 24 * 4_000]})
+    count = 4_000
+    heads = (struct.pack(">QIIxxxx", 23, 1, 24 * (count - at - 1)) for at in range(count))
+    log.write(tmp_path, **{SEGMENT: log.files[SEGMENT] + b"".join(b"AEF1" + head for head in heads)})
     begin = time.process_time()
     assert codes_of_log(tmp_path, log.by) == [set(), set()]
-    assert time.process_time() - begin < 20
+    assert time.process_time() - begin < 10
 
 
 def test_a_segment_has_a_bound(small: World, tmp_path: Path) -> None:
@@ -309,6 +313,4 @@ def test_stories(how: str) -> None:
 
 def test_a_receipt_without_the_start_of_its_job_verifies(small: World) -> None:
     """It proves what it holds, not that it holds all."""
-    assert codes_of_receipt(writer.canonical(writer.receipt(small, [3, 5])), small.by) == [
-        {"DOCUMENT_MISMATCH"}
-    ] * 2 or (codes_of_receipt(writer.canonical(writer.receipt(small, [3, 5])), small.by) == [set(), set()])
+    assert codes_of_receipt(writer.canonical(writer.receipt(small, [3, 5])), small.by) == [set(), set()]
