@@ -57,7 +57,9 @@ def test_golden_log_and_receipt_verify() -> None:
     receipt = (GOLDEN / "receipt.json").read_bytes()
     assert verify_receipt(receipt, PUBLIC_KEY).ok
     jsonschema.validate(json.loads(receipt), schema("receipt"))
-    assert msgspec.json.decode(receipt, type=Receipt).origin == golden_maker.ORIGIN
+    read = msgspec.json.decode(receipt, type=Receipt)
+    assert read.origin == golden_maker.ORIGIN
+    assert msgspec.json.encode(read) == receipt, "as every reply is encoded: canonical without more ado"
 
 
 def test_golden_ticket_verifies_with_its_key() -> None:

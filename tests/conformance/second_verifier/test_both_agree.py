@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import struct
 import time
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from aether.contract.errors import EXIT_VERIFY
 from aether.contract.limits import SEGMENT_FRAME_BYTES_MAX
 from aether.substrate.audit.room import Bounds
 from aether.substrate.audit.verify import verify_log, verify_receipt
@@ -250,6 +253,37 @@ def test_kept_checkpoints_of_the_log(size: int, tmp_path: Path) -> None:
     log.write(tmp_path / "log")
     assert codes_of_log(tmp_path / "log", log.by, [kept]) == [set(), set()]
     assert codes_of_log(tmp_path / "log", log.by, [kept, foreign]) == [{"NOTE_SIGNATURE"}] * 2
+
+
+def test_the_command_takes_kept_checkpoints(tmp_path: Path) -> None:
+    from aether.cli.main import build
+
+    log = writer.world(20, per_segment=99, covered=20)
+    log.write(tmp_path / "log")
+    (tmp_path / "key").write_bytes(log.by.verifier_key)
+    line = ["audit", "verify", str(tmp_path / "log"), "--key", str(tmp_path / "key"), "--json"]
+    for size, code in ((12, 0), (20, 0), (23, EXIT_VERIFY)):
+        kept = tmp_path / f"kept{size}"
+        kept.write_text(writer.checkpoint(writer.world(23, 99, 23).entries[:size], log.by))
+        line += ["--checkpoint", str(kept)]
+        done = CliRunner().invoke(build(), line)
+        assert done.exit_code == code, done.output
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert (problem["code"], problem["place"]) == ("LOG_SHORT", str(tmp_path / "kept23"))
+
+
+def test_what_is_no_regular_file_is_not_there(small: World, tmp_path: Path) -> None:
+    """A fifo would block for ever."""
+    small.write(tmp_path)
+    os.mkfifo(tmp_path / "documents/sha256/fifo")
+    assert codes_of_log(tmp_path, small.by) == [{"DOCUMENT_MISMATCH"}] * 2
+    (tmp_path / "documents/sha256/fifo").unlink()
+    for name, expected in (("checkpoint", "CHECKPOINT_MISSING"), (SEGMENT, "SEGMENT_HEADER")):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        assert all(expected in codes for codes in codes_of_log(tmp_path, small.by))
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_bytes(small.files[name])
 
 
 # Receipts.

@@ -193,6 +193,14 @@ def test_a_changed_frame_before_a_whole_one_is_never_called_torn(tmp_path: Path)
     corrupt(tmp_path)
 
 
+def test_a_whole_frame_at_the_end_is_never_called_torn(tmp_path: Path) -> None:
+    """Its check holds, so that it was written to its end; what it says is wrong."""
+    make(tmp_path, 14)
+    with last_segment(tmp_path).open("ab") as file:
+        file.write(segments.encode_frame(99, [b"{}"]))
+    corrupt(tmp_path)
+
+
 @pytest.mark.parametrize("case", ["shorter", "forked", "other-key", "no-segments", "garbage"])
 def test_a_log_that_is_not_its_checkpoints_stops_the_start(tmp_path: Path, case: str) -> None:
     make(tmp_path, 30)
