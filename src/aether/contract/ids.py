@@ -38,6 +38,11 @@ def new(prefix: str) -> str:
     return f"{prefix}_{uuid_utils.uuid7()}"
 
 
+def sibling(prefix: str, of: str) -> str:
+    """The id with `prefix` and the UUID of another: what belongs to one job is found again after a crash."""
+    return f"{prefix}_{of.partition('_')[2]}"
+
+
 def parse(prefix: str, text: str) -> str:
     """`text` if it is an id with `prefix`; raises AetherError BAD_ID."""
     match = _ID.fullmatch(text)

@@ -49,12 +49,12 @@ SPAWNER_DIED: Final = "spawner-died"
 
 def cell_of(job_id: str) -> str:
     """The cell of a job; derived, so that a launch repeated after a crash finds the same cell."""
-    return ids.CELL + job_id[len(ids.JOB) :]
+    return ids.sibling(ids.CELL, job_id)
 
 
 def job_of(cell_id: str) -> str:
     """The job that a cell belongs to."""
-    return ids.JOB + cell_id[len(ids.CELL) :]
+    return ids.sibling(ids.JOB, cell_id)
 
 
 class Execution:

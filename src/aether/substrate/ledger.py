@@ -12,6 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
+from aether.contract import ids
 from aether.contract.cells import ExecEnd
 from aether.contract.clock import epoch_ns
 from aether.contract.limits import IDEMPOTENCY_KEYS_MAX, IDEMPOTENCY_WINDOW_S
@@ -61,7 +62,7 @@ def grant_of(intent: Record) -> Grant:
     """The grant of an admitted job; derived, so that it is the same after a restart."""
     assert intent.job_id is not None and intent.attempt is not None and intent.budget is not None
     return Grant(
-        grant_id="grant" + intent.job_id[len("job") :],
+        grant_id=ids.sibling(ids.GRANT, intent.job_id),
         job_id=intent.job_id,
         attempt=intent.attempt,
         reservation_id=intent.budget.reservation_id,

@@ -78,7 +78,7 @@ class Submitter:
             caller=caller,
             request=request,
             admission=admission,
-            budget=reservation("rsv" + job_id[len("job") :], admission.ticket.link_ids, admission.limits, cell),
+            budget=reservation(ids.sibling(ids.RESERVATION, job_id), admission.ticket.link_ids, admission.limits, cell),
             input_hash=input_hash(request.schema_version, request.kind, request.op, request.params, request.inputs),
             key_hash=key_hash,
             created=rfc3339(self._book.now_ns()),

@@ -75,7 +75,7 @@ class Workers:
             caller=caller,
             request=request,
             admission=admission,
-            budget=reservation("rsv" + job_id[len("job") :], admission.ticket.link_ids, admission.limits, None),
+            budget=reservation(ids.sibling(ids.RESERVATION, job_id), admission.ticket.link_ids, admission.limits, None),
             input_hash=input_hash(SCHEMA_VERSION, "model", WORKER_OP, request.params, {}),
             key_hash=None,
             created=rfc3339(self._book.now_ns()),

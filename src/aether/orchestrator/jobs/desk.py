@@ -220,8 +220,8 @@ def _has_row(view: JobView) -> bool:
     return view.kind != "model" or view.op in MODEL_OPS
 
 
-def _new_row(body: JobSubmit, state: machine.State) -> JobRow:
-    view = body.view
+def _first_row(view: JobView, state: machine.State) -> JobRow:
+    """The first revision of a job's row, as its view has it."""
     return JobRow(
         job_id=view.job_id,
         tenant_id=view.tenant_id,
@@ -233,34 +233,23 @@ def _new_row(body: JobSubmit, state: machine.State) -> JobRow:
         labels=view.labels,
         phase=state.phase,
         state=view.state,
-        batch_key=body.batch_key or "\0".join((view.tenant_id, *view.labels)),
-        grant=body.grant,
+        batch_key="",
+        grant=None,
         view=view,
         facts=state.facts,
-        request=body.request,
         intent_index=view.intent_index,
+        outcome_index=view.outcome_index,
     )
+
+
+def _new_row(body: JobSubmit, state: machine.State) -> JobRow:
+    batch_key = body.batch_key or "\0".join((body.view.tenant_id, *body.view.labels))
+    return _replace(_first_row(body.view, state), batch_key=batch_key, grant=body.grant, request=body.request)
 
 
 def _rebuilt_row(view: JobView) -> JobRow:
     """The row of a job whose outcome is in the log and whose row was lost before it was durable."""
-    return JobRow(
-        job_id=view.job_id,
-        tenant_id=view.tenant_id,
-        node_id=view.node_id,
-        attempt=view.attempt,
-        revision=1,
-        kind=view.kind,
-        effect="cell" if view.kind == "command" else "pure",
-        labels=view.labels,
-        phase="done",
-        state=view.state,
-        batch_key="",
-        grant=None,
-        view=view,
-        intent_index=view.intent_index,
-        outcome_index=view.outcome_index,
-    )
+    return _first_row(view, machine.State(view.kind, "done"))
 
 
 def _moved_row(row: JobRow, state: machine.State, event: machine.AnyEvent, view: JobView) -> JobRow:

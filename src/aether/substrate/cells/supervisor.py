@@ -34,7 +34,7 @@ class Launched:
 
 def exec_of(cell_id: str) -> str:
     """The first executable of a cell; derived, so that a repeated launch finds the same one."""
-    return ids.EXECUTABLE + cell_id[len(ids.CELL) :]
+    return ids.sibling(ids.EXECUTABLE, cell_id)
 
 
 class CellSupervisor:
