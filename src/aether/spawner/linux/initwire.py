@@ -21,7 +21,7 @@ from typing import Final
 from aether.contract.cellplan import ExecSpec, Rlimit
 from aether.spawner.linux.program import RESOURCES, Program
 
-WIRE_VERSION: Final = 1
+WIRE_VERSION: Final = 2
 MESSAGE_BYTES_MAX: Final = 160 * 1024
 FDS_MAX: Final = 64
 
@@ -199,7 +199,7 @@ def encode_launch(program: Program, attach_count: int, cgroup2: bool, spec: Exec
     parts.append(struct.pack("<6I", ids.host_uid, ids.host_gid, ids.count, ids.init_uid, ids.job_uid, ids.job_gid))
     parts += [struct.pack("<I", program.last_cap), _text(program.hostname), struct.pack("<I", len(program.ops))]
     for op in program.ops:
-        parts.append(struct.pack("<IIIIQQ", op.kind, op.step, op.mode, op.flags, op.size, op.inodes))
+        parts.append(struct.pack("<IIII", op.kind, op.step, op.mode, op.flags))
         parts += [_text(op.path), _text(op.text), _text(op.text2)]
     landlock = program.landlock
     if landlock is None:

@@ -16,14 +16,13 @@ from typing import Final
 from aether.spawner.linux import kernel
 from aether.spawner.linux import program as pg
 from aether.spawner.linux.initwire import phase_number
+from aether.spawner.linux.program import NODEV, NOEXEC, NOSUID, RDONLY
 
-RDONLY, NOSUID, NODEV, NOEXEC = 1, 2, 4, 8
 _MS_PRIVATE, _MS_SLAVE, _MS_REC = 1 << 18, 1 << 19, 1 << 14
 _AT_EMPTY_PATH, _AT_RECURSIVE, _OPEN_TREE_CLONE, _CLOEXEC = 0x1000, 0x8000, 1, os.O_CLOEXEC
 _NO_MAGICLINKS, _NO_SYMLINKS, _BENEATH = 0x02, 0x04, 0x08
 _SET_STRING, _CMD_CREATE = 1, 6
-_DEVICES: Final = (("null", 3), ("zero", 5), ("full", 7), ("random", 8), ("urandom", 9))
-_LINKS: Final = (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2"))
+_SEALED: Final = NOSUID | NODEV | NOEXEC | RDONLY
 
 
 def open_beneath(directory: int, path: str, flags: int, resolve: int = 0) -> int:
@@ -107,20 +106,16 @@ def _clone_tree(source: int, attributes: int) -> int:
     return tree
 
 
-def _new_mount(kind: bytes, options: dict[bytes, bytes], attributes: int) -> int:
-    context = kernel.syscall("fsopen", kind, 1)
+def _new_mount(kind: str, options: str, attributes: int) -> int:
+    context = kernel.syscall("fsopen", kind.encode(), 1)
     try:
-        for name, value in options.items():
+        for line in options.split("\n") if options else ():
+            name, _, value = os.fsencode(line).partition(b"=")
             kernel.syscall("fsconfig", context, _SET_STRING, name, value, 0)
         kernel.syscall("fsconfig", context, _CMD_CREATE, None, None, 0)
         return kernel.syscall("fsmount", context, 1, attributes)
     finally:
         os.close(context)
-
-
-def _new_tmpfs(size: int, inodes: int, mode: int, attributes: int) -> int:
-    options = {b"size": b"%d" % size, b"nr_inodes": b"%d" % inodes, b"mode": b"%o" % mode}
-    return _new_mount(b"tmpfs", options, attributes)
 
 
 def _bind(root: int, op: pg.Op) -> None:
@@ -147,34 +142,22 @@ def _bind(root: int, op: pg.Op) -> None:
     _attach(tree, root, op.path)
 
 
-def _mount_at(root: int, path: str, mount: int) -> None:
+def _make_device(root: int, op: pg.Op) -> None:
+    parent, leaf = _open_parent(root, op.path)
     try:
-        _make_dir(root, path, 0o755)
-    except OSError:
-        os.close(mount)
-        raise
-    _attach(mount, root, path)
-
-
-def _minimal_dev(root: int, op: pg.Op) -> None:
-    mount = _new_tmpfs(65536, 64, 0o755, NOSUID | NOEXEC)
-    dev = os.dup(mount)
-    try:
-        _mount_at(root, op.path, mount)
-        for name, minor in _DEVICES:
-            try:
-                os.mknod(name, stat.S_IFCHR | 0o666, os.makedev(1, minor), dir_fd=dev)
-            except PermissionError:
-                _bind(dev, pg.Op(pg.OP_BIND, op.step, f"/{name}", flags=pg.BIND_DEVICE, text="/dev", text2=name))
-        for name, target in _LINKS:
-            os.symlink(target, name, dir_fd=dev)
-        os.mkdir("shm", 0o1777, dir_fd=dev)
-        if op.flags & pg.DEV_PTY:
-            _mount_at(dev, "/pts", _new_mount(b"devpts", {b"ptmxmode": b"0666", b"mode": b"0620"}, NOSUID | NOEXEC))
-            os.symlink("pts/ptmx", "ptmx", dir_fd=dev)
-        _set_attributes(dev, RDONLY)
+        os.mknod(leaf, stat.S_IFCHR | 0o666, os.makedev(1, op.mode), dir_fd=parent)
+    except PermissionError:
+        _bind(root, pg.Op(pg.OP_BIND, op.step, op.path, flags=pg.BIND_DEVICE, text="/dev", text2=leaf))
     finally:
-        os.close(dev)
+        os.close(parent)
+
+
+def _seal(root: int, path: str) -> None:
+    at = _open_inside(root, path)
+    try:
+        _set_attributes(at, RDONLY)
+    finally:
+        os.close(at)
 
 
 def _mask(root: int, path: str) -> None:
@@ -185,7 +168,7 @@ def _mask(root: int, path: str) -> None:
     is_dir = stat.S_ISDIR(os.fstat(target).st_mode)
     os.close(target)
     if is_dir:
-        tree = _new_tmpfs(4096, 2, 0o555, NOSUID | NODEV | NOEXEC | RDONLY)
+        tree = _new_mount("tmpfs", "nr_inodes=2\nmode=0555", _SEALED)
     else:
         null = _open_inside(root, "/dev/null")
         tree = _clone_tree(null, NOSUID | NOEXEC)
@@ -203,13 +186,13 @@ def _perform(root: int, op: pg.Op) -> None:
             _make_file(root, op.path, op.text, op.mode)
         case pg.OP_BIND:
             _bind(root, op)
-        case pg.OP_TMPFS:
-            attributes = NOSUID | NODEV | (NOEXEC if op.flags & pg.TMPFS_NOEXEC else 0)
-            _mount_at(root, op.path, _new_tmpfs(op.size, op.inodes, op.mode, attributes))
-        case pg.OP_PROC:
-            _mount_at(root, op.path, _new_mount(b"proc", {}, NOSUID | NODEV | NOEXEC | RDONLY))
-        case pg.OP_DEV:
-            _minimal_dev(root, op)
+        case pg.OP_MOUNT:
+            _make_dir(root, op.path, 0o755)
+            _attach(_new_mount(op.text2, op.text, op.flags), root, op.path)
+        case pg.OP_DEVICE:
+            _make_device(root, op)
+        case pg.OP_SEAL:
+            _seal(root, op.path)
         case _:
             _mask(root, op.path)
 
@@ -219,13 +202,13 @@ def build_root(ops: Sequence[pg.Op], phase: list[int]) -> None:
     phase[0] = phase_number("new root")
     os.umask(0)
     kernel.mount(b"/", _MS_REC | _MS_SLAVE)
-    root = _new_tmpfs(1 << 20, 2048, 0o755, NOSUID | NODEV)
+    root = _new_mount("tmpfs", "size=1m\nnr_inodes=2048\nmode=0755", NOSUID | NODEV)
     kernel.syscall("move_mount", root, b"\0", -100, b"/\0", 0x04)
     for op in ops:
         phase[0] = op.step
         _perform(root, op)
     phase[0] = phase_number("new root")
-    _set_attributes(root, RDONLY)
+    _seal(root, "/")
     phase[0] = phase_number("pivot")
     os.fchdir(root)
     kernel.syscall("pivot_root", b".\0", b".\0")

@@ -12,8 +12,11 @@ from typing import Final
 from aether.contract import cellplan as cp
 from aether.spawner.linux import kernel, landlock, seccomp
 
-OP_DIR, OP_SYMLINK, OP_FILE, OP_BIND, OP_TMPFS, OP_PROC, OP_DEV, OP_MASK = range(1, 9)
-BIND_WRITABLE, BIND_DEVICE, TMPFS_NOEXEC, DEV_PTY = 1, 2, 1, 1
+OP_DIR, OP_SYMLINK, OP_FILE, OP_BIND, OP_MOUNT, OP_DEVICE, OP_SEAL, OP_MASK = range(1, 9)
+BIND_WRITABLE, BIND_DEVICE = 1, 2
+RDONLY, NOSUID, NODEV, NOEXEC = 1, 2, 4, 8  # MOUNT_ATTR_*, mount_setattr(2)
+_DEVICES: Final = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}  # minors of major 1, null(4)
+_DEVICE_LINKS: Final = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
 RESOURCES: Final = {
     "cpu": 0, "fsize": 1, "data": 2, "stack": 3, "core": 4, "rss": 5, "nproc": 6, "nofile": 7, "memlock": 8,
     "as": 9, "locks": 10, "sigpending": 11, "msgqueue": 12, "nice": 13, "rtprio": 14, "rttime": 15,
@@ -31,16 +34,18 @@ class HostFacts:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """`step` is the index in the plan. text: link target, file content, or the allowed root of a bind;
-    text2: the bind source beneath that root."""
+    """One primitive. `step` is the index in the plan, for messages. By kind:
+
+    DIR mode; SYMLINK text: target; FILE mode, text: content; BIND flags BIND_*, text: allowed root, text2: source
+    beneath it; MOUNT text2: type, text: options as lines of key=value, flags: attributes; DEVICE mode: minor number
+    of major 1; SEAL: the mount there becomes read-only; MASK: hidden, where it exists.
+    """
 
     kind: int
     step: int
     path: str
     mode: int = 0
     flags: int = 0
-    size: int = 0
-    inodes: int = 0
     text: str = ""
     text2: str = ""
 
@@ -73,6 +78,26 @@ def _source(source: str, roots: Sequence[str]) -> tuple[str, str]:
     return root, source[len(root) :].lstrip("/")
 
 
+def mount(index: int, path: str, kind: str, options: dict[str, str], attributes: int) -> Op:
+    """A new file system of type `kind`. Raises PlanError for an option that would be two on the wire."""
+    if any("\n" in text for pair in options.items() for text in pair):
+        raise cp.PlanError("path", "holds a line break")
+    lines = "\n".join(f"{key}={value}" for key, value in options.items())
+    return Op(OP_MOUNT, index, path, flags=attributes, text=lines, text2=kind)
+
+
+def _minimal_dev(index: int, dev: str, pty: bool) -> list[Op]:
+    options = {"size": "65536", "nr_inodes": "64", "mode": "0755"}
+    ops = [mount(index, dev, "tmpfs", options, NOSUID | NOEXEC)]
+    ops += [Op(OP_DEVICE, index, f"{dev}/{name}", minor) for name, minor in _DEVICES.items()]
+    ops += [Op(OP_SYMLINK, index, f"{dev}/{name}", text=target) for name, target in _DEVICE_LINKS.items()]
+    ops.append(Op(OP_DIR, index, f"{dev}/shm", 0o1777))
+    if pty:
+        ops.append(mount(index, f"{dev}/pts", "devpts", {"ptmxmode": "0666", "mode": "0620"}, NOSUID | NOEXEC))
+        ops.append(Op(OP_SYMLINK, index, f"{dev}/ptmx", text="pts/ptmx"))
+    return [*ops, Op(OP_SEAL, index, dev)]
+
+
 def _lower_step(index: int, step: cp.Step, roots: Sequence[str]) -> list[Op]:
     match step:
         case cp.Dir():
@@ -90,12 +115,13 @@ def _lower_step(index: int, step: cp.Step, roots: Sequence[str]) -> list[Op]:
         case cp.BindDev():
             return [Op(OP_BIND, index, step.path, flags=BIND_DEVICE, text="/dev", text2=step.source[5:])]
         case cp.Tmpfs():
-            flags = 0 if step.exec_allowed else TMPFS_NOEXEC
-            return [Op(OP_TMPFS, index, step.path, step.mode, flags, step.size_bytes, step.inodes_max)]
+            options = {"size": str(step.size_bytes), "nr_inodes": str(step.inodes_max), "mode": f"{step.mode:o}"}
+            attributes = NOSUID | NODEV | (0 if step.exec_allowed else NOEXEC)
+            return [mount(index, step.path, "tmpfs", options, attributes)]
         case cp.Proc():
-            return [Op(OP_PROC, index, step.path)]
+            return [mount(index, step.path, "proc", {}, NOSUID | NODEV | NOEXEC | RDONLY)]
         case cp.DevMinimal():
-            return [Op(OP_DEV, index, step.path, flags=DEV_PTY if step.pty else 0)]
+            return _minimal_dev(index, step.path, step.pty)
         case cp.Mask():
             return [Op(OP_MASK, index, path) for path in step.paths]
 

@@ -32,6 +32,13 @@ int64_t now_us(void) {
     return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
+int close_after(int fd, int result) {
+    int error = errno;
+    if (fd >= 0) close(fd);
+    errno = error;
+    return result;
+}
+
 noreturn void fail_step(const struct cell *cell, uint32_t step, int error) {
     struct writer w;
     begin_message(&w, MSG_STEP_FAILED);
@@ -66,10 +73,7 @@ int loopback_up(void) {
     struct ifreq request = {.ifr_name = "lo", .ifr_flags = IFF_UP};
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (fd < 0) return -1;
-    int result = ioctl(fd, SIOCSIFFLAGS, &request), error = errno;
-    close(fd);
-    errno = error;
-    return result;
+    return close_after(fd, ioctl(fd, SIOCSIFFLAGS, &request));
 }
 
 static void enter_namespaces(const struct cell *cell) {

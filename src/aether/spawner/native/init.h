@@ -26,6 +26,7 @@ struct cell {
 };
 
 int64_t now_us(void);
+int close_after(int fd, int result); /* closes `fd`, keeps errno, returns `result` */
 noreturn void fail_step(const struct cell *cell, uint32_t step, int error);
 noreturn void fail_phase(const struct cell *cell, enum phase phase, int error);
 

@@ -78,8 +78,6 @@ static void read_op(struct reader *r, struct op *out) {
     out->step = u32(r);
     out->mode = bounded(r, 07777);
     out->flags = u32(r);
-    out->size = u64(r);
-    out->inodes = u64(r);
     out->path = text(r, PATH_BYTES_MAX);
     out->text = text(r, MESSAGE_BYTES_MAX);
     out->text2 = text(r, PATH_BYTES_MAX);

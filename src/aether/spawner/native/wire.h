@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 enum {
-    WIRE_VERSION = 1,
+    WIRE_VERSION = 2,
     MESSAGE_BYTES_MAX = 160 * 1024,
     MESSAGE_FDS_MAX = 64,
     OPS_MAX = 512,
@@ -29,15 +29,15 @@ enum message_type {
     MSG_LAUNCHED = 16, MSG_READY, MSG_STEP_FAILED, MSG_STARTED, MSG_EXEC_FAILED, MSG_EXITED,
 };
 
-enum op_kind { OP_DIR = 1, OP_SYMLINK, OP_FILE, OP_BIND, OP_TMPFS, OP_PROC, OP_DEV, OP_MASK };
-enum op_flag { BIND_WRITABLE = 1, BIND_DEVICE = 2, TMPFS_NOEXEC = 1, DEV_PTY = 1 };
+enum op_kind { OP_DIR = 1, OP_SYMLINK, OP_FILE, OP_BIND, OP_MOUNT, OP_DEVICE, OP_SEAL, OP_MASK };
+enum op_flag { BIND_WRITABLE = 1, BIND_DEVICE = 2 };
 enum program_flag { PROGRAM_CGROUP2 = 1, PROGRAM_JOIN_USERNS = 2, PROGRAM_PER_EXEC_LANDLOCK = 4, PROGRAM_EXEC = 8 };
 enum exec_flag { EXEC_NULL_0 = 1, EXEC_NULL_1 = 2, EXEC_NULL_2 = 4, EXEC_TTY = 8 };
 
 struct op { /* one operation of the plan; `step` is its index there, for failure messages */
     uint32_t kind, step, mode, flags;
-    uint64_t size, inodes;
-    const char *path, *text, *text2; /* symlink: target; file: content; bind: root and path beneath it */
+    const char *path, *text, *text2; /* symlink: target; file: content; bind: root and path beneath it; mount: options
+                                      * and type, with attributes in flags; device: minor in mode */
 };
 
 struct rule { uint64_t access; const char *path; };
