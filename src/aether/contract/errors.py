@@ -69,6 +69,8 @@ KINDS: Final[Mapping[str, ErrorKind]] = {
     "CELL_FAILED": ErrorKind(500, EXIT_FAILED, "the message names the step, the errno and the remedy"),
     "BAD_PLAN": ErrorKind(422, EXIT_USAGE, "see `aether cell explain`"),
     "NO_SUCH_CELL": ErrorKind(404, EXIT_FAILED, "the cell ended; see the job's receipt"),
+    "NAME_TAKEN": ErrorKind(409, EXIT_FAILED, "use another name, or free or stop what has it"),
+    "CELL_FROZEN": ErrorKind(409, EXIT_FAILED, "thaw the cell with `aether cell thaw`"),
     "CELL_LIMIT": ErrorKind(429, EXIT_FAILED, "stop cells or wait until some end"),
     # jobs
     "JOB_FAILED": ErrorKind(200, EXIT_FAILED, "read the job's logs"),

@@ -52,8 +52,17 @@ STATUS_NAMES: Final = {
 }
 
 
+Stdio = Literal["logs", "pipe", "tty"]
+"""Where an executable's standard streams lead: stdin nothing and output kept (`logs`); the same with a stdin that
+`job.attach` writes to (`pipe`); a terminal that `job.attach` reads and writes, whose output is not kept (`tty`)."""
+
+
 class CommandParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`params` of a command job. `outputs` are globs relative to the work directory."""
+    """`params` of a command job. `outputs` are globs relative to the work directory.
+
+    With `cell` (a name) it is an executable of that allocated cell, `executable` its own name there: of `limits` only
+    `timeout_ms` and `grace_ms` count then, the rest are the cell's. Only such a job may have a `stdio` but `logs`.
+    """
 
     argv: tuple[str, ...]
     env: dict[str, str] = {}
@@ -61,6 +70,9 @@ class CommandParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     limits: Limits = Limits()
     outputs: tuple[str, ...] = ()
     require: tuple[str, ...] = ()
+    cell: str | None = None
+    executable: str | None = None
+    stdio: Stdio = "logs"
 
 
 class CommandInputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -128,6 +140,9 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     intent_index: int | None = None
     outcome_index: int | None = None
     argv: tuple[str, ...] | None = None
+    cell: str | None = None
+    """The name of the allocated cell that it is an executable of."""
+    executable: str | None = None
 
 
 _LABEL: Final = re.compile(limits.LABEL_PATTERN)
@@ -142,10 +157,12 @@ def parse_command(request: JobRequest) -> tuple[CommandParams, CommandInputs]:
     params = _convert(request.params, CommandParams, "params")
     inputs = _convert(request.inputs, CommandInputs, "inputs")
     _check_argv(params)
-    _check_require(params.require)
+    check_require(params.require)
     _check_env(params.env)
-    _check_limits(params.limits)
+    check_bounds(params.limits)
     _check_paths(params, inputs)
+    if params.cell is None and (params.executable is not None or params.stdio != "logs"):
+        raise AetherError("BAD_FIELD", "cannot run a command job: params.executable and stdio need params.cell")
     return params, inputs
 
 
@@ -198,7 +215,8 @@ def _check_argv(params: CommandParams) -> None:
         raise AetherError("BAD_FIELD", "cannot run a command job: params.argv holds a NUL character")
 
 
-def _check_require(words: tuple[str, ...]) -> None:
+def check_require(words: tuple[str, ...]) -> None:
+    """Raises BAD_FIELD for a word that is neither a rung nor a mechanism."""
     for word in words:
         if word not in REQUIREMENTS:
             raise AetherError(
@@ -217,7 +235,8 @@ def _check_env(env: dict[str, str]) -> None:
             raise AetherError("BAD_FIELD", f"cannot run a command job: params.env has a bad entry {name[:80]!r}")
 
 
-def _check_limits(asked: Limits) -> None:
+def check_bounds(asked: Limits) -> None:
+    """Raises BAD_FIELD naming the limit that is out of bounds."""
     bounds = {
         "memory_bytes": (limits.MEMORY_BYTES_MIN, 1 << 50),
         "cpu_millis": (limits.CPU_MILLIS_MIN, 1_024_000),

@@ -74,12 +74,24 @@ FILE_BYTES_DEFAULT: Final = 4 * GIB
 TMP_BYTES_DEFAULT: Final = 64 * MIB
 CELLS_LIVE_MAX: Final = 2_000
 EXECUTABLES_PER_CELL_MAX: Final = 64
+CELLS_ALLOCATED_MAX: Final = 1_000
+"""Allocated cells of one tenant."""
+CELL_NAME_CHARS_MAX: Final = 255
+CELL_DEPTH_MAX: Final = 8
+CELL_IDLE_MS_MIN: Final = 100
+EXECUTABLES_LIVE_MAX: Final = 32
+"""Executables that live at once in one cell: the table of its PID 1."""
+FILES_LISTED_MAX: Final = 4_096
+ATTACHED_MAX: Final = 256
+"""Connections to terminals and standard inputs, of all callers."""
+TERMINAL_SIZE_MAX: Final = 4_096
+"""Rows or columns."""
 CELL_UID_BASE: Final = 0x7000_0000
 CELL_UID_BLOCK: Final = 65_536
 """Each cell owns one block of uids; above the ranges of subuid and systemd-nspawn."""
 CELL_UID_SLOTS: Final = 4_096
 DAEMON_UID_BASE: Final = 0x6FFF_F000
-"""aetherd +1, aurorad +2, keeper +3; their shared group is DAEMON_UID_BASE itself."""
+"""aetherd +1, aurorad +2, keeper +3, egressd +4; their shared group is DAEMON_UID_BASE itself."""
 
 # Logs of executables
 LOG_HEAD_BYTES_MAX: Final = 1 * MIB
@@ -87,6 +99,28 @@ LOG_TAIL_BYTES_MAX: Final = 4 * MIB
 LOG_RATE_BYTES_PER_S: Final = 8 * MIB
 LOG_BURST_BYTES: Final = 4 * MIB
 LOG_READ_BYTES_MAX: Final = 64 * KIB
+
+# Egress
+EGRESS_PORT: Final = 3128
+"""Where the proxy listens on the loopback of every cell that has a network; the cell's own network namespace."""
+EGRESS_RULES_MAX: Final = 128
+EGRESS_CREDENTIALS_MAX: Final = 16
+EGRESS_CONNECTIONS_DEFAULT: Final = 64
+EGRESS_CONNECTIONS_MAX: Final = 256
+EGRESS_REQUESTS_PER_S_DEFAULT: Final = 100
+EGRESS_REQUESTS_PER_S_MAX: Final = 10_000
+EGRESS_BYTES_DEFAULT: Final = 1 * GIB
+"""Each way, over the life of the cell."""
+EGRESS_CONNECTION_MS_DEFAULT: Final = 3_600_000
+EGRESS_IDLE_MS_DEFAULT: Final = 60_000
+EGRESS_HEADER_BYTES_MAX: Final = 32 * KIB
+EGRESS_HEADER_TIMEOUT_S: Final = 10.0
+EGRESS_SECRET_BYTES_MAX: Final = 8 * KIB
+EGRESS_BATCH_INTERVAL_S: Final = 0.5
+EGRESS_BATCH_ROWS_MAX: Final = 100
+"""Connections told at once; those alike in all but time and bytes are one row with their count."""
+EGRESS_RECORDS_PER_JOB_MAX: Final = 2_000
+"""Records of connections per job; what comes after is in the totals alone."""
 
 # Audit
 RECORD_BYTES_MAX: Final = 65_535

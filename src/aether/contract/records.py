@@ -28,6 +28,15 @@ RecordType = Literal[
     "job.started",
     "job.stop",
     "job.outcome",
+    "job.signal",
+    "cell.allocated",
+    "cell.started",
+    "cell.frozen",
+    "cell.thawed",
+    "cell.resized",
+    "cell.put",
+    "cell.freed",
+    "cell.lost",
 ]
 
 

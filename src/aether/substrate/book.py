@@ -40,6 +40,7 @@ class _Snapshot(msgspec.Struct):
     open: list[tuple[Record, Record | None, Record | None, ExecEnd | None]]
     keys: list[tuple[str, KeyEntry]]
     accounts: Any
+    cells: list[tuple[Record, str, Record | None, bool]] = []
 
 
 class Book:
@@ -131,6 +132,7 @@ class Book:
             open=[(job.intent, job.started, job.stop, job.end) for job in ledger.open.values()],
             keys=ledger.keys(),
             accounts=self.accounts.snapshot(),
+            cells=ledger.cells.snapshot(),
         )
         body = msgspec.msgpack.encode(state)
         temporary = self._snapshot_path.with_suffix(".tmp")
@@ -149,6 +151,7 @@ class Book:
         if state.applied > self.log.size:
             return
         jobs = [OpenJob(intent, started, stop, end=end) for intent, started, stop, end in state.open]
+        self.ledger.cells.restore(state.cells)
         self.ledger.restore(state.applied, jobs, state.keys)
         self.accounts.restore(state.accounts)
         self._snapshot_at = state.applied

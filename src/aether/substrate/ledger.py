@@ -1,8 +1,8 @@
 """The authority's memory of jobs: a fold of the audit log, never a second source of truth.
 
 `apply` is fed every record exactly once, in log order, both live and at start; the two ways give the same
-state (a test holds them together). Held: jobs with an intent and no outcome, idempotency keys within their
-window. Everything older is found in the log through the indexes that the job store keeps.
+state (a test holds them together). Held: jobs with an intent and no outcome, allocated cells, idempotency keys
+within their window. Everything older is found in the log through the indexes that the job store keeps.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from aether.contract.clock import epoch_ns
 from aether.contract.limits import IDEMPOTENCY_KEYS_MAX, IDEMPOTENCY_WINDOW_S
 from aether.contract.records import Record
 from aether.contract.wire import Grant
+from aether.substrate.allocations import Allocations
 
 _WINDOW_NS: Final = IDEMPOTENCY_WINDOW_S * 1_000_000_000
 
@@ -48,10 +49,27 @@ class OpenJob:
     def exec_id(self) -> str | None:
         return self.started.detail.get("exec_id") if self.started else None
 
+    @property
+    def is_guest(self) -> bool:
+        """Whether it is an executable of an allocated cell, which outlives it."""
+        return self.intent.cell_id is not None
+
+    @property
+    def place(self) -> str:
+        """Its cell: the allocated one, or one of its own; derived, so that a launch repeated after a crash finds it."""
+        assert self.intent.job_id is not None
+        return self.intent.cell_id or ids.sibling(ids.CELL, self.intent.job_id)
+
+    @property
+    def executable(self) -> str:
+        """Its executable, whichever cell that is in; derived too."""
+        assert self.intent.job_id is not None
+        return ids.sibling(ids.EXECUTABLE, self.intent.job_id)
+
 
 @dataclass(frozen=True, slots=True)
 class KeyEntry:
-    """What an idempotency key stands for until `expires_ns`."""
+    """What an idempotency key stands for until `expires_ns`: the job or cell that the first call made or touched."""
 
     job_id: str
     input_hash: str
@@ -74,6 +92,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.open: dict[str, OpenJob] = {}
+        self.cells = Allocations()
         self.applied = 0
         self._keys: OrderedDict[str, KeyEntry] = OrderedDict()
 
@@ -85,14 +104,19 @@ class Ledger:
         if record.log_index != self.applied:
             raise ValueError(f"record {record.log_index} applied out of order, expected {self.applied}")
         self.applied += 1
+        self.cells.apply(record)
         job_id = record.job_id
+        self._remember(record, job_id or record.cell_id)
         if job_id is None:
             return
         if record.type == "job.intent":
             self.open[job_id] = OpenJob(record)
-            self._remember(record, job_id)
+            if record.cell_id is not None:
+                self.cells.entered(record.cell_id, job_id)
         elif record.type == "job.outcome":
-            self.open.pop(job_id, None)
+            ended = self.open.pop(job_id, None)
+            if ended is not None and ended.is_guest:
+                self.cells.left(ended.place, job_id)
         elif (job := self.open.get(job_id)) is not None:
             if record.type == "job.started":
                 job.started = record
@@ -116,10 +140,13 @@ class Ledger:
         """Takes over a snapshot; only on a fresh ledger."""
         self.applied = applied
         self.open = {job.intent.job_id: job for job in jobs if job.intent.job_id is not None}
+        for job_id, job in self.open.items():
+            if job.is_guest:
+                self.cells.entered(job.place, job_id)
         self._keys = OrderedDict(keys)
 
-    def _remember(self, record: Record, job_id: str) -> None:
-        if record.idempotency_hash is not None and record.input_hash is not None:
+    def _remember(self, record: Record, job_id: str | None) -> None:
+        if record.idempotency_hash is not None and record.input_hash is not None and job_id is not None:
             expires_ns = epoch_ns(record.time) + _WINDOW_NS
             self._keys[record.idempotency_hash] = KeyEntry(job_id, record.input_hash, expires_ns)
 

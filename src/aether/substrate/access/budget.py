@@ -2,7 +2,8 @@
 
 Each link that carries a budget has an account. A reservation charges every link of the ticket, so an ancestor's
 limit binds whatever is derived from it. `reserve` before the intent, `apply` with every record in log order: an
-intent confirms its reservation (or makes it, when the log is read at start), an outcome turns it into spending.
+intent confirms its reservation (or makes it, when the log is read at start), an outcome turns it into spending;
+the record of an operation that is done at once spends at once.
 
 A link's id fixes its caveats, hence its limits. Links without a budget need no account; while the log is read their
 limits are not known, so all are kept until a ticket is shown that says otherwise.
@@ -109,7 +110,7 @@ class Accounts:
             return
         if record.type == "job.intent" and record.budget.reservation_id not in self._reservations:
             self._hold(record.budget, record.budget.accounts)
-        elif record.type == "job.outcome":
+        elif record.budget.settled:
             self.settle(record.budget)
 
     def snapshot(self) -> AccountsState:

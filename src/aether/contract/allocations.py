@@ -1,0 +1,226 @@
+"""Allocated cells: named cells that outlive their executables; what is asked, shown and answered about them.
+
+A name is `/`-separated labels, the way from the outermost cell inwards: `agent` or `agent/worker-1`. Every
+ancestor exists and belongs to the same tenant; a tenant's live cells have different names. A label is that of a
+host name (RFC 1123): letters, digits and inner hyphens, at most 63. It holds no underscore, so neither an id
+(`cell_...`) nor the `_` leaf of a cgroup is ever mistaken for a name. In a URL, where `/` separates paths, the
+labels are separated by `:`.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Any, Final, Literal
+
+import msgspec
+
+from aether.contract import ids, limits
+from aether.contract.cells import Limits, Usage
+from aether.contract.errors import AetherError
+from aether.contract.jobs import check_bounds, check_labels, check_require
+
+LABEL: Final = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
+NAME_PATTERN: Final = rf"^{LABEL}(/{LABEL}){{0,{limits.CELL_DEPTH_MAX - 1}}}$"
+PATH_NAME_PATTERN: Final = rf"^(cell_[0-9a-f-]{{36}}|{LABEL}(:{LABEL}){{0,{limits.CELL_DEPTH_MAX - 1}}})$"
+_NAME: Final = re.compile(NAME_PATTERN, re.ASCII)
+_EXECUTABLE: Final = re.compile(f"^{LABEL}$", re.ASCII)
+
+
+class CellState(StrEnum):
+    """`starting` until the kernel has confined it; `freed` on request or when idle; `lost` when it died otherwise."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    FROZEN = "frozen"
+    FREED = "freed"
+    LOST = "lost"
+
+
+class CellRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of `cell.allocate`. `limits.timeout_ms` bounds no cell, only its executables.
+
+    `idle_timeout_ms`: freed after so long without an executable and without a file operation; null: never.
+    Isolation is given up only by explicit permission (action `cell.unisolate` of the policy).
+    """
+
+    name: str
+    limits: Limits = Limits()
+    require: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    isolate_network: bool = True
+    isolate_process: bool = True
+    idle_timeout_ms: int | None = None
+
+
+class CellExecutable(msgspec.Struct, frozen=True, kw_only=True):
+    """An executable that lives in a cell: the command job it belongs to, and the name it was given, if any."""
+
+    job_id: str
+    exec_id: str | None
+    name: str | None
+    argv: tuple[str, ...] | None
+    state: str
+    started_at: str | None
+
+
+class CellView(msgspec.Struct, frozen=True, kw_only=True):
+    """An allocated cell as every interface shows it. `reason` says why it ended, when it ended."""
+
+    cell_id: str
+    name: str
+    parent: str | None
+    state: CellState
+    tenant_id: str
+    node_id: str
+    principal: str
+    labels: tuple[str, ...]
+    limits: Limits
+    require: tuple[str, ...]
+    isolate_network: bool
+    isolate_process: bool
+    idle_timeout_ms: int | None
+    level: str | None
+    executables: tuple[CellExecutable, ...]
+    created_at: str
+    started_at: str | None
+    ended_at: str | None
+    reason: str | None
+    spec_digest: str
+    plan_digest: str | None
+    sandbox_digest: str | None
+    allocated_index: int
+
+
+class CellList(msgspec.Struct, frozen=True, kw_only=True):
+    """Live cells by name, parents before children."""
+
+    cells: tuple[CellView, ...]
+
+
+class CellStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What a cell uses now: everything in it since it started. `executables` counts those that live."""
+
+    cell_id: str
+    name: str
+    state: CellState
+    time: str
+    usage: Usage
+    limits: Limits
+    executables: int
+
+
+class CellEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One audit record about a cell or an executable of it; `job_id` where it is about an executable."""
+
+    time: str
+    type: str
+    log_index: int
+    principal: str | None
+    job_id: str | None
+    state: str | None
+    detail: dict[str, str]
+
+
+class CellEvents(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of events, oldest first; go on at `next_index`."""
+
+    cell_id: str
+    events: tuple[CellEvent, ...]
+    next_index: int
+
+
+FileKind = Literal["file", "directory", "other"]
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One name in a directory of the work directory. `other`: a link, FIFO, socket or device, which is never read."""
+
+    name: str
+    kind: FileKind
+    size_bytes: int
+    mode: int
+    modified_at: str
+
+
+class FileListing(msgspec.Struct, frozen=True, kw_only=True):
+    """A directory by name. `truncated`: there are more entries than FILES_LISTED_MAX."""
+
+    path: str
+    entries: tuple[FileEntry, ...]
+    truncated: bool
+
+
+class FileKept(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to `cell.put`."""
+
+    cell_id: str
+    path: str
+    size_bytes: int
+    digest: str
+
+
+def check_name(text: str) -> str:
+    """`text` as a cell's name; raises AetherError BAD_FIELD."""
+    if len(text) > limits.CELL_NAME_CHARS_MAX or _NAME.fullmatch(text) is None:
+        raise AetherError(
+            "BAD_FIELD",
+            f"cannot name a cell {text[:80]!r}: a name is labels of letters, digits and inner hyphens, joined by /",
+            f"use at most {limits.CELL_DEPTH_MAX} labels of at most 63 characters",
+        )
+    return text
+
+
+def check_executable(text: str) -> str:
+    """`text` as the name of an executable, one label; raises AetherError BAD_FIELD."""
+    if _EXECUTABLE.fullmatch(text) is None:
+        raise AetherError("BAD_FIELD", f"cannot name an executable {text[:80]!r}: use letters, digits, inner hyphens")
+    return text
+
+
+def parent_of(name: str) -> str | None:
+    """The name of the cell around it; None for an outermost one."""
+    return name.rpartition("/")[0] or None
+
+
+def is_within(name: str, ancestor: str) -> bool:
+    """Whether `name` is `ancestor` or lies in it."""
+    return name == ancestor or name.startswith(ancestor + "/")
+
+
+def reference(text: str) -> str:
+    """A cell's id, or a name in either spelling, as the authority understands it; raises BAD_ID."""
+    if text.startswith(f"{ids.CELL}_"):
+        return ids.parse(ids.CELL, text)
+    name = text.replace(":", "/")
+    if len(name) > limits.CELL_NAME_CHARS_MAX or _NAME.fullmatch(name) is None:
+        raise AetherError("BAD_ID", f"cannot read {text[:80]!r}: neither a cell id nor the name of a cell")
+    return name
+
+
+def in_path(text: str) -> str:
+    """An id or name as it stands in a URL."""
+    return text.replace("/", ":")
+
+
+def check_request(request: CellRequest) -> None:
+    """What the types do not say; raises AetherError BAD_FIELD naming the field."""
+    check_name(request.name)
+    check_labels(request.labels)
+    check_require(request.require)
+    check_bounds(request.limits)
+    check_idle(request.idle_timeout_ms)
+
+
+def check_idle(idle_timeout_ms: int | None) -> None:
+    """Raises BAD_FIELD for an idle timeout out of bounds."""
+    low, high = limits.CELL_IDLE_MS_MIN, limits.TIMEOUT_MS_MAX
+    if idle_timeout_ms is not None and not low <= idle_timeout_ms <= high:
+        raise AetherError("BAD_FIELD", f"cannot accept idle_timeout_ms = {idle_timeout_ms}: not within {low}..{high}")
+
+
+def specification(request: CellRequest) -> dict[str, Any]:
+    """The document that records name by digest: the request without its name."""
+    spec: dict[str, Any] = msgspec.to_builtins(request)
+    del spec["name"]
+    return spec

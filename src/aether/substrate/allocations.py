@@ -1,0 +1,158 @@
+"""The authority's memory of allocated cells: a fold of the audit log, like the ledger it is part of.
+
+`apply` is fed every `cell.*` record exactly once, in log order, live and at start. Held: the cells that are not
+ended, by id and by name within their tenant, with the jobs whose executables live in them; and the latest ones
+that ended, so that whoever asks a second time is told what became of them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from aether.contract.allocations import CellState, is_within, parent_of
+from aether.contract.records import Record
+
+ENDED_KEPT: Final = 512
+ENDING: Final = frozenset({"cell.freed", "cell.lost"})
+
+
+@dataclass(slots=True)
+class Allocation:
+    """One allocated cell. `spec` is the digest of what it is now; `jobs` are the open ones with an executable in it."""
+
+    allocated: Record
+    spec: str
+    started: Record | None = None
+    frozen: bool = False
+    ended: Record | None = None
+    jobs: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def cell_id(self) -> str:
+        assert self.allocated.cell_id is not None
+        return self.allocated.cell_id
+
+    @property
+    def name(self) -> str:
+        return self.allocated.detail["name"]
+
+    @property
+    def tenant_id(self) -> str:
+        return self.allocated.tenant_id or ""
+
+    @property
+    def state(self) -> CellState:
+        if self.ended is not None:
+            return CellState.FREED if self.ended.type == "cell.freed" else CellState.LOST
+        if self.started is None:
+            return CellState.STARTING
+        return CellState.FROZEN if self.frozen else CellState.RUNNING
+
+    @property
+    def reason(self) -> str | None:
+        """Why it ended, in the words of the record."""
+        return None if self.ended is None else self.ended.detail.get("reason")
+
+
+class Allocations:
+    """See the module head."""
+
+    def __init__(self) -> None:
+        self.live: dict[str, Allocation] = {}
+        self._names: dict[tuple[str, str], str] = {}
+        self._ended: OrderedDict[str, Allocation] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"<Allocations live={len(self.live)}>"
+
+    # ---- folding
+
+    def apply(self, record: Record) -> None:
+        """Folds one record; those of other types change nothing."""
+        if record.cell_id is None or not record.type.startswith("cell."):
+            return
+        if record.type == "cell.allocated":
+            self._add(Allocation(record, record.detail["spec"]))
+            return
+        cell = self.live.get(record.cell_id)
+        if cell is None:
+            return
+        if record.type == "cell.started":
+            cell.started = record
+        elif record.type in ("cell.frozen", "cell.thawed"):
+            cell.frozen = record.type == "cell.frozen"
+        elif record.type == "cell.resized":
+            cell.spec = record.detail["spec"]
+        elif record.type in ENDING:
+            self._end(cell, record)
+
+    def entered(self, cell_id: str, job_id: str) -> None:
+        """A job was admitted as an executable of the cell."""
+        if (cell := self.live.get(cell_id)) is not None:
+            cell.jobs[job_id] = None
+
+    def left(self, cell_id: str, job_id: str) -> None:
+        """The job has its outcome."""
+        cell = self.live.get(cell_id) or self._ended.get(cell_id)
+        if cell is not None:
+            cell.jobs.pop(job_id, None)
+
+    def _add(self, cell: Allocation) -> None:
+        self.live[cell.cell_id] = cell
+        self._names[cell.tenant_id, cell.name] = cell.cell_id
+
+    def _end(self, cell: Allocation, record: Record) -> None:
+        cell.ended = record
+        del self.live[cell.cell_id]
+        del self._names[cell.tenant_id, cell.name]
+        self._ended[cell.cell_id] = cell
+        if len(self._ended) > ENDED_KEPT:
+            self._ended.popitem(last=False)
+
+    # ---- asking
+
+    def named(self, tenant_id: str, name: str) -> Allocation | None:
+        """The tenant's live cell of that name."""
+        cell_id = self._names.get((tenant_id, name))
+        return None if cell_id is None else self.live[cell_id]
+
+    def find(self, tenant_id: str, reference: str) -> Allocation | None:
+        """The tenant's cell by id, or by name: the live one, else the latest that ended under it."""
+        if reference.startswith("cell_"):
+            found = self.live.get(reference) or self._ended.get(reference)
+            return found if found is not None and found.tenant_id == tenant_id else None
+        if (cell := self.named(tenant_id, reference)) is not None:
+            return cell
+        ended = (c for c in reversed(self._ended.values()) if (c.tenant_id, c.name) == (tenant_id, reference))
+        return next(ended, None)
+
+    def of_tenant(self, tenant_id: str) -> list[Allocation]:
+        """The tenant's live cells by name, parents before children."""
+        return sorted((c for c in self.live.values() if c.tenant_id == tenant_id), key=lambda c: c.name.split("/"))
+
+    def within(self, cell: Allocation) -> list[Allocation]:
+        """The live cells in `cell`, innermost first, without itself."""
+        inside = [c for c in self.of_tenant(cell.tenant_id) if c is not cell and is_within(c.name, cell.name)]
+        return inside[::-1]
+
+    def around(self, cell: Allocation) -> Iterator[Allocation]:
+        """The live cells around `cell`, from the inside out."""
+        name = parent_of(cell.name)
+        while name is not None:
+            if (outer := self.named(cell.tenant_id, name)) is not None:
+                yield outer
+            name = parent_of(name)
+
+    # ---- snapshots
+
+    def snapshot(self) -> list[tuple[Record, str, Record | None, bool]]:
+        """The live cells; `restore` takes them. The jobs follow from the ledger's open ones."""
+        return [(cell.allocated, cell.spec, cell.started, cell.frozen) for cell in self.live.values()]
+
+    def restore(self, cells: list[tuple[Record, str, Record | None, bool]]) -> None:
+        """Takes over a snapshot; only when fresh."""
+        for allocated, spec, started, frozen in cells:
+            self._add(Allocation(allocated, spec, started, frozen))
