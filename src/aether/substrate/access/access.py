@@ -43,7 +43,7 @@ _IMPLICIT_MAX: Final = 4_096
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """What an operation is about. For `job.submit` the kind is the job's, else `job`, `artifact`, `audit`, `node`.
+    """What an operation is about. For `job.submit` the kind is the job's, else `job`, `cell`, `artifact`, `audit`, `node`.
 
     `model` is `id` or `id@version`.
     """
@@ -55,16 +55,25 @@ class Resource:
     id: str | None = None
     hosts: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()
+    cells: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Leave for one operation: who, by which ticket, by which decision, within which limits of its links."""
+    """Leave for one operation: who, by which ticket, by which decision, within which limits of its links.
+
+    `cells` are the patterns of each of the ticket's caveats on allocated cells.
+    """
 
     principal: Principal
     ticket: TicketRef
     policy: PolicyRef
     limits: tuple[Limit, ...]
+    cells: tuple[tuple[str, ...], ...] = ()
+
+    def sees(self, name: str) -> bool:
+        """Whether the ticket lets its bearer know of the allocated cell of that name."""
+        return all(caveats.matches(name, patterns) for patterns in self.cells)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,14 +185,17 @@ class Access:
         resource: Resource,
         now_ns: int,
     ) -> Admission:
-        request = Request(operation, resource.kind, resource.model, resource.labels, resource.hosts, resource.paths)
+        request = Request(
+            operation, resource.kind, resource.model, resource.labels, resource.hosts, resource.paths, resource.cells
+        )
         tickets.check(verified, request, now_ns // 1_000_000)
         question = Question(operation, resource.kind, resource.op, resource.model, resource.labels, resource.id)
         for role in verified.roles:
             decision = self.policy.decide(principal, role, question)
             if not decision.allow:
                 raise _denied(decision, operation, role)
-        return Admission(principal, _ticket_ref(verified, implicit), decision.ref(), verified.limits)
+        cells = tuple(caveat.items for link in verified.links for caveat in link if caveat.type == "cells")
+        return Admission(principal, _ticket_ref(verified, implicit), decision.ref(), verified.limits, cells)
 
 
 def _ticket_ref(verified: Verified, implicit: bool) -> TicketRef:

@@ -19,15 +19,17 @@ CAVEATS_MAX: Final = 64
 ITEMS_MAX: Final = 256
 JOB_OPERATIONS: Final = frozenset({"job.submit", "cell.explain"})
 """Operations that are about a job to be: kinds, models, labels, hosts and paths bind them."""
+LABELLED: Final = JOB_OPERATIONS | {"cell.allocate"}
 
 CaveatType = Literal[
-    "role", "operations", "kinds", "models", "labels", "hosts", "paths", "expires", "budget", "unknown"
+    "role", "operations", "kinds", "models", "labels", "hosts", "paths", "expires", "budget", "cells", "unknown"
 ]  # fmt: skip
 _TYPES: Final[dict[int, CaveatType]] = {
     1: "role", 2: "operations", 3: "kinds", 4: "models", 5: "labels", 6: "hosts", 7: "paths", 8: "expires", 9: "budget",
+    10: "cells",
 }  # fmt: skip
 _NUMBERS: Final = {name: number for number, name in _TYPES.items()}
-_LISTS: Final = frozenset({"role", "operations", "kinds", "models", "labels", "hosts", "paths"})
+_LISTS: Final = frozenset({"role", "operations", "kinds", "models", "labels", "hosts", "paths", "cells"})
 UNITS: Final = ("ops", "cpu_ms")
 _HEAD: Final = struct.Struct(">BH")
 _U16: Final = struct.Struct(">H")
@@ -55,7 +57,8 @@ class Caveat:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a ticket is asked to allow. `hosts` and `paths` (`verb:path`) are those a job declares."""
+    """What a ticket is asked to allow. `hosts` and `paths` (`verb:path`) are those a job declares; `cells` the names
+    of allocated cells that it is about."""
 
     operation: str
     kind: str | None = None
@@ -63,6 +66,7 @@ class Request:
     labels: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()
+    cells: tuple[str, ...] = ()
 
 
 def role(name: str) -> Caveat:
@@ -94,6 +98,11 @@ def hosts(*patterns: str) -> Caveat:
 def paths(*grants: str) -> Caveat:
     """`<verbs>:<path>`: letters of `rwx` on the path and what is below it."""
     return Caveat("paths", grants)
+
+
+def cells(*patterns: str) -> Caveat:
+    """Names of allocated cells; commands run in one of them and nowhere else."""
+    return Caveat("cells", patterns)
 
 
 def expires(epoch_ms: int) -> Caveat:
@@ -144,14 +153,17 @@ def allows(caveat: Caveat, request: Request, now_ms: int) -> bool:
         return matches(request.operation, items)
     if kind == "unknown":
         return False
+    if kind == "cells":
+        bound = bool(request.cells) or (request.kind == "command" and request.operation == "job.submit")
+        return not bound or (bool(request.cells) and all(matches(name, items) for name in request.cells))
+    if kind == "labels":
+        return request.operation not in LABELLED or set(items) <= set(request.labels)
     if request.operation not in JOB_OPERATIONS:
         return True
     if kind == "kinds":
         return request.kind in items
     if kind == "models":
         return request.kind != "model" or (request.model is not None and _model_allowed(request.model, items))
-    if kind == "labels":
-        return set(items) <= set(request.labels)
     if kind == "hosts":
         return all(matches(host, items) for host in request.hosts)
     return all(_path_allowed(path, items) for path in request.paths)
