@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from aether.contract import limits
 from aether.spawner.linux.cgroup import CgroupHandle, CgroupUsage
 from aether.spawner.loop import Timer
 from aether.spawner.workdir import Owner
@@ -63,19 +64,23 @@ class Exec:
 
 @dataclass(slots=True)
 class Cell:
-    """One cell. `once`: it ends with its first executable. `reason` says who ended it, when not itself."""
+    """One cell. `once`: it ends with its first executable. `reason` says who ended it, when not itself.
+
+    `place` names its cgroup and its work directory; `warm` until somebody takes it from the pool.
+    """
 
     cell_id: str
+    place: str
     key: str
-    once: bool
-    grace_ms: int
     owner: Owner
     uid_block: range
     cgroup: CgroupHandle
-    has_work: bool
     has_pid_namespace: bool
     started_ns: int
     started_wall_us: int
+    once: bool = False
+    grace_ms: int = limits.STOP_GRACE_MS_DEFAULT
+    has_work: bool = False
     state: str = "starting"
     pid: int = -1
     pidfd: int = -1
@@ -84,6 +89,7 @@ class Cell:
     execs: dict[str, Exec] = field(default_factory=dict)
     reason: str | None = None
     frozen: bool = False
+    warm: bool = False
     usage: dict[str, Any] | None = None
     io: tuple[int, int] | None = None
     timers: list[Timer] = field(default_factory=list)

@@ -72,7 +72,7 @@ class Lifecycle:
 
     def find(self, cell_id: str) -> Cell:
         cell = self.cells.get(cell_id)
-        if cell is None:
+        if cell is None or cell.warm:
             raise RefusedError("NO_SUCH_CELL", f"cannot find cell {cell_id}")
         return cell
 
@@ -91,29 +91,86 @@ class Lifecycle:
             reply.ok({**cell.view(), "existing": True})
         return True
 
+    def free_block(self) -> int:
+        """The first uid of the highest block that no cell holds (clients that choose take the lowest).
+
+        A block is free only when its cell is forgotten: nothing of it lives and its files are removed.
+        """
+        for slot in range(limits.CELL_UID_SLOTS - 1, -1, -1):
+            first = limits.CELL_UID_BASE + slot * limits.CELL_UID_BLOCK
+            if first not in self._blocks:
+                return first
+        raise RefusedError("CELL_LIMIT", "cannot create a cell: every block of uids is in use")
+
+    def prepare(self, plan: Plan, asked: dict[str, Any], reply: Reply) -> Cell:
+        """Make room for a cell of the pool; `launch` it without an executable, `take` it when it stands."""
+        cell = self._admit(plan, "", asked, reply)
+        cell.warm = cell.has_work = True
+        return cell
+
+    def take(self, cell: Cell, cell_id: str, key: str, args: dict[str, Any], reply: Reply) -> None:
+        """A prepared cell becomes the one that was asked for, as if it were created now; `begin` it next."""
+        del self.cells[cell.cell_id]
+        cell.cell_id, cell.key, cell.warm, cell.state = cell_id, key, False, "starting"
+        cell.once, cell.grace_ms = args["once"], args["grace_ms"]
+        cell.started_ns, cell.started_wall_us = self._now_ns(), now_wall_us()
+        cell.waiting_start.append(reply)
+        self.cells[cell_id] = cell
+        if cell.uid_block.start in self._blocks:
+            self._blocks[cell.uid_block.start] = cell_id
+
+    def begin(self, cell: Cell, args: dict[str, Any], wired: Wired | None) -> None:
+        """The first executable of a taken cell. The cell's replies are answered once it runs."""
+        if cell.reason is not None:
+            self.abandon(cell, wired, RefusedError("CELL_FAILED", f"cannot start the cell: {cell.reason} meanwhile"))
+            return
+        self._set_cell_timers(cell, args["wall_ms_max"])
+        if wired is None:
+            self._cell_started(cell)
+            return
+        executable = self._register(cell, cell.key, args["exec"], wired)
+        try:
+            cell.launched.start(wired.spec, wired.fds)
+            self._keep_output(cell, executable.exec_id, args["exec"], wired)
+        except OSError as error:
+            why = f"cannot start the cell: its PID 1 is gone: {error.strerror}"
+            self.abandon(cell, None, RefusedError("CELL_FAILED", why))
+            return
+        finally:
+            wired.close()
+        self._set_deadline(cell, executable, args["exec"])
+
     def admit(self, plan: Plan, key: str, args: dict[str, Any], wired: Wired | None, reply: Reply) -> Cell:
         """Make room for a cell: its id, its block of uids, its cgroup. `reply` is answered by what follows."""
+        self.check_free(wired)
+        cell = self._admit(plan, key, args["limits"], reply)
+        cell.once, cell.grace_ms = args["once"], args["grace_ms"]
+        cell.has_work = args["work"] or bool(args["files"])
+        return cell
+
+    def check_free(self, wired: Wired | None) -> None:
+        """Whether the id of a first executable is free; raises RefusedError."""
+        if wired is not None and wired.spec.exec_id in self._of_exec:
+            raise RefusedError("IDEMPOTENCY_CONFLICT", f"cannot start {wired.spec.exec_id}: the id is in use")
+
+    def _admit(self, plan: Plan, key: str, asked: dict[str, Any], reply: Reply) -> Cell:
         if len(self.cells) >= limits.CELLS_LIVE_MAX:
             raise RefusedError("CELL_LIMIT", f"cannot create a cell: {limits.CELLS_LIVE_MAX} exist")
         ids = plan.id_map
         holder = self._blocks.get(ids.host_uid)
         if ids.count > 1 and holder is not None:
             raise RefusedError("BAD_PLAN", f"cannot use the uid block {ids.host_uid}: cell {holder} holds it")
-        if wired is not None and wired.spec.exec_id in self._of_exec:
-            raise RefusedError("IDEMPOTENCY_CONFLICT", f"cannot start {wired.spec.exec_id}: the id is in use")
         try:
-            cgroup = self._cgroups.create(plan.cell_id, CgroupLimits(**args["limits"]))
+            cgroup = self._cgroups.create(plan.cell_id, CgroupLimits(**asked))
         except OSError as error:
             raise RefusedError("CELL_FAILED", f"cannot make the cell's cgroup: {error.strerror}") from error
         cell = Cell(
             plan.cell_id,
+            plan.cell_id,
             key,
-            args["once"],
-            args["grace_ms"],
             owner_of(ids),
             range(ids.host_uid, ids.host_uid + ids.count),
             cgroup,
-            args["work"] or bool(args["files"]),
             "pid" in plan.namespaces,
             self._now_ns(),
             now_wall_us(),
@@ -124,12 +181,12 @@ class Lifecycle:
             self._blocks[ids.host_uid] = cell.cell_id
         return cell
 
-    def launch(self, cell: Cell, plan: Plan, args: dict[str, Any], wired: Wired | None) -> None:
+    def launch(self, cell: Cell, plan: Plan, args: dict[str, Any] | None, wired: Wired | None) -> None:
         """Start PID 1 and, in the same breath, the first executable. The cell's replies are answered once it runs."""
         if cell.reason is not None:
             self.abandon(cell, wired, RefusedError("CELL_FAILED", f"cannot start the cell: {cell.reason} meanwhile"))
             return
-        executable = self._register(cell, cell.key, args["exec"], wired) if wired else None
+        executable = self._register(cell, cell.key, args["exec"], wired) if args and wired else None
         try:
             launched = self._launcher.launch(
                 plan,
@@ -138,7 +195,7 @@ class Lifecycle:
                 wired.spec if wired else None,
                 wired.fds if wired else (),
             )
-            if wired and executable is not None:
+            if args and wired and executable is not None:
                 self._keep_output(cell, executable.exec_id, args["exec"], wired)
         except LaunchFailedError as failure:
             self.abandon(cell, None, RefusedError("CELL_FAILED", str(failure), failure.remedy))
@@ -150,12 +207,16 @@ class Lifecycle:
         cell.launched, cell.pid, cell.pidfd = launched, launched.pid, launched.pidfd
         self._loop.add(launched.fileno(), lambda _: self._on_init(cell))
         self._loop.add(launched.pidfd, lambda _: self._on_pid1_end(cell))
-        cell.timers.append(self._loop.after(START_WAIT_S, lambda: self._start_expired(cell)))
-        if args["wall_ms_max"] is not None:
-            expire = self._loop.after(args["wall_ms_max"] / 1000, lambda: self._cell_expired(cell))
-            cell.timers.append(expire)
-        if executable is not None:
+        self._set_cell_timers(cell, args["wall_ms_max"] if args else None)
+        if args and executable is not None:
             self._set_deadline(cell, executable, args["exec"])
+
+    def _set_cell_timers(self, cell: Cell, wall_ms_max: int | None) -> None:
+        """The first is that of the start, which `_cell_started` cancels."""
+        cell.cancel_timers()
+        cell.timers.append(self._loop.after(START_WAIT_S, lambda: self._start_expired(cell)))
+        if wall_ms_max is not None:
+            cell.timers.append(self._loop.after(wall_ms_max / 1000, lambda: self._cell_expired(cell)))
 
     def start(self, cell: Cell, key: str, args: dict[str, Any], wired: Wired, reply: Reply) -> None:
         """exec.start: one more executable in a running cell."""
@@ -344,6 +405,9 @@ class Lifecycle:
         cell.launched.close()
         os.close(cell.pidfd)
         cell.pidfd = -1
+        if cell.state == "starting":
+            why = "cannot start the cell: its PID 1 was killed before it could answer"
+            self.abandon(cell, None, RefusedError("CELL_FAILED", why, "see whether its memory limit is too small"))
         self._settle(cell)
 
     def _settle(self, cell: Cell, until_s: float | None = None) -> None:
@@ -370,8 +434,8 @@ class Lifecycle:
         self._remove_cgroup(cell)
         cell.state = "gone"
         failed = cell.reason == "launch-failed" and not cell.execs
-        if failed:
-            self._discard(cell.cell_id, lambda: self._forget(cell))
+        if failed or cell.warm:
+            self._discard(cell.place, lambda: self._forget(cell))
         else:
             self._emit("cell.gone", {"cell": cell.cell_id, "reason": cell.reason, "usage": cell.usage})
         waiting, cell.waiting_gone = cell.waiting_gone, []

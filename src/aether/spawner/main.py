@@ -39,6 +39,7 @@ from aether.spawner.operations import Operations
 from aether.spawner.orphans import Orphans
 from aether.spawner.rules import Rules, host_devices
 from aether.spawner.server import Server
+from aether.spawner.warm import Warm
 from aether.spawner.workdir import WorkRoot, remove_tree
 from aether.spawner.workops import WorkOps
 
@@ -101,7 +102,8 @@ class Spawner:
         self._work_ops = work_ops
         self._sweeper = -1
         self.lifecycle.orphans = Orphans(self._children)
-        operations = Operations(self.lifecycle, self.cgroups, work_ops, rules, self._facts, self._probe)
+        warm = Warm(self.loop, self.lifecycle, work_ops, rules.work)
+        operations = Operations(self.lifecycle, self.cgroups, work_ops, warm, rules, self._facts, self._probe)
         self.server.handle = operations.handle
         self._started_wall_us = now_wall_us()
         self._listener = self._listen(options)

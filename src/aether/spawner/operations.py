@@ -14,27 +14,39 @@ from aether.spawner.offload import json_memfd
 from aether.spawner.protocol import PROTOCOL_VERSION, RefusedError, Request
 from aether.spawner.rules import Rules, check_owner, exec_spec
 from aether.spawner.server import Answer
+from aether.spawner.warm import Warm
 from aether.spawner.wiring import Wired
 from aether.spawner.workops import WorkOps
 
 Facts = Callable[[], dict[str, Any]]
+Draw = Callable[[str, "Wired | None", Answer], tuple[Cell, Callable[[], None]]]
+"""From key, executable and answer to the cell and the step that starts it."""
 
 
 class Operations:
     """Handlers raise RefusedError; what they own of a request's descriptors they close."""
 
     def __init__(
-        self, lifecycle: Lifecycle, cgroups: CgroupDriver, work: WorkOps, rules: Rules, facts: Facts, probe: Facts
+        self,
+        lifecycle: Lifecycle,
+        cgroups: CgroupDriver,
+        work: WorkOps,
+        warm: Warm,
+        rules: Rules,
+        facts: Facts,
+        probe: Facts,
     ) -> None:
         self._lifecycle = lifecycle
         self._cgroups = cgroups
         self._work = work
+        self._warm = warm
         self._rules = rules
         self._facts = facts
         self._probe = probe
         self._handlers: dict[str, Callable[[Request, Message, Answer], None]] = {
             "hello": self._hello,
             "probe": lambda _, __, answer: answer.ok({"fd": 0}, (json_memfd(self._probe()),)),
+            "blueprint.keep": self._keep,
             "cell.create": self._create,
             "exec.start": self._start,
             "exec.signal": self._signal,
@@ -65,12 +77,20 @@ class Operations:
         answer.connection.events = request.args["events"]
         answer.ok({"protocol_version": PROTOCOL_VERSION, **self._facts()})
 
+    def _keep(self, request: Request, _: Message, answer: Answer) -> None:
+        args = request.args
+        plan = self._rules.plan(args["plan"])
+        if plan.level != "cell":
+            raise RefusedError("BAD_PLAN", "cannot keep the plan: at this level it names the cell's own work directory")
+        digest = self._warm.keep(plan, args["limits"], args["prepare"], args["plan"])
+        answer.ok({"digest": digest})
+
     def _create(self, request: Request, message: Message, answer: Answer) -> None:
         args, count = request.args, len(request.args["files"])
         wired: Wired | None = None
         try:
-            plan = self._rules.plan(args["plan"])
-            if self._lifecycle.repeated(plan.cell_id, request.key, answer):
+            cell_id, draw = self._drawn(args)
+            if self._lifecycle.repeated(cell_id, request.key, answer):
                 message.close()
                 return
             if args["exec"] is not None:
@@ -78,7 +98,8 @@ class Operations:
                 wired = Wired(spec, args["exec"]["stdio"], message.fds[count:])
             elif len(message.fds) != count:
                 raise RefusedError("PROTOCOL", "cannot create a cell: it takes one descriptor per file")
-            cell = self._lifecycle.admit(plan, request.key, args, wired, answer)
+            self._lifecycle.check_free(wired)
+            cell, go = draw(request.key, wired, answer)
         except BaseException:
             message.close()
             if wired is not None:
@@ -86,19 +107,34 @@ class Operations:
             raise
         if wired is not None:
             wired.own()
-        self._work.adopted(cell.cell_id)
+        self._work.adopted(cell.place)
         files, sources = args["files"], message.fds[:count]
-        if not cell.has_work:
-            self._lifecycle.launch(cell, plan, args, wired)
+        if not cell.has_work or (cell.cell_id != cell.place and not files):
+            go()
             return
-        self._work.fill(
-            cell.cell_id,
-            cell.owner,
-            sources,
-            files,
-            lambda: self._lifecycle.launch(cell, plan, args, wired),
-            lambda refused: self._lifecycle.abandon(cell, wired, refused),
-        )
+        failed: Callable[[RefusedError], None] = lambda refused: self._lifecycle.abandon(cell, wired, refused)  # noqa: E731
+        self._work.fill(cell.place, cell.owner, sources, files, go, failed)
+
+    def _drawn(self, args: dict[str, Any]) -> tuple[str, Draw]:
+        """The id that is asked for, and how its cell is come by: cold by a plan, or from the pool."""
+        if (args["plan"] is None) == (args["blueprint"] is None):
+            raise RefusedError("PROTOCOL", "cannot create a cell: it takes a plan or a blueprint")
+        kept = self._warm.find(args["blueprint"]["digest"]) if args["blueprint"] else None
+        given = self._rules.plan(args["plan"]) if kept is None else None
+        cell_id: str = given.cell_id if given is not None else args["blueprint"]["cell"]
+
+        def draw(key: str, wired: Wired | None, answer: Answer) -> tuple[Cell, Callable[[], None]]:
+            cell = self._warm.take(kept) if kept is not None else None
+            if cell is not None:
+                self._lifecycle.take(cell, cell_id, key, args, answer)
+                return cell, lambda: self._lifecycle.begin(cell, args, wired)
+            plan = given if kept is None else self._warm.plan(kept, cell_id)
+            asked = args if kept is None else args | {"limits": kept.limits}
+            assert plan is not None
+            cold = self._lifecycle.admit(plan, key, asked, wired, answer)
+            return cold, lambda: self._lifecycle.launch(cold, plan, args, wired)
+
+        return cell_id, draw
 
     def _start(self, request: Request, message: Message, answer: Answer) -> None:
         args = request.args["exec"]
@@ -144,7 +180,7 @@ class Operations:
         answer.ok({"limits": dict(cell.cgroup.enforced)})
 
     def _list(self, _: Request, __: Message, answer: Answer) -> None:
-        cells = [cell.view() for cell in self._lifecycle.cells.values()]
+        cells = [cell.view() for cell in self._lifecycle.cells.values() if not cell.warm]
         answer.ok({"fd": 0}, (json_memfd({"cells": cells}),))
 
     def _ack(self, request: Request, _: Message, answer: Answer) -> None:
@@ -156,10 +192,10 @@ class Operations:
     def _free(self, request: Request, _: Message, answer: Answer) -> None:
         cell_id = request.args["cell"]
         cell = self._lifecycle.cells.get(cell_id)
-        if cell is None:
+        if cell is None or cell.warm:
             self._work.discard_prepared(cell_id, lambda: answer.ok({}))
             return
-        if cell_id in self._work.busy:
+        if cell.place in self._work.busy:
             raise RefusedError("BUSY", f"cannot free cell {cell_id}: its work directory is in use")
         self._lifecycle.kill(cell, "killed", lambda: self._freed(cell, answer))
 
@@ -169,7 +205,7 @@ class Operations:
             answer.ok({})
 
         if cell.has_work:
-            self._work.remove(cell.cell_id, forget)
+            self._work.remove(cell.place, forget)
         else:
             forget()
 
@@ -193,9 +229,9 @@ class Operations:
         for glob in args["globs"]:
             if not safe_path(glob):
                 raise RefusedError("OUTPUT_REFUSED", f"cannot collect {glob[:80]!r}: it is not a plain relative path")
-        self._work.collect(cell.cell_id, cell.owner, args, answer)
+        self._work.collect(cell.place, cell.owner, args, answer)
 
     def _open(self, request: Request, _: Message, answer: Answer) -> None:
         cell = self._cell(request)
-        fd, size = self._work.open(cell.cell_id, cell.owner, request.args["path"])
+        fd, size = self._work.open(cell.place, cell.owner, request.args["path"])
         answer.ok({"fd": 0, "size_bytes": size}, (fd,))

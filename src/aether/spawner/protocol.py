@@ -160,8 +160,12 @@ _CELL = {"cell": identifier}
 OPERATIONS: Mapping[str, Reader] = {
     "hello": record({"protocol_version": integer(0, 1 << 16)}, events=(boolean, False)),
     "probe": record({}),
+    "blueprint.keep": record({"plan": anything, "limits": _LIMITS}, prepare=(boolean, False)),
     "cell.create": record(
-        {"plan": anything, "limits": _LIMITS},
+        {},
+        plan=(anything, None),
+        limits=(_LIMITS, _LIMITS({}, "limits")),
+        blueprint=(optional(record({"digest": text(64)} | _CELL)), None),
         files=(_FILES, []),
         work=(boolean, False),
         exec=(optional(_EXEC), None),

@@ -27,6 +27,7 @@ from aether.spawner.loop import Loop
 from aether.spawner.operations import Operations
 from aether.spawner.rules import Rules
 from aether.spawner.server import Server
+from aether.spawner.warm import Warm
 from aether.spawner.workdir import WorkRoot
 from aether.spawner.workops import WorkOps
 
@@ -191,8 +192,9 @@ class Rig:
         self.keeper = KeeperLink(self.loop, KeeperOptions(str(state / "logs"), uid, uid), self.lifecycle.on_output)
         self.lifecycle.keeper = self.keeper
         rules = Rules(("/usr",), str(state), self.work.path)
+        self.warm = Warm(self.loop, self.lifecycle, self.work_ops, self.work.path)
         operations = Operations(
-            self.lifecycle, self.cgroups, self.work_ops, rules, lambda: {}, lambda: {"probed": True}
+            self.lifecycle, self.cgroups, self.work_ops, self.warm, rules, lambda: {}, lambda: {"probed": True}
         )
         self.server.handle = operations.handle
         self.client = self.connect()

@@ -28,7 +28,6 @@ from aether.contract.cellplan import (
     describe,
     exec_to_obj,
     to_obj,
-    to_plain,
 )
 from aether.contract.cells import REQUIREMENTS, RUNGS, CellSpec
 from aether.contract.errors import AetherError
@@ -84,8 +83,8 @@ class Planned:
 class Blueprint:
     """What is the same for every cell of one specification on one host: made once, filled in for each cell.
 
-    `text` is the document that receipts name. A plan is some 4 KiB of JSON, so making it anew for each cell would
-    cost more than anything else that the authority does for a launch.
+    `text` is the document that receipts name. `digest` names it at the spawner, which keeps it and fills in the
+    rest; None where the plan is sent whole: at level `process` the work directory's host path is all over it.
     """
 
     plan: dict[str, Any]
@@ -93,15 +92,7 @@ class Blueprint:
     limits: dict[str, int]
     missing: dict[str, str]
     text: bytes
-    work: str
-    shared: bool
-    """False at level `process`, where the work directory's host path is all over the plan."""
-
-    def fill(self, cell_id: str, exec_id: str, ids: IdMap, work: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The plan and the executable of one cell, as JSON objects."""
-        steps = [step | {"source": work} if step.get("source") == self.work else step for step in self.plan["steps"]]
-        plan = self.plan | {"cell_id": cell_id, "id_map": to_plain(ids), "steps": steps}
-        return plan, self.executable | {"exec_id": exec_id}
+    digest: str | None = None
 
 
 def blueprint(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts, slot: int) -> Blueprint:
@@ -115,8 +106,6 @@ def blueprint(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts, slot: in
         limits=planned.limits,
         missing=planned.missing,
         text=planned.document(),
-        work=work_of(cell_id, facts),
-        shared=facts.level == "cell",
     )
 
 

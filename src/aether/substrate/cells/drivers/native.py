@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +33,6 @@ from aether.substrate.cells.plan import (
     id_map,
     plan_cell,
     require,
-    work_of,
 )
 from aether.substrate.cells.report import end_of, sandbox_report, usage_of, verify_required
 
@@ -41,6 +40,8 @@ FILES_PER_MESSAGE: Final = 200
 STDIO: Final = ("null", "log", "log")
 SLOT_TRIES: Final = 16
 BLUEPRINTS_MAX: Final = 256
+OUTLINE: Final = "outline"
+"""The cell that a kept plan is drawn for."""
 
 
 @dataclass(slots=True)
@@ -65,6 +66,7 @@ class NativeDriver:
         self._ends: dict[tuple[str, str], ExecEnd] = {}
         self._waiting: dict[tuple[str, str], list[asyncio.Future[ExecEnd]]] = {}
         self._blueprints: dict[bytes, Blueprint] = {}
+        self._kept: dict[bytes, str] = {}
         self._slots: set[int] = set()
         self._on_end: list[Callable[[ExecEnd], None]] = []
         self._on_connect: list[Callable[[list[Adopted]], None]] = []
@@ -191,18 +193,34 @@ class NativeDriver:
         if known is not None:
             return known
         files = list(order.files)
+        if facts.level == "cell" and len(files) <= FILES_PER_MESSAGE:
+            return await self._create_kept(link, order)
         for _ in range(SLOT_TRIES):
             slot = self._take_slot()
             try:
                 ids = id_map(facts, slot)
                 files = await self._prepare(link, order.cell_id, ids, files)
-                return await self._create(link, order, ids, slot, files)
+                drawn = blueprint(order.spec, order.cell_id, order.exec_id, facts, slot)
+                asked = {"plan": drawn.plan, "limits": drawn.limits}
+                return await self._create(link, order, drawn, asked, slot, files)
             except AetherError as error:
                 self._slots.discard(slot)
                 if not (error.code == "BAD_PLAN" and "holds it" in error.message):
                     raise
                 self._slots.add(slot)  # somebody else's: an older instance of us, not yet listed
         raise AetherError("CELL_LIMIT", "cannot launch: no block of uids is free")
+
+    async def _create_kept(self, link: SpawnerLink, order: Order) -> Started:
+        """By a blueprint that the spawner keeps: it chooses the block of uids, and may have a cell ready."""
+        for again in (False, True):
+            drawn = await self._blueprint(link, order, again)
+            asked = {"blueprint": {"digest": drawn.digest, "cell": order.cell_id}}
+            try:
+                return await self._create(link, order, drawn, asked, None, list(order.files))
+            except AetherError as error:
+                if again or error.code != "NOT_FOUND":
+                    raise
+        raise AssertionError("unreachable")
 
     def _take_slot(self) -> int:
         """The lowest free block of uids: the launcher keeps the user namespace of a block that was used before.
@@ -226,30 +244,32 @@ class NativeDriver:
         return files
 
     async def _create(
-        self, link: SpawnerLink, order: Order, ids: IdMap, slot: int, files: list[tuple[InputFile, int]]
+        self,
+        link: SpawnerLink,
+        order: Order,
+        drawn: Blueprint,
+        asked: dict[str, Any],
+        slot: int | None,
+        files: list[tuple[InputFile, int]],
     ) -> Started:
-        asked = order.spec.limits
-        drawn = self._blueprint(order, slot)
-        plan, executable = drawn.fill(order.cell_id, order.exec_id, ids, work_of(order.cell_id, self.facts))
-        args = {
-            "plan": plan,
-            "limits": drawn.limits,
+        bounds = order.spec.limits
+        args = asked | {
             "files": _files(files),
             "work": True,
             "once": True,
             "exec": {
-                "spec": executable,
+                "spec": drawn.executable | {"exec_id": order.exec_id},
                 "stdio": list(STDIO),
-                "wall_ms_max": asked.timeout_ms,
-                "grace_ms": asked.grace_ms,
+                "wall_ms_max": bounds.timeout_ms,
+                "grace_ms": bounds.grace_ms,
             },
-            "grace_ms": asked.grace_ms,
+            "grace_ms": bounds.grace_ms,
         }
         ours, theirs = _channel(order.spec)
         fds = [fd for _, fd in files] + ([theirs.fileno()] if theirs is not None else [])
         try:
             reply = await link.call("cell.create", args, fds, key=order.cell_id)
-            uid = ids.host_uid + (ids.job_uid if ids.count > 1 else 0)
+            uid = reply.value["uid_first"] + (JOB_ID if self.facts.is_root else 0)
             report = sandbox_report(reply.value["report"], drawn.missing, uid, digest_bytes(drawn.text))
         except BaseException:
             if ours is not None:
@@ -269,17 +289,35 @@ class NativeDriver:
         channel = ours.detach() if ours is not None and "existing" not in reply.value else None
         return Started(Handle(order.cell_id), order.exec_id, report, drawn.text, channel)
 
-    def _blueprint(self, order: Order, slot: int) -> Blueprint:
-        """The plan of the order's specification, from memory where it can be shared."""
-        key = self.facts.instance.encode() + msgspec.msgpack.encode(order.spec)
+    async def _blueprint(self, link: SpawnerLink, order: Order, again: bool) -> Blueprint:
+        """The blueprint of the order's specification, kept at the spawner; `again` when it has forgotten it.
+
+        A plan is some 4 KiB of JSON: to make, send and check it for each cell would cost more than anything else
+        that a launch asks of the authority and the spawner.
+        """
+        facts = self.facts
+        key = facts.instance.encode() + msgspec.msgpack.encode(order.spec)
         drawn = self._blueprints.get(key)
-        if drawn is None:
-            drawn = blueprint(order.spec, order.cell_id, order.exec_id, self.facts, slot)
-            if drawn.shared:
-                if len(self._blueprints) >= BLUEPRINTS_MAX:
-                    self._blueprints.clear()
-                self._blueprints[key] = drawn
+        if drawn is None or again:
+            # Block 0 and a cell of no job: the spawner puts others in their place.
+            drawn = blueprint(order.spec, OUTLINE, order.exec_id, facts, 0)
+            drawn = replace(drawn, digest=await self._keep(link, drawn, not order.spec.channel, again))
+            if len(self._blueprints) >= BLUEPRINTS_MAX:
+                self._blueprints.clear()
+            self._blueprints[key] = drawn
         return drawn
+
+    async def _keep(self, link: SpawnerLink, drawn: Blueprint, prepare: bool, again: bool) -> str:
+        """The digest of a plan at the spawner; most commands share one plan."""
+        args = {"plan": drawn.plan, "limits": drawn.limits, "prepare": prepare}
+        key = self.facts.instance.encode() + msgspec.msgpack.encode(args)
+        digest = self._kept.get(key)
+        if digest is None or again:
+            digest = str((await link.call("blueprint.keep", args)).value["digest"])
+            if len(self._kept) >= BLUEPRINTS_MAX:
+                self._kept.clear()
+            self._kept[key] = digest
+        return digest
 
     async def adopt(self) -> list[Adopted]:
         return await self._list(self._connector.require())

@@ -1,0 +1,178 @@
+"""Warm cells: blueprints kept by digest, and cells prepared from them before anybody asks.
+
+A blueprint is a plan without what differs from cell to cell: its id, its block of uids, its work directory. It is
+checked once, when it is kept; `cell.create` then names its digest. A prepared cell stands complete, its PID 1
+waiting: namespaces, root, cgroup limits, filters and an empty work directory are its own, and its id is all that
+it gets when it is taken. Each serves one `cell.create` and is never used again, so nothing of one client can meet
+another. A cell of the pool is in no list and answers to no client; it ends with the spawner, or when its blueprint
+has not been used for IDLE_S.
+
+The first use of a blueprint launches cold. From then on as many cells stand ready as were asked for within the
+last moments, at least one and at most READY_MAX; they are made once the jobs that drew on them are under way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from aether.contract.cellplan import BindRw, Plan
+from aether.spawner.cells import Cell
+from aether.spawner.lifecycle import Lifecycle
+from aether.spawner.loop import Loop
+from aether.spawner.protocol import RefusedError
+from aether.spawner.workops import WorkOps
+
+BLUEPRINTS_MAX = 64
+READY_MAX = 4
+"""Prepared cells of one blueprint."""
+ALL_READY_MAX = 16
+REFILL_S = 0.004
+"""After a cell was asked for: a short job is over by then, and its answer does not wait for our work."""
+IDLE_S = 30.0
+
+
+@dataclass(slots=True)
+class Blueprint:
+    """`plan` and `limits` as checked; `asked` counts the requests since the pool was last filled."""
+
+    plan: Plan
+    limits: dict[str, Any]
+    prepare: bool
+    ready: deque[Cell] = field(default_factory=deque)
+    preparing: bool = False
+    asked: int = 0
+    target: int = 0
+    used_s: float = 0.0
+    watched: bool = False
+
+    def fill(self, cell_id: str, work: str, block: int | None) -> Plan:
+        """The plan of one cell: its id, the host path of its work directory, the first uid of its block."""
+        ids = self.plan.id_map if block is None else replace(self.plan.id_map, host_uid=block, host_gid=block)
+        steps = tuple(replace(s, source=work) if isinstance(s, BindRw) else s for s in self.plan.steps)
+        return replace(self.plan, cell_id=cell_id, id_map=ids, steps=steps)
+
+
+@dataclass(slots=True)
+class _Start:
+    """Hears how the start of a cell of the pool went."""
+
+    done: Callable[[Cell | None], None]
+    cell: Cell | None = None
+
+    def ok(self, value: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        self.done(self.cell)
+
+    def refuse(self, refused: RefusedError) -> None:
+        """Whoever asks next is told why by a cold launch."""
+        self.done(None)
+
+
+class Warm:
+    """The blueprints and the pool. `work` is the host directory of work directories."""
+
+    def __init__(self, loop: Loop, lifecycle: Lifecycle, work_ops: WorkOps, work: str) -> None:
+        self._loop = loop
+        self._lifecycle = lifecycle
+        self._work_ops = work_ops
+        self._work = work
+        self._kept: OrderedDict[str, Blueprint] = OrderedDict()
+        self._numbers = itertools.count(1)
+        self.taken = 0
+
+    def facts(self) -> dict[str, int]:
+        """How many cells stand ready, and how many were taken since the start."""
+        return {"ready": sum(len(each.ready) for each in self._kept.values()), "taken": self.taken}
+
+    def keep(self, plan: Plan, limits: dict[str, Any], prepare: bool, document: Any) -> str:
+        """Keep a checked plan; its digest. `document` is what it was read from."""
+        text = json.dumps([document, limits, prepare], sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if digest not in self._kept:
+            self._kept[digest] = Blueprint(plan, limits, prepare)
+            if len(self._kept) > BLUEPRINTS_MAX:
+                _, oldest = self._kept.popitem(last=False)
+                self._drop(oldest)
+        self._kept.move_to_end(digest)
+        return digest
+
+    def find(self, digest: str) -> Blueprint:
+        """Raises RefusedError NOT_FOUND: keep it again."""
+        kept = self._kept.get(digest)
+        if kept is None:
+            raise RefusedError("NOT_FOUND", f"cannot find the blueprint {digest[:80]}: keep it first")
+        self._kept.move_to_end(digest)
+        return kept
+
+    def plan(self, kept: Blueprint, cell_id: str) -> Plan:
+        """The plan of a cell that is launched cold; raises RefusedError CELL_LIMIT."""
+        block = self._lifecycle.free_block() if kept.plan.id_map.count > 1 else None
+        return kept.fill(cell_id, f"{self._work}/{cell_id}", block)
+
+    def take(self, kept: Blueprint) -> Cell | None:
+        """A prepared cell, if one stands ready; another will be made."""
+        self._used(kept)
+        while kept.ready:
+            cell = kept.ready.popleft()
+            if cell.state == "running" and cell.reason is None:
+                self.taken += 1
+                return cell
+        return None
+
+    def _used(self, kept: Blueprint) -> None:
+        kept.used_s = self._loop.clock_s()
+        kept.asked += 1
+        if kept.prepare and kept.asked == 1:
+            self._loop.after(REFILL_S, lambda: self._refill(kept))
+        if kept.prepare and not kept.watched:
+            kept.watched = True
+            self._loop.after(IDLE_S, lambda: self._expire(kept))
+
+    def _refill(self, kept: Blueprint) -> None:
+        kept.target = min(max(kept.asked, 1), READY_MAX)
+        kept.asked = 0
+        self._prepare_next(kept)
+
+    def _prepare_next(self, kept: Blueprint) -> None:
+        full = len(kept.ready) >= kept.target or self.facts()["ready"] >= ALL_READY_MAX
+        if full or kept.preparing or not kept.prepare:
+            return
+        kept.preparing = True
+        start = _Start(lambda cell: self._stands(kept, cell))
+        try:
+            plan = self.plan(kept, f"warm-{next(self._numbers)}")
+            cell = start.cell = self._lifecycle.prepare(plan, kept.limits, start)
+        except RefusedError:  # no room: the next use tries again
+            kept.preparing = False
+            return
+        self._work_ops.fill(
+            cell.place,
+            cell.owner,
+            (),
+            [],
+            lambda: self._lifecycle.launch(cell, plan, None, None),
+            lambda refused: self._lifecycle.abandon(cell, None, refused),
+        )
+
+    def _stands(self, kept: Blueprint, cell: Cell | None) -> None:
+        kept.preparing = False
+        if cell is not None:
+            kept.ready.append(cell)
+            self._prepare_next(kept)
+
+    def _expire(self, kept: Blueprint) -> None:
+        left_s = kept.used_s + IDLE_S - self._loop.clock_s()
+        if left_s > 0:
+            self._loop.after(left_s, lambda: self._expire(kept))
+            return
+        kept.watched = False
+        self._drop(kept)
+
+    def _drop(self, kept: Blueprint) -> None:
+        while kept.ready:
+            self._lifecycle.kill(kept.ready.popleft(), "unused")
