@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from aether.api.operations import ACCESS, OPERATIONS, Operation
+from aether.api.operation import ACCESS, Operation
+from aether.api.operations import OPERATIONS
 from aether.contract import limits
 from aether.contract.errors import KINDS
 

@@ -30,7 +30,8 @@ from aether.api import body as bodies
 from aether.api import head as heads
 from aether.api import reply as replies
 from aether.api.head import Head, Peer
-from aether.api.operations import OPERATIONS, Operation
+from aether.api.operation import Operation
+from aether.api.operations import OPERATIONS
 from aether.api.params import parse_query
 from aether.api.router import Router
 from aether.contract import limits

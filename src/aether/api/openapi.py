@@ -13,7 +13,8 @@ from typing import Any, Final
 import msgspec
 
 from aether.api import params
-from aether.api.operations import OPERATIONS, ErrorReply, Operation
+from aether.api.operation import ErrorReply, Operation
+from aether.api.operations import OPERATIONS
 from aether.contract import limits
 from aether.contract.calls import FileReply, RawReply, StreamReply
 from aether.contract.cells import Requirement

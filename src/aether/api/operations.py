@@ -12,58 +12,23 @@ Invariants (tests hold them): names and (method, path) pairs are unique; every e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
 from aether.api import params
-from aether.contract import calls, limits, wire
-from aether.contract.errors import ErrorBody
-from aether.contract.jobs import Effect, JobRequest, JobView
-from aether.contract.records import Receipt
-
-Access = Literal["open", "read", "submit", "control"]
-ACCESS: Final[Mapping[str, str]] = {
-    "open": "any principal that can connect",
-    "read": "a principal whose ticket and the policy allow reading its tenant's objects",
-    "submit": "a principal whose ticket and the policy allow this job; spends one `ops` of the budget",
-    "control": "a principal whose ticket and the policy allow changing the tenant's objects; spends one `ops`",
-}
-Streaming = Literal["none", "server", "upload"]
-Body = Literal["none", "json", "optional_json", "raw"]
-
-COMMON_ERRORS: Final = (
-    "BAD_REQUEST",
-    "UNAUTHENTICATED",
-    "BAD_TICKET",
-    "TICKET_EXPIRED",
-    "TICKET_REVOKED",
-    "TICKET_DENIED",
-    "POLICY_DENIED",
-    "REQUEST_TIMEOUT",
-    "TOO_LARGE",
-    "HEADERS_TOO_LARGE",
-    "BUSY",
-    "UNAVAILABLE",
-    "DRAINING",
-    "INTERNAL",
-    "PROTOCOL",
+from aether.api.operation import (
+    CELL_ERRORS,
+    JOB_ERRORS,
+    JOB_PATH,
+    JSON_ERRORS,
+    MODEL_ERRORS,
+    WRITE_ERRORS,
+    Operation,
 )
-_WRITE_ERRORS: Final = ("BUDGET_EXHAUSTED", "DISK_FULL")
-_JSON_ERRORS: Final = ("BAD_JSON", "BAD_FIELD", "MEDIA_TYPE")
-_MODEL_ERRORS: Final = (
-    "NO_SUCH_MODEL", "NONFINITE", "SHAPE", "UNIT", "DT_NONPOSITIVE", "DT_OUT_OF_RANGE", "STATE_MODEL_MISMATCH",
-    "ENGINE_DIED",
-)  # fmt: skip
-_CELL_ERRORS: Final = ("LEVEL_UNMET", "BAD_PLAN", "CELL_LIMIT", "CELL_FAILED")
-
-
-class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of every answer that is not a success."""
-
-    error: ErrorBody
-    request_id: str
+from aether.contract import calls, limits, wire
+from aether.contract.jobs import JobRequest, JobView
+from aether.contract.records import Receipt
 
 
 class StopBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -71,46 +36,6 @@ class StopBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     grace_ms: int = limits.STOP_GRACE_MS_DEFAULT
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Operation:
-    """One row. `request` is what the handler gets: path arguments and query parameters fill its fields, the
-    decoded body fills `body_field`, or its own fields when that is empty.
-    """
-
-    name: str
-    method: str
-    path: str
-    summary: str
-    request: type
-    reply: type
-    access: Access
-    effect: Effect
-    idempotent: bool
-    aliases: tuple[str, ...] = ()
-    query: tuple[params.Param, ...] = ()
-    body: Body = "none"
-    body_type: type | None = None
-    body_field: str = ""
-    streaming: Streaming = "none"
-    descriptor: bool = False
-    media_type: str = "application/json"
-    statuses: tuple[int, ...] = (200,)
-    errors: tuple[str, ...] = ()
-
-    @property
-    def all_errors(self) -> tuple[str, ...]:
-        """Every code this operation may answer."""
-        return tuple(dict.fromkeys((*COMMON_ERRORS, *self.errors)))
-
-    @property
-    def path_argument(self) -> str | None:
-        """The one argument in the path, `job_id` or `digest`, if there is one."""
-        return self.path.partition("{")[2].partition("}")[0] or None
-
-
-_JOB_PATH: Final = "/v0/jobs/{job_id}"
-_JOB_ERRORS: Final = ("BAD_ID", "NOT_FOUND")
 
 OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation(
@@ -154,10 +79,10 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         body_field="request",
         statuses=(202, 200),
         errors=(
-            *_JSON_ERRORS,
-            *_WRITE_ERRORS,
-            *_MODEL_ERRORS,
-            *_CELL_ERRORS,
+            *JSON_ERRORS,
+            *WRITE_ERRORS,
+            *MODEL_ERRORS,
+            *CELL_ERRORS,
             "IDEMPOTENCY_CONFLICT",
             "NOT_FOUND",
             "BAD_ID",
@@ -180,7 +105,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation(
         name="job.get",
         method="GET",
-        path=_JOB_PATH,
+        path=JOB_PATH,
         aliases=("/jobs/{job_id}",),
         summary="One job as it stands.",
         request=calls.JobCall,
@@ -189,12 +114,12 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         effect="read",
         idempotent=True,
         query=(params.WAIT,),
-        errors=_JOB_ERRORS,
+        errors=JOB_ERRORS,
     ),
     Operation(
         name="job.result",
         method="GET",
-        path=f"{_JOB_PATH}/result",
+        path=f"{JOB_PATH}/result",
         summary="The result of a succeeded job, as JSON.",
         request=calls.JobCall,
         reply=calls.RawReply,
@@ -203,12 +128,12 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         idempotent=True,
         query=(params.WAIT,),
         descriptor=True,
-        errors=(*_JOB_ERRORS, "NOT_READY", "NO_RESULT", "GONE"),
+        errors=(*JOB_ERRORS, "NOT_READY", "NO_RESULT", "GONE"),
     ),
     Operation(
         name="job.logs",
         method="GET",
-        path=f"{_JOB_PATH}/logs",
+        path=f"{JOB_PATH}/logs",
         summary="What the executable wrote, as bytes; with `follow` until it ends.",
         request=calls.LogsCall,
         reply=calls.StreamReply,
@@ -218,12 +143,12 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         query=(params.FOLLOW, params.STREAM, params.OFFSET),
         streaming="server",
         media_type="text/plain",
-        errors=(*_JOB_ERRORS, "NOT_READY", "NO_RESULT", "GONE"),
+        errors=(*JOB_ERRORS, "NOT_READY", "NO_RESULT", "GONE"),
     ),
     Operation(
         name="job.receipt",
         method="GET",
-        path=f"{_JOB_PATH}/receipt",
+        path=f"{JOB_PATH}/receipt",
         summary="The job's receipt: its audit records with proofs, checkable offline.",
         request=calls.JobCall,
         reply=Receipt,
@@ -231,12 +156,12 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         effect="read",
         idempotent=True,
         query=(params.WAIT,),
-        errors=(*_JOB_ERRORS, "NOT_READY"),
+        errors=(*JOB_ERRORS, "NOT_READY"),
     ),
     Operation(
         name="job.story",
         method="GET",
-        path=f"{_JOB_PATH}/story",
+        path=f"{JOB_PATH}/story",
         summary="What happened to the job, step by step.",
         request=calls.JobCall,
         reply=wire.Story,
@@ -244,12 +169,12 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         effect="read",
         idempotent=True,
         query=(params.WAIT,),
-        errors=_JOB_ERRORS,
+        errors=JOB_ERRORS,
     ),
     Operation(
         name="job.stop",
         method="POST",
-        path=f"{_JOB_PATH}/stop",
+        path=f"{JOB_PATH}/stop",
         aliases=("/jobs/{job_id}/stop",),
         summary="Stop a job: SIGTERM, the grace, then its whole cell is killed. A terminal job stays as it is.",
         request=calls.StopCall,
@@ -259,7 +184,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         idempotent=True,
         body="optional_json",
         body_type=StopBody,
-        errors=(*_JOB_ERRORS, *_JSON_ERRORS, *_WRITE_ERRORS),
+        errors=(*JOB_ERRORS, *JSON_ERRORS, *WRITE_ERRORS),
     ),
     Operation(
         name="artifact.put",
@@ -274,7 +199,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         body="raw",
         streaming="upload",
         statuses=(201,),
-        errors=(*_WRITE_ERRORS, "MEDIA_TYPE"),
+        errors=(*WRITE_ERRORS, "MEDIA_TYPE"),
     ),
     Operation(
         name="artifact.list",
@@ -338,7 +263,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         idempotent=True,
         body="json",
         body_type=calls.ExplainCall,
-        errors=(*_JSON_ERRORS, "LEVEL_UNMET", "BAD_PLAN"),
+        errors=(*JSON_ERRORS, "LEVEL_UNMET", "BAD_PLAN"),
     ),
     Operation(
         name="node.doctor",

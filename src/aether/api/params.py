@@ -14,9 +14,9 @@ from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
-from aether.contract import ids, limits
+from aether.contract import allocations, ids, limits
 from aether.contract.errors import AetherError
-from aether.contract.jobs import JobState
+from aether.contract.jobs import JobState, check_relative_path
 
 _WAIT: Final = re.compile(r"([0-9]{1,6})(\.[0-9]{1,3})?(ms|s|m)?", re.ASCII)
 _CURSOR: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
@@ -101,6 +101,29 @@ def parse_job(text: str) -> str:
     return ids.parse(ids.JOB, text)
 
 
+def parse_cell(text: str) -> str:
+    """A cell's id or name, its labels separated by `:` or `/`."""
+    return allocations.reference(text)
+
+
+def parse_file(text: str) -> str:
+    """A plain relative path below the work directory."""
+    check_relative_path(text, "file")
+    return text
+
+
+def parse_directory(text: str) -> str:
+    """The same, or nothing for the work directory itself."""
+    return parse_file(text) if text else text
+
+
+def parse_executable(text: str) -> bool:
+    """`1`/`true` or `0`/`false`."""
+    if text in ("1", "true", "0", "false"):
+        return text in ("1", "true")
+    raise _refuse("executable", text, "not one of 1, true, 0, false")
+
+
 _UUID7: Final = r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 JOB_ID_SCHEMA: Final = {"type": "string", "pattern": f"^job_{_UUID7}$"}
 DIGEST_SCHEMA: Final = {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}
@@ -157,6 +180,25 @@ OFFSET: Final = Param(
     {"type": "integer", "minimum": 0, "maximum": _OFFSET_MAX, "default": 0},
     parse_offset,
     "Start at this byte of the output.",
+)
+CELL_SCHEMA: Final = {"type": "string", "pattern": allocations.PATH_NAME_PATTERN}
+WITHIN: Final = Param("within", "within", CELL_SCHEMA, parse_cell, "Only this cell and those in it.")
+START: Final = Param(
+    "start",
+    "start",
+    {"type": "integer", "minimum": 0, "maximum": _OFFSET_MAX, "default": 0},
+    parse_offset,
+    "Begin at this index of the log: the previous page's `next_index`.",
+)
+_PATH_SCHEMA: Final = {"type": "string", "maxLength": limits.PATH_BYTES_MAX}
+FILE: Final = Param("path", "path", _PATH_SCHEMA, parse_file, "A file below the work directory.")
+DIRECTORY: Final = Param("path", "path", _PATH_SCHEMA, parse_directory, "A directory below the work directory.")
+EXECUTABLE: Final = Param(
+    "executable",
+    "executable",
+    {"type": "string", "enum": ["1", "true", "0", "false"], "default": "0"},
+    parse_executable,
+    "Whether the file may be executed.",
 )
 JOB: Final = Param("job", "job_id", JOB_ID_SCHEMA, parse_job, "Only artifacts of this job.")
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from aether.api.operations import ErrorReply
+from aether.api.operation import ErrorReply
 from aether.contract import limits
 from aether.contract.calls import FileReply, RawReply, StreamReply
 from aether.contract.errors import AetherError

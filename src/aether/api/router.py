@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from aether.api.operations import Operation
-from aether.contract import ids
+from aether.api.operation import Operation
+from aether.contract import allocations, ids
 from aether.contract.errors import AetherError
 
-_ARGUMENTS = {"job_id": lambda text: ids.parse(ids.JOB, text), "digest": ids.parse_digest}
+_ARGUMENTS = {
+    "job_id": lambda text: ids.parse(ids.JOB, text),
+    "digest": ids.parse_digest,
+    "cell": allocations.reference,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from uvicorn.server import ServerState
 from aether.api.head import Peer
 from aether.api.http import CONNECTION_EXTENSION
 from aether.api.listener import BACKLOG, listen
-from aether.api.operations import ErrorReply
+from aether.api.operation import ErrorReply
 from aether.contract import ids, limits
 from aether.contract.errors import AetherError
 

@@ -22,7 +22,7 @@ from typing import BinaryIO, Final
 import msgspec
 
 from aether.api.address import bind_address
-from aether.api.operations import ErrorReply
+from aether.api.operation import ErrorReply
 from aether.contract.errors import AetherError
 
 RETRIES_MAX: Final = 4

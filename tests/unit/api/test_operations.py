@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from aether.api import docs
-from aether.api.operations import ACCESS, BY_NAME, OPERATIONS
+from aether.api.operation import ACCESS
+from aether.api.operations import BY_NAME, OPERATIONS
 from aether.contract.errors import KINDS
 
 ROOT = Path(__file__).parents[3]

@@ -1,0 +1,96 @@
+"""What a row of the operations table is, who may ask, and the error codes that rows share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import msgspec
+
+from aether.api import params
+from aether.contract.errors import ErrorBody
+from aether.contract.jobs import Effect
+
+Access = Literal["open", "read", "submit", "control"]
+ACCESS: Final[Mapping[str, str]] = {
+    "open": "any principal that can connect",
+    "read": "a principal whose ticket and the policy allow reading its tenant's objects",
+    "submit": "a principal whose ticket and the policy allow this job; spends one `ops` of the budget",
+    "control": "a principal whose ticket and the policy allow changing the tenant's objects; spends one `ops`",
+}
+Streaming = Literal["none", "server", "upload", "both"]
+Body = Literal["none", "json", "optional_json", "raw"]
+
+COMMON_ERRORS: Final = (
+    "BAD_REQUEST",
+    "UNAUTHENTICATED",
+    "BAD_TICKET",
+    "TICKET_EXPIRED",
+    "TICKET_REVOKED",
+    "TICKET_DENIED",
+    "POLICY_DENIED",
+    "REQUEST_TIMEOUT",
+    "TOO_LARGE",
+    "HEADERS_TOO_LARGE",
+    "BUSY",
+    "UNAVAILABLE",
+    "DRAINING",
+    "INTERNAL",
+    "PROTOCOL",
+)
+WRITE_ERRORS: Final = ("BUDGET_EXHAUSTED", "DISK_FULL")
+JSON_ERRORS: Final = ("BAD_JSON", "BAD_FIELD", "MEDIA_TYPE")
+MODEL_ERRORS: Final = (
+    "NO_SUCH_MODEL", "NONFINITE", "SHAPE", "UNIT", "DT_NONPOSITIVE", "DT_OUT_OF_RANGE", "STATE_MODEL_MISMATCH",
+    "ENGINE_DIED",
+)  # fmt: skip
+CELL_ERRORS: Final = ("LEVEL_UNMET", "BAD_PLAN", "CELL_LIMIT", "CELL_FAILED")
+
+
+class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of every answer that is not a success."""
+
+    error: ErrorBody
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One row. `request` is what the handler gets: path arguments and query parameters fill its fields, the
+    decoded body fills `body_field`, or its own fields when that is empty.
+    """
+
+    name: str
+    method: str
+    path: str
+    summary: str
+    request: type
+    reply: type
+    access: Access
+    effect: Effect
+    idempotent: bool
+    aliases: tuple[str, ...] = ()
+    query: tuple[params.Param, ...] = ()
+    body: Body = "none"
+    body_type: type | None = None
+    body_field: str = ""
+    streaming: Streaming = "none"
+    descriptor: bool = False
+    media_type: str = "application/json"
+    statuses: tuple[int, ...] = (200,)
+    errors: tuple[str, ...] = ()
+
+    @property
+    def all_errors(self) -> tuple[str, ...]:
+        """Every code this operation may answer."""
+        return tuple(dict.fromkeys((*COMMON_ERRORS, *self.errors)))
+
+    @property
+    def path_argument(self) -> str | None:
+        """The one argument in the path, `job_id`, `digest` or `cell`, if there is one."""
+        return self.path.partition("{")[2].partition("}")[0] or None
+
+
+JOB_PATH: Final = "/v0/jobs/{job_id}"
+JOB_ERRORS: Final = ("BAD_ID", "NOT_FOUND")
