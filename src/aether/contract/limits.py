@@ -122,6 +122,18 @@ EGRESS_BATCH_ROWS_MAX: Final = 100
 EGRESS_RECORDS_PER_JOB_MAX: Final = 2_000
 """Records of connections per job; what comes after is in the totals alone."""
 
+# Events of cells
+CELL_EVENTS_PER_S: Final = 500
+"""Exec, exit and signal events kept of one cell; above it, and after the burst, they are counted and dropped."""
+CELL_EVENTS_BURST: Final = 2_000
+EVENTS_HEAD_BYTES_MAX: Final = 256 * KIB
+EVENTS_TAIL_BYTES_MAX: Final = 1 * MIB
+EVENTS_READ_BYTES_MAX: Final = 64 * KIB
+TRACE_MS_DEFAULT: Final = 5_000
+TRACE_MS_MAX: Final = 30_000
+TRACES_LIVE_MAX: Final = 8
+"""System-call traces at once on one node."""
+
 # Audit
 RECORD_BYTES_MAX: Final = 65_535
 """C2SP tlog-tiles: an entry bundle holds entries with a 16-bit length."""
