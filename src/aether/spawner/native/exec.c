@@ -64,8 +64,9 @@ static void place_descriptors(int *pipe, const struct exec_request *r, const int
         if (dup2(wanted[i], i) < 0) give_up(*pipe, EXEC_DESCRIPTORS, errno);
     if (dup3(*pipe, count, O_CLOEXEC) < 0) give_up(*pipe, EXEC_DESCRIPTORS, errno);
     *pipe = count;
-    /* Really closed, not only close-on-exec: an open descriptor counts against RLIMIT_NOFILE. */
-    if (syscall(SYS_close_range, count + 1, ~0u, 0) < 0) give_up(*pipe, EXEC_DESCRIPTORS, errno);
+    /* Really closed, not only close-on-exec: an open descriptor counts against RLIMIT_NOFILE. gVisor takes no
+     * number above that of the highest descriptor there can be. */
+    if (syscall(SYS_close_range, count + 1, 0x7fffffff, 0) < 0) give_up(*pipe, EXEC_DESCRIPTORS, errno);
     if (r->flags & EXEC_TTY && ioctl(0, TIOCSCTTY, 0) < 0) give_up(*pipe, EXEC_TERMINAL, errno);
 }
 

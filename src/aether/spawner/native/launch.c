@@ -191,8 +191,26 @@ static void answer(int fd, int32_t pid, uint32_t phase, int error) {
     if (send_message(fd, &w) < 0) _exit(1);
 }
 
+/* `aether-init serve FD`: PID 1 of a container that an OCI runtime has built. The runtime made namespaces and root;
+ * the program, which arrives as the first message with the descriptors of a launch, says only who to be and what to
+ * give up, so that executables start, end and are signalled as in every other cell. */
+static int serve(int socket_fd) {
+    static int fds[MESSAGE_FDS_MAX];
+    int fd_count;
+    if (fcntl(socket_fd, F_SETFD, FD_CLOEXEC) < 0) return 64;
+    /* Runtimes have left descriptors of the host open in PID 1 (CVE-2024-21626). */
+    if (syscall(SYS_close_range, socket_fd + 1, 0x7fffffff, 0) < 0) return 64;
+    ssize_t size = receive_message(socket_fd, message, sizeof message, fds, &fd_count);
+    struct cell cell = {.program = &program, .control = socket_fd, .userns = -1, .netns = -1, .exec_fds = fds};
+    if (size <= 0 || parse_program(message, (size_t)size, &program) < 0) fail_phase(&cell, PHASE_PROGRAM, EBADMSG);
+    cell.exec_fd_count = fd_count;
+    cell.started_us = now_us();
+    run_cell(&cell);
+}
+
 int main(int argc, char **argv) {
     int fds[MESSAGE_FDS_MAX], fd_count;
+    if (argc == 3 && !strcmp(argv[1], "serve")) return serve(atoi(argv[2]));
     if (argc != 2) return 64;
     int socket_fd = atoi(argv[1]);
     /* The spawner dies: so does its launcher. It may have died before this call: the socket then ends. */
