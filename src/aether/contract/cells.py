@@ -46,7 +46,8 @@ class CellSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     `readonly_dirs` are host directories shown read-only at `/mnt/<name>` (only the authority fills them:
     model packages, for instance). `channel` gives the executable a connected SOCK_STREAM socket as fd 3.
-    `require` lists levels and mechanisms without which the cell must not start.
+    `require` lists levels and mechanisms without which the cell must not start. Without `isolate_network` the cell
+    shares the host's network, without `isolate_process` its processes, System V IPC and host name are the host's.
     """
 
     argv: tuple[str, ...]
@@ -57,6 +58,8 @@ class CellSpec(msgspec.Struct, frozen=True, kw_only=True):
     labels: tuple[str, ...] = ()
     readonly_dirs: dict[str, str] = {}
     channel: bool = False
+    isolate_network: bool = True
+    isolate_process: bool = True
 
 
 class ExitStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -129,6 +129,10 @@ class Allocations:
         ended = (c for c in reversed(self._ended.values()) if (c.tenant_id, c.name) == (tenant_id, reference))
         return next(ended, None)
 
+    def find_any(self, cell_id: str) -> Allocation | None:
+        """The cell of that id, live or lately ended, whoever's it is."""
+        return self.live.get(cell_id) or self._ended.get(cell_id)
+
     def of_tenant(self, tenant_id: str) -> list[Allocation]:
         """The tenant's live cells by name, parents before children."""
         return sorted((c for c in self.live.values() if c.tenant_id == tenant_id), key=lambda c: c.name.split("/"))

@@ -1,8 +1,8 @@
 """What aurorad may do, each under the grant of one open job: launch its cell, stop it, collect, finish.
 
 Every verb checks the grant against the ledger again after each await. The end of an executable and what it
-used are the authority's own observations; aurorad only says what it made of them. A finished job's cell is
-freed here, so a dead aurorad leaves nothing behind.
+used are the authority's own observations; aurorad only says what it made of them. A finished job's own cell is
+freed here, so a dead aurorad leaves nothing behind; of an allocated cell's guest only the executable is forgotten.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from aether.contract import ids
 from aether.contract.canonical import canonical_record, input_hash
 from aether.contract.cells import CellSpec, ExecEnd, ExitStatus, InputFile, Usage
 from aether.contract.errors import AetherError
-from aether.contract.jobs import JobState, parse_command
+from aether.contract.jobs import CommandInputs, CommandParams, JobState, Stdio, parse_command
 from aether.contract.ports import Link
 from aether.contract.records import CodeRef, Record
 from aether.contract.wire import (
@@ -38,23 +38,21 @@ from aether.contract.wire import (
     Token,
 )
 from aether.substrate import entries
+from aether.substrate.allocations import Allocation
 from aether.substrate.book import Book, outcome_of
+from aether.substrate.cells.drivers.port import Adopted
 from aether.substrate.cells.supervisor import CellSupervisor, Launched
 from aether.substrate.ledger import OpenJob
 from aether.substrate.metering.settle import settlement
 from aether.substrate.orchestra import Orchestra
 
 SPAWNER_DIED: Final = "spawner-died"
+CELL_FREED: Final = "cell-freed"
 
 
-def cell_of(job_id: str) -> str:
-    """The cell of a job; derived, so that a launch repeated after a crash finds the same cell."""
-    return ids.sibling(ids.CELL, job_id)
-
-
-def job_of(cell_id: str) -> str:
-    """The job that a cell belongs to."""
-    return ids.sibling(ids.JOB, cell_id)
+def job_of(identity: str) -> str:
+    """The job that an executable, or a cell of its own, belongs to."""
+    return ids.sibling(ids.JOB, identity)
 
 
 class Execution:
@@ -74,11 +72,12 @@ class Execution:
         fds = [await link.take_fd(token) for token in body.tokens]
         try:
             job = self.granted(body.grant)
-            spec, inputs = _spec_of(job, body)
-            if len(fds) != len(inputs):
+            params, inputs = _asked(job, body)
+            if len(fds) != len(inputs.files):
                 raise AetherError("PROTOCOL", "cannot launch: one descriptor per input file is needed")
             self._check_again(job, body.again)
-            launched, channel = await self.start(job, spec, list(zip(inputs, fds, strict=True)))
+            files = list(zip(inputs.files, fds, strict=True))
+            launched, channel = await self.start(job, _spec_of(params, body), files, params.stdio)
             if job.end is not None:  # it ended while nobody listened
                 self._tell_exit(job, job.end)
             return await hand_over(link, launched, channel)
@@ -92,26 +91,29 @@ class Execution:
         if job.end is not None:  # told again: whoever stops it may not have heard
             self._tell_exit(job, job.end)
         elif job.started is not None:
-            await self._cells.stop(cell_of(body.grant.job_id), body.grace_ms)
+            if job.is_guest:
+                await self._cells.stop_exec(job.place, job.executable, body.grace_ms)
+            else:
+                await self._cells.stop(job.place, body.grace_ms)
         return Empty()
 
     async def collect(self, body: CellCollect) -> CellFiles:
-        self.granted(body.grant)
-        return await self._cells.collect(cell_of(body.grant.job_id), body.globs)
+        job = self.granted(body.grant)
+        return await self._cells.collect(job.place, body.globs)
 
     async def open(self, link: Link, body: CellOpen) -> Token:
-        self.granted(body.grant)
-        fd = await self._cells.open(cell_of(body.grant.job_id), body.path)
+        job = self.granted(body.grant)
+        fd = await self._cells.open(job.place, body.path)
         try:
             return Token(token=await link.send_fd(fd))
         finally:
             os.close(fd)
 
     async def free_now(self, body: CellKey) -> Empty:
-        """`cell.free`: answers when nothing of the job's cell is left; its job must be finished."""
+        """`cell.free`: answers when nothing of the job's own cell is left; its job must be finished."""
         if body.grant.job_id in self._book.ledger.open:
             raise AetherError("NO_GRANT", f"cannot free the cell of {body.grant.job_id}: the job is open")
-        await self._cells.free(cell_of(body.grant.job_id))
+        await self._cells.free(ids.sibling(ids.CELL, body.grant.job_id))
         return Empty()
 
     async def finish(self, body: JobFinish) -> JobOutcome:
@@ -120,7 +122,7 @@ class Execution:
         if (known := self._book.recent_outcome(job_id)) is not None:
             return known
         job = self.granted(body.grant)
-        outcome = self.conclude(job, _judged(job, body, self._cells.gone(cell_of(job_id))))
+        outcome = self.conclude(job, _judged(job, body, self._cells.gone(job.place)))
         await self._book.durable(outcome)
         return self.told(job, outcome)
 
@@ -134,7 +136,7 @@ class Execution:
         return job
 
     async def start(
-        self, job: OpenJob, spec: CellSpec, files: Sequence[tuple[InputFile, int]]
+        self, job: OpenJob, spec: CellSpec, files: Sequence[tuple[InputFile, int]], stdio: Stdio = "logs"
     ) -> tuple[CellLaunched, int | None]:
         """Starts the job's cell once its intent is durable; records `job.started`. The caller owns the channel."""
         grant = job.grant
@@ -148,7 +150,7 @@ class Execution:
                     await job.row_kept.wait()  # set, or the job is abandoned: `granted` tells
                 self.granted(grant)
                 job.launched_on = job.launched_on or self._cells.instance
-                found = await self._cells.launch(cell_of(grant.job_id), spec, files)
+                found = await self._launch(job, spec, files, stdio)
                 if self._book.ledger.open.get(grant.job_id) is not job:
                     self._discard(found)
                     raise AetherError("NO_GRANT", f"cannot launch {grant.job_id}: it ended meanwhile")
@@ -156,6 +158,15 @@ class Execution:
         finally:
             if not lock.locked():
                 self._launching.pop(grant.job_id, None)
+
+    async def _launch(
+        self, job: OpenJob, spec: CellSpec, files: Sequence[tuple[InputFile, int]], stdio: Stdio
+    ) -> Launched:
+        """In a cell of its own, or in the allocated one if that still lives; raises NO_SUCH_CELL, CELL_FROZEN."""
+        if not job.is_guest:
+            return await self._cells.launch(job.place, spec, files)
+        check_enterable(self._book.ledger.cells.live.get(job.place), job.place)
+        return await self._cells.join(job.place, job.executable, spec, stdio, files)
 
     def conclude(self, job: OpenJob, finish: JobFinish) -> Record:
         """Writes the outcome, not yet durable."""
@@ -170,7 +181,10 @@ class Execution:
         """Tells waiters of a durable outcome; only then frees the cell, so that nobody waits for that."""
         told = outcome_of(job.intent, outcome, job.argv)
         self._book.publish(told)
-        self.free(told.view.job_id)
+        if job.is_guest:
+            self._in_background(self._acknowledge(job.place, job.executable))
+        else:
+            self.free(job.place)
         self._book.maybe_snapshot()
         return told
 
@@ -186,28 +200,46 @@ class Execution:
 
     def ended(self, end: ExecEnd) -> None:
         """An executable ended: kept with its job until it is finished, and aurorad is told."""
-        job = self._book.ledger.open.get(job_of(end.cell_id))
-        if job is None:
-            self.free(job_of(end.cell_id))
-        elif job.end is None:
+        job = self._book.ledger.open.get(job_of(end.exec_id))
+        cell = self._book.ledger.cells.find_any(end.cell_id)
+        if cell is not None and cell.ended is not None and end.exit.signal is not None:
+            end = replace(end, exit=replace(end.exit, reason=CELL_FREED if cell.reason == "freed" else cell.reason))
+        if job is not None and job.end is None:
             job.end = end
             self._tell_exit(job, end)
+        elif job is None and cell is None:
+            self.free(end.cell_id)
+        elif job is None:
+            self._in_background(self._acknowledge(end.cell_id, end.exec_id))
 
     def adopt(self, job: OpenJob) -> None:
         """Records the start of a cell that is there although the record of its start was lost in a crash."""
-        found = self._cells.found(cell_of(job.grant.job_id)) if job.started is None else None
+        found = self._found(job) if job.started is None else None
         if found is not None:
             self._record_start(job, found)
+
+    def _found(self, job: OpenJob) -> Launched | None:
+        """Its executable, if it is there."""
+        return self._cells.found_exec(job.place, job.executable) if job.is_guest else self._cells.found(job.place)
 
     def vanished(self, job: OpenJob) -> None:
         """The spawner no longer knows the job's cell: it died with the spawner."""
         exit_status = ExitStatus(reason=SPAWNER_DIED)
-        cell_id = cell_of(job.grant.job_id)
-        self.ended(ExecEnd(cell_id=cell_id, exec_id=job.exec_id or "", exit=exit_status, usage=Usage()))
+        self.ended(ExecEnd(cell_id=job.place, exec_id=job.executable, exit=exit_status, usage=Usage()))
 
-    def free(self, job_id: str) -> None:
-        """Frees the job's cell in the background: kills what is left, removes cgroups and work directory."""
-        self._in_background(self._free(cell_of(job_id)))
+    def forget_strangers(self, adopted: Adopted) -> None:
+        """Ends executables of an allocated cell that no open job knows: their start was never admitted durably."""
+        for exec_id, end in adopted.execs.items():
+            if job_of(exec_id) in self._book.ledger.open:
+                continue
+            if end is None:
+                self._in_background(self._end_stranger(adopted.cell_id, exec_id))
+            else:
+                self._in_background(self._acknowledge(adopted.cell_id, exec_id))
+
+    def free(self, cell_id: str) -> None:
+        """Frees a cell in the background: kills what is left, removes cgroups and work directory."""
+        self._in_background(self._free(cell_id))
 
     async def drain(self) -> None:
         """Waits for cells that are being freed."""
@@ -222,7 +254,7 @@ class Execution:
         The launch of this attempt is known not to have happened when this process admitted the job and never
         asked a spawner that is gone. A repetition at the same spawner is answered with the cell that it has.
         """
-        if job.started is not None or self._cells.found(cell_of(job.grant.job_id)) is not None:
+        if job.started is not None or self._found(job) is not None:
             return
         elsewhere = job.launched_on is not None and job.launched_on != self._cells.instance
         forgotten = again and job.argv is None
@@ -237,18 +269,34 @@ class Execution:
         # What is the same for every such cell is stored once; the uid block is this cell's own.
         sandbox = log.store_document(canonical_record(replace(found.report, uid=None)))
         plan = log.store_document(found.plan_text) if found.plan_text else None
+        cell = self._book.ledger.cells.live.get(job.place) if job.is_guest else None
+        if cell is not None and cell.started is not None and cell.started.code is not None:
+            plan = cell.started.code.plan_digest
         code = CodeRef(
             plan_digest=plan, sandbox_digest=sandbox, route="local", engine=job.intent.kind, rung=found.report.level
         )
-        cell_id = cell_of(job.grant.job_id)
         return self._book.write(
-            lambda index, time: entries.started(job.intent, cell_id, found.exec_id, found.report.uid, code, index, time)
+            lambda index, time: entries.started(
+                job.intent, job.place, found.exec_id, found.report.uid, code, index, time
+            )
         )
 
     def _discard(self, found: Launched) -> None:
         if found.channel_fd is not None:
             os.close(found.channel_fd)
-        self._in_background(self._free(found.cell_id))
+        if found.cell_id in self._book.ledger.cells.live:
+            self._in_background(self._end_stranger(found.cell_id, found.exec_id))
+        else:
+            self._in_background(self._free(found.cell_id))
+
+    async def _end_stranger(self, cell_id: str, exec_id: str) -> None:
+        """Its end finds no job, and is acknowledged then."""
+        with contextlib.suppress(AetherError):
+            await self._cells.stop_exec(cell_id, exec_id, 0)
+
+    async def _acknowledge(self, cell_id: str, exec_id: str) -> None:
+        with contextlib.suppress(AetherError):  # gone with its cell, or told again after the next connect
+            await self._cells.acknowledge(cell_id, exec_id)
 
     async def _free(self, cell_id: str) -> None:
         with contextlib.suppress(AetherError):  # the spawner is away: what it lists when it is back is freed then
@@ -260,23 +308,36 @@ class Execution:
         task.add_done_callback(self._background.discard)
 
 
-def _spec_of(job: OpenJob, body: CellLaunch) -> tuple[CellSpec, tuple[InputFile, ...]]:
-    """The cell of the admitted request; raises NO_GRANT for any other request."""
+def _asked(job: OpenJob, body: CellLaunch) -> tuple[CommandParams, CommandInputs]:
+    """What the admitted request asks for; raises NO_GRANT for any other request."""
     request = body.request
     if request.kind != "command" or job.intent.input_hash != input_hash(
         request.schema_version, request.kind, request.op, request.params, request.inputs
     ):
         raise AetherError("NO_GRANT", f"cannot launch {body.grant.job_id}: it was admitted with another request")
-    params, inputs = parse_command(request)
-    spec = CellSpec(
+    return parse_command(request)
+
+
+def _spec_of(params: CommandParams, body: CellLaunch) -> CellSpec:
+    return CellSpec(
         argv=params.argv,
         env=params.env,
         cwd=params.cwd,
         limits=params.limits,
         require=params.require,
-        labels=tuple(sorted({*request.labels, *body.labels})),
+        labels=tuple(sorted({*body.request.labels, *body.labels})),
     )
-    return spec, inputs.files
+
+
+def check_enterable(cell: Allocation | None, reference: str) -> Allocation:
+    """A live cell in which an executable can start now; raises NO_SUCH_CELL, NOT_READY, CELL_FROZEN."""
+    if cell is None or cell.ended is not None:
+        raise AetherError("NO_SUCH_CELL", f"cannot find cell {reference}", "list the cells with `aether cell list`")
+    if cell.started is None:
+        raise AetherError("NOT_READY", f"cannot use cell {cell.name}: it is being made")
+    if cell.frozen:
+        raise AetherError("CELL_FROZEN", f"cannot start an executable in cell {cell.name}: it is frozen")
+    return cell
 
 
 def _launched(started: Record) -> CellLaunched:

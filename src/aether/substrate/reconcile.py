@@ -12,7 +12,8 @@ from typing import Final
 from aether.contract.records import Record
 from aether.contract.wire import LiveCell, LogPage, LogRead, Reconcile, Reconciled
 from aether.substrate.book import Book
-from aether.substrate.execution import Execution, cell_of, job_of
+from aether.substrate.cells.drivers.port import Adopted
+from aether.substrate.execution import Execution, job_of
 from aether.substrate.ledger import OpenJob
 from aether.substrate.workers import WORKER_OP
 
@@ -70,14 +71,20 @@ class Reconciler:
                     size += len(self._book.log.entry(record.log_index))
         return LogPage(records=tuple(found), next_index=index)
 
-    def spawner_connected(self, live: dict[str, str]) -> None:
-        """The spawner (re)connected; `live` maps its cells to the executable that each was started with."""
-        for job in list(self._book.ledger.open.values()):
-            if job.started is not None and job.end is None and cell_of(job.grant.job_id) not in live:
-                self._execution.vanished(job)
-        for cell_id in live:
-            if job_of(cell_id) not in self._book.ledger.open:
-                self._execution.free(job_of(cell_id))
+    def spawner_connected(self, found: list[Adopted]) -> None:
+        """The spawner (re)connected; `found` is all that it has."""
+        ledger = self._book.ledger
+        live = {adopted.cell_id: adopted for adopted in found}
+        for job in list(ledger.open.values()):
+            if job.started is not None and job.end is None:
+                there = live.get(job.place)
+                if there is None or (job.is_guest and job.executable not in there.execs):
+                    self._execution.vanished(job)
+        for cell_id, adopted in live.items():
+            if cell_id in ledger.cells.live:
+                self._execution.forget_strangers(adopted)
+            elif job_of(cell_id) not in ledger.open:
+                self._execution.free(cell_id)
 
     def _outcomes_since(self, index: int) -> set[str]:
         found: set[str] = set()

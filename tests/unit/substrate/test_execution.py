@@ -9,14 +9,19 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from aether.contract import wire
+from aether.contract import ids, wire
 from aether.contract.cells import ExitStatus
 from aether.contract.errors import AetherError
 from aether.contract.jobs import JobState
 from aether.substrate.cells.drivers.memory import Run
-from aether.substrate.execution import SPAWNER_DIED, cell_of
+from aether.substrate.execution import SPAWNER_DIED
 from aether.substrate.ledger import OpenJob
 from tests.support.onenode import OneNode, caller, command, running
+
+
+def cell_of(job_id: str) -> str:
+    """The cell that is a job's own."""
+    return ids.sibling(ids.CELL, job_id)
 
 
 async def forever(run: Run) -> int:

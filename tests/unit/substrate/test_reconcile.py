@@ -11,9 +11,14 @@ from aether.contract.cells import CellSpec
 from aether.contract.jobs import JobState
 from aether.substrate.cells.drivers.memory import Run
 from aether.substrate.cells.drivers.port import Order
-from aether.substrate.execution import SPAWNER_DIED, cell_of
+from aether.substrate.execution import SPAWNER_DIED
 from aether.substrate.ledger import OpenJob
 from tests.support.onenode import OneNode, caller, command, running
+
+
+def cell_of(job_id: str) -> str:
+    """The cell that is a job's own."""
+    return ids.sibling(ids.CELL, job_id)
 
 
 async def forever(run: Run) -> int:
@@ -112,7 +117,9 @@ def test_cells_that_died_with_their_spawner_end_and_others_live(tmp_path: Path) 
     async def step(node: OneNode, jobs: list[OpenJob]) -> None:
         gone, lives = jobs
         await node.kill_aurorad()
-        node.parts.reconciler.spawner_connected({cell_of(lives.grant.job_id): "exec"})
+        node.parts.reconciler.spawner_connected(
+            [a for a in await node.driver.adopt() if a.cell_id == cell_of(lives.grant.job_id)]
+        )
         assert gone.end is not None and gone.end.exit.reason == SPAWNER_DIED
         assert lives.end is None
         answer = await reconcile(node, gone.grant.job_id, lives.grant.job_id)

@@ -43,7 +43,7 @@ _IMPLICIT_MAX: Final = 4_096
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """What an operation is about. `kind` is that of the job in `job.submit`, else `job`, `cell`, `artifact`, `audit`, `node`.
+    """What an operation is about. `kind` is the job's in `job.submit`, else `job`, `cell`, `artifact`, `audit`, `node`.
 
     `model` is `id` or `id@version`.
     """

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from aether.contract import ids
+from aether.contract.allocations import FileListing
 from aether.contract.calls import Explanation
 from aether.contract.canonical import digest_bytes
-from aether.contract.cells import CellSpec, ExecEnd, InputFile, SandboxReport, Usage
-from aether.contract.jobs import CommandParams
+from aether.contract.cells import CellSpec, ExecEnd, InputFile, Limits, SandboxReport, Usage
+from aether.contract.jobs import CommandParams, Stdio
 from aether.contract.wire import CellFiles, RoleHealth
 from aether.substrate.cells.drivers.port import Adopted, Connected, Handle, Order, Started
+from aether.substrate.cells.report import verify_required
 
 ROLE: Final = "spawner"
 
@@ -56,12 +58,16 @@ class CellSupervisor:
         """`call` hears of every end, again after each reconnect until the cell is freed."""
         self._driver.on_end(call)
 
-    def on_connect(self, call: Callable[[dict[str, str]], None]) -> None:
-        """`call` gets `{cell: its first executable}` of all that lives or was not freed, after each connect."""
+    def on_gone(self, call: Callable[[str, str | None], None]) -> None:
+        """`call(cell, reason)` hears of every cell that is no more, until it is freed."""
+        self._driver.on_gone(call)
+
+    def on_connect(self, call: Callable[[list[Adopted]], None]) -> None:
+        """`call` gets all that lives or was not freed, after each connect."""
 
         def connected(found: list[Adopted]) -> None:
             self._listed = True
-            call({adopted.cell_id: adopted.exec_id for adopted in found})
+            call(found)
 
         self._driver.on_connect(connected)
 
@@ -69,6 +75,23 @@ class CellSupervisor:
         """Start the cell; repeated for the same id it answers with the cell that is there. Borrows the files."""
         order = Order(cell_id, exec_of(cell_id), spec, files)
         return _launched(cell_id, await self._driver.launch(order))
+
+    async def allocate(self, cell_id: str, spec: CellSpec) -> Launched:
+        """Make a cell without an executable; repeated for the same id it answers with the cell that is there."""
+        return _launched(cell_id, await self._driver.allocate(cell_id, spec))
+
+    async def join(
+        self, cell_id: str, exec_id: str, spec: CellSpec, stdio: Stdio, files: Sequence[tuple[InputFile, int]]
+    ) -> Launched:
+        """Start one more executable in an allocated cell, its input files put first; the same when repeated."""
+        handle = Handle(cell_id)
+        report = await self._driver.report(handle)
+        verify_required(spec, report)
+        if not self._driver.has_exec(handle, exec_id):
+            for file, fd in files:
+                await self._driver.put(handle, file.path, fd, file.executable)
+        await self._driver.start_exec(handle, exec_id, spec, stdio)
+        return Launched(cell_id, exec_id, report, b"", None)
 
     @property
     def instance(self) -> str | None:
@@ -80,12 +103,48 @@ class CellSupervisor:
         started = self._driver.found(Handle(cell_id))
         return None if started is None else _launched(cell_id, started)
 
+    def found_exec(self, cell_id: str, exec_id: str) -> Launched | None:
+        """The same of an executable in an allocated cell."""
+        started = self._driver.found(Handle(cell_id))
+        if started is None or not self._driver.has_exec(Handle(cell_id), exec_id):
+            return None
+        return Launched(cell_id, exec_id, started.report, b"", None)
+
     def gone(self, cell_id: str) -> bool:
         """Whether the spawner was asked, and does not know the cell."""
         return self._listed and self.found(cell_id) is None
 
     async def stop(self, cell_id: str, grace_ms: int) -> None:
         await self._driver.stop(Handle(cell_id), grace_ms)
+
+    async def stop_exec(self, cell_id: str, exec_id: str, grace_ms: int) -> None:
+        """SIGTERM, the grace, then all of the executable that can be seen is killed; its cell lives on."""
+        await self._driver.stop_exec(Handle(cell_id), exec_id, grace_ms)
+
+    async def signal(self, cell_id: str, exec_id: str, signo: int) -> None:
+        await self._driver.signal(Handle(cell_id), exec_id, signo)
+
+    async def acknowledge(self, cell_id: str, exec_id: str) -> None:
+        """The end is recorded; in an allocated cell the executable is forgotten."""
+        await self._driver.acknowledge(Handle(cell_id), exec_id)
+
+    async def terminal(self, cell_id: str, exec_id: str) -> tuple[Stdio, int]:
+        return await self._driver.terminal(Handle(cell_id), exec_id)
+
+    async def window(self, cell_id: str, exec_id: str, rows: int, columns: int) -> None:
+        await self._driver.window(Handle(cell_id), exec_id, rows, columns)
+
+    async def freeze(self, cell_id: str, frozen: bool) -> None:
+        await self._driver.freeze(Handle(cell_id), frozen)
+
+    async def resize(self, cell_id: str, limits: Limits) -> None:
+        await self._driver.resize(Handle(cell_id), limits)
+
+    async def put(self, cell_id: str, path: str, fd: int, executable: bool) -> None:
+        await self._driver.put(Handle(cell_id), path, fd, executable)
+
+    async def files(self, cell_id: str, path: str) -> FileListing:
+        return await self._driver.files(Handle(cell_id), path)
 
     async def kill(self, cell_id: str) -> None:
         await self._driver.kill(Handle(cell_id))

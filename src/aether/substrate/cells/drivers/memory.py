@@ -17,9 +17,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from aether.contract.allocations import FileEntry, FileKind, FileListing
 from aether.contract.canonical import canonical, digest_bytes
-from aether.contract.cells import CellSpec, ExecEnd, ExitStatus, SandboxReport, Usage
+from aether.contract.cells import CellSpec, ExecEnd, ExitStatus, Limits, SandboxReport, Usage
+from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
+from aether.contract.jobs import Stdio
 from aether.contract.wire import CellFile, CellFiles
 from aether.substrate.cells.drivers.port import Adopted, Explained, Fingerprint, Handle, Order, Started
 
@@ -35,7 +38,9 @@ class Run:
     refused: dict[str, str] = field(default_factory=dict)
     terminated: asyncio.Event = field(default_factory=asyncio.Event)
     channel: socket.socket | None = None
-    """The executable's end, the program's to close."""
+    """The executable's end, the program's to close; of its terminal or standard input too."""
+    signals: list[int] = field(default_factory=list)
+    window: tuple[int, int] | None = None
 
 
 Program = Callable[[Run], Coroutine[None, None, int]]
@@ -50,6 +55,8 @@ class _Exec:
     timed_out: bool = False
     acknowledged: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    stdio: Stdio = "logs"
+    outside: int = -1
 
 
 @dataclass(slots=True)
@@ -57,8 +64,10 @@ class _Cell:
     started: Started
     started_wall_us: int
     files: dict[str, bytes]
+    limits: Limits
     execs: dict[str, _Exec] = field(default_factory=dict)
     reason: str | None = None
+    frozen: bool = False
 
 
 class MemoryDriver:
@@ -71,6 +80,7 @@ class MemoryDriver:
         self._missing = missing or {}
         self._cells: dict[str, _Cell] = {}
         self._on_end: list[Callable[[ExecEnd], None]] = []
+        self._on_gone: list[Callable[[str, str | None], None]] = []
         self._on_connect: list[Callable[[list[Adopted]], None]] = []
         self._watching: set[asyncio.Task[None]] = set()
         self._lives = 1
@@ -91,12 +101,14 @@ class MemoryDriver:
         for call in self._on_connect:
             call(found)
         for adopted in found:
-            if adopted.end is not None:
-                self._tell(adopted.end)
+            for end in adopted.execs.values():
+                if end is not None:
+                    self._tell(end)
 
     async def close(self) -> None:
         """Disconnects; the cells live on."""
         self._on_end.clear()
+        self._on_gone.clear()
         self._on_connect.clear()
 
     def die(self) -> None:
@@ -107,6 +119,14 @@ class MemoryDriver:
             for executable in cell.execs.values():
                 executable.work.cancel()
         self.start()
+
+    def lose(self, cell_id: str, reason: str) -> None:
+        """One cell dies from outside."""
+        cell = self._cells.pop(cell_id)
+        for executable in cell.execs.values():
+            executable.work.cancel()
+        for call in self._on_gone:
+            call(cell_id, reason)
 
     def found(self, handle: Handle) -> Started | None:
         known = self._cells.get(handle)
@@ -126,6 +146,9 @@ class MemoryDriver:
 
     def on_end(self, call: Callable[[ExecEnd], None]) -> None:
         self._on_end.append(call)
+
+    def on_gone(self, call: Callable[[str, str | None], None]) -> None:
+        self._on_gone.append(call)
 
     async def fingerprint(self) -> Fingerprint:
         return Fingerprint(True, "", LEVELS, {}, dict(self._missing))
@@ -147,23 +170,36 @@ class MemoryDriver:
         if known is not None:
             first = known.started
             return Started(first.handle, first.exec_id, first.report, first.plan_text, None)
-        self._require(order.spec.require)
-        text = self.explain(order.spec).plan_text
-        report = SandboxReport(
-            level="cell",
-            executor=self.name,
-            enforced=dict.fromkeys(order.spec.require, True),
-            missing={name: reason for name, (reason, _) in self._missing.items()},
-            plan_digest=digest_bytes(text),
-        )
+        text, report = self._confined(order.spec)
         ours, theirs = socket.socketpair() if order.spec.channel else (None, None)
         channel = ours.detach() if ours is not None else None
         started = Started(Handle(order.cell_id), order.exec_id, report, text, channel)
         files = {file.path: os.pread(fd, os.fstat(fd).st_size, 0) for file, fd in order.files}
-        cell = _Cell(started, time.time_ns() // 1000, files)
+        cell = _Cell(started, time.time_ns() // 1000, files, order.spec.limits)
         self._start(cell, order.exec_id, order.spec, theirs)
         self._cells[order.cell_id] = cell
         return started
+
+    async def allocate(self, cell_id: str, spec: CellSpec) -> Started:
+        known = self.found(Handle(cell_id))
+        if known is not None:
+            return known
+        text, report = self._confined(spec)
+        started = Started(Handle(cell_id), "", report, text, None)
+        self._cells[cell_id] = _Cell(started, time.time_ns() // 1000, {}, spec.limits)
+        return started
+
+    def _confined(self, spec: CellSpec) -> tuple[bytes, SandboxReport]:
+        self._require(spec.require)
+        text = self.explain(spec).plan_text
+        report = SandboxReport(
+            level="cell",
+            executor=self.name,
+            enforced=dict.fromkeys(spec.require, True),
+            missing={name: reason for name, (reason, _) in self._missing.items()},
+            plan_digest=digest_bytes(text),
+        )
+        return text, report
 
     def _start(self, cell: _Cell, exec_id: str, spec: CellSpec, channel: socket.socket | None = None) -> None:
         program = self._programs.get(spec.argv[0])
@@ -215,22 +251,77 @@ class MemoryDriver:
     def _adopted(self) -> list[Adopted]:
         found = []
         for cell_id, cell in self._cells.items():
-            first = cell.execs[cell.started.exec_id]
-            end = None if first.acknowledged else first.end
-            found.append(Adopted(cell.started.handle, cell_id, cell.started.exec_id, cell.started_wall_us, end))
+            execs = {exec_id: each.end for exec_id, each in cell.execs.items() if not each.acknowledged}
+            first = cell.started.exec_id
+            found.append(Adopted(cell.started.handle, cell_id, first, cell.started_wall_us, execs.get(first), execs))
         return found
 
-    async def start_exec(self, handle: Handle, exec_id: str, spec: CellSpec) -> None:
+    async def start_exec(self, handle: Handle, exec_id: str, spec: CellSpec, stdio: Stdio = "logs") -> None:
         cell = self._cell(handle)
-        if exec_id not in cell.execs:
-            self._start(cell, exec_id, spec)
+        if exec_id in cell.execs:
+            return
+        ours, theirs = socket.socketpair() if stdio != "logs" else (None, None)
+        self._start(cell, exec_id, spec, theirs)
+        if ours is not None:
+            cell.execs[exec_id].stdio, cell.execs[exec_id].outside = stdio, ours.detach()
+
+    def has_exec(self, handle: Handle, exec_id: str) -> bool:
+        cell = self._cells.get(handle)
+        return cell is not None and exec_id in cell.execs
+
+    async def terminal(self, handle: Handle, exec_id: str) -> tuple[Stdio, int]:
+        executable = self._exec(handle, exec_id)
+        if executable.outside < 0:
+            raise AetherError("NOT_READY", f"cannot attach to {exec_id}: it has no terminal or standard input")
+        if executable.stdio == "tty":
+            return "tty", os.dup(executable.outside)
+        fd, executable.outside = executable.outside, -1
+        return executable.stdio, fd
+
+    async def window(self, handle: Handle, exec_id: str, rows: int, columns: int) -> None:
+        executable = self._exec(handle, exec_id)
+        if executable.stdio != "tty":
+            raise AetherError("NOT_READY", f"cannot size the terminal of {exec_id}: it has none")
+        executable.run.window = (rows, columns)
+
+    async def freeze(self, handle: Handle, frozen: bool) -> None:
+        self._cell(handle).frozen = frozen
+
+    async def resize(self, handle: Handle, limits: Limits) -> None:
+        self._cell(handle).limits = limits
+
+    async def stop_exec(self, handle: Handle, exec_id: str, grace_ms: int) -> None:
+        executable = self._exec(handle, exec_id)
+        executable.run.terminated.set()
+        asyncio.get_running_loop().call_later(grace_ms / 1000, executable.work.cancel)
+
+    async def put(self, handle: Handle, path: str, fd: int, executable: bool) -> None:
+        files = self._cell(handle).files
+        if any(other.startswith(path + "/") or path.startswith(other + "/") for other in files):
+            raise AetherError("OUTPUT_REFUSED", f"cannot put {path!r}: a directory is in its place")
+        files[path] = os.pread(fd, os.fstat(fd).st_size, 0)
+
+    async def files(self, handle: Handle, path: str) -> FileListing:
+        inside = f"{path}/" if path else ""
+        found: dict[str, FileEntry] = {}
+        for name, data in sorted(self._cell(handle).files.items()):
+            if name.startswith(inside):
+                first, below, _ = name[len(inside) :].partition("/")
+                kind: FileKind = "directory" if below else "file"
+                size = 0 if below else len(data)
+                found[first] = FileEntry(name=first, kind=kind, size_bytes=size, mode=0o644, modified_at=rfc3339(0))
+        if path and not found:
+            raise AetherError("NOT_FOUND", f"cannot list {path!r}: no such directory")
+        return FileListing(path=path, entries=tuple(found.values()), truncated=False)
 
     async def signal(self, handle: Handle, exec_id: str, signo: int) -> None:
         executable = self._exec(handle, exec_id)
         if signo == signal.SIGKILL:
             executable.work.cancel()
         else:
-            executable.run.terminated.set()
+            executable.run.signals.append(signo)
+            if signo == signal.SIGTERM:
+                executable.run.terminated.set()
 
     async def stop(self, handle: Handle, grace_ms: int) -> None:
         cell = self._cell(handle)
@@ -253,10 +344,12 @@ class MemoryDriver:
         return executable.end
 
     async def usage(self, handle: Handle) -> Usage:
-        first = next(iter(self._cell(handle).execs.values()))
-        if first.end is not None:
+        cell = self._cell(handle)
+        first = cell.execs.get(cell.started.exec_id)
+        if first is not None and first.end is not None:
             return first.end.usage
-        return Usage(wall_us=int((time.monotonic() - first.began_s) * 1e6), basis={"wall_us": "measured"})
+        wall_us = time.time_ns() // 1000 - cell.started_wall_us
+        return Usage(wall_us=wall_us, basis={"wall_us": "measured"})
 
     async def report(self, handle: Handle) -> SandboxReport:
         return self._cell(handle).started.report
@@ -283,12 +376,18 @@ class MemoryDriver:
         return fd
 
     async def acknowledge(self, handle: Handle, exec_id: str) -> None:
-        self._exec(handle, exec_id).acknowledged = True
+        cell, executable = self._cell(handle), self._exec(handle, exec_id)
+        executable.acknowledged = True
+        if not cell.started.exec_id:
+            cell.execs.pop(exec_id)
+            _close(executable)
 
     async def free(self, handle: Handle) -> None:
         if handle in self._cells:
             await self.kill(handle)
-            self._cells.pop(handle, None)
+            cell = self._cells.pop(handle, None)
+            for executable in cell.execs.values() if cell else ():
+                _close(executable)
 
     def _cell(self, handle: Handle) -> _Cell:
         cell = self._cells.get(handle)
@@ -301,6 +400,12 @@ class MemoryDriver:
         if executable is None:
             raise AetherError("NOT_FOUND", f"cannot find {exec_id} in cell {handle}")
         return executable
+
+
+def _close(executable: _Exec) -> None:
+    if executable.outside >= 0:
+        os.close(executable.outside)
+        executable.outside = -1
 
 
 def _matches(glob: str, path: str) -> bool:

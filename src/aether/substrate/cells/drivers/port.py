@@ -1,18 +1,22 @@
 """The driver contract: what a kind of isolation offers, over opaque handles and never over pids.
 
-A cell owns a list of executables from the start. Every verb but `launch` may be repeated; `launch` is idempotent
-by cell id. Errors are AetherError: LEVEL_UNMET and BAD_PLAN before anything happened, CELL_FAILED with the step,
-NO_SUCH_CELL for a handle that is no more, UNAVAILABLE when the driver has lost its means for now.
+A cell owns a list of executables from the start. One made by `launch` ends with its first; one made by `allocate`
+lives until it is freed, and its executables come and go by `start_exec` and `acknowledge`. Every verb may be
+repeated; `launch` and `allocate` are idempotent by cell id. Errors are AetherError: LEVEL_UNMET and BAD_PLAN before
+anything happened, CELL_FAILED with the step, NO_SUCH_CELL for a handle that is no more, UNAVAILABLE when the driver
+has lost its means for now.
 `tests/conformance/cell_driver` is the contract as tests; `memory.MemoryDriver` is the double.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NewType, Protocol
 
-from aether.contract.cells import CellSpec, ExecEnd, InputFile, SandboxReport, Usage
+from aether.contract.allocations import FileListing
+from aether.contract.cells import CellSpec, ExecEnd, InputFile, Limits, SandboxReport, Usage
+from aether.contract.jobs import Stdio
 from aether.contract.wire import CellFiles
 
 Handle = NewType("Handle", str)
@@ -53,13 +57,19 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Adopted:
-    """A cell found after a restart: its first executable, when it started, and its end if it has ended."""
+    """A cell found after a restart: its first executable, when it started, and its end if it has ended.
+
+    An allocated cell has none ("" and null); `execs` are all executables that were not acknowledged, with their ends.
+    `gone` says why the cell itself is no more, if so.
+    """
 
     handle: Handle
     cell_id: str
     exec_id: str
     started_wall_us: int
     end: ExecEnd | None
+    execs: dict[str, ExecEnd | None] = field(default_factory=dict)
+    gone: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +99,42 @@ class Driver(Protocol):
         """Every cell that lives or ended without being freed."""
         ...
 
-    async def start_exec(self, handle: Handle, exec_id: str, spec: CellSpec) -> None:
+    async def allocate(self, cell_id: str, spec: CellSpec) -> Started:
+        """A cell without an executable (`spec.argv` is empty), until it is freed; idempotent by cell id."""
+        ...
+
+    async def start_exec(self, handle: Handle, exec_id: str, spec: CellSpec, stdio: Stdio = "logs") -> None:
         """One more executable in a running cell: `argv`, `env`, `cwd` and `limits.timeout_ms` of `spec`."""
         ...
 
-    async def signal(self, handle: Handle, exec_id: str, signo: int) -> None: ...
+    def has_exec(self, handle: Handle, exec_id: str) -> bool:
+        """Whether the executable is there, living or ended, and was not acknowledged."""
+        ...
+
+    async def signal(self, handle: Handle, exec_id: str, signo: int) -> None:
+        """To the executable's process group."""
+        ...
+
+    async def stop_exec(self, handle: Handle, exec_id: str, grace_ms: int) -> None:
+        """SIGTERM, the grace, then SIGKILL to its session and to all that descends from it; returns at once."""
+        ...
+
+    async def terminal(self, handle: Handle, exec_id: str) -> tuple[Stdio, int]:
+        """`tty` and a descriptor of the terminal's other side, or `pipe` and the one writing end of its standard
+        input. The caller's. Raises NOT_READY when there is none (any more)."""
+        ...
+
+    async def window(self, handle: Handle, exec_id: str, rows: int, columns: int) -> None:
+        """The size of its terminal; raises NOT_READY where it has none."""
+        ...
+
+    async def freeze(self, handle: Handle, frozen: bool) -> None:
+        """Stop every process of the cell where it stands, or let them go on; raises LEVEL_UNMET."""
+        ...
+
+    async def resize(self, handle: Handle, limits: Limits) -> None:
+        """Other limits for a live cell; raises LEVEL_UNMET for what this host cannot enforce."""
+        ...
 
     async def stop(self, handle: Handle, grace_ms: int) -> None:
         """SIGTERM to every executable, the grace, then the end of the cell; returns at once."""
@@ -117,8 +158,17 @@ class Driver(Protocol):
         """A read-only descriptor of one output; the caller's."""
         ...
 
+    async def put(self, handle: Handle, path: str, fd: int, executable: bool) -> None:
+        """A file of the work directory, replaced whole by what the regular file `fd` (borrowed) holds; parents are
+        made. Raises OUTPUT_REFUSED for a path that leads through anything but directories."""
+        ...
+
+    async def files(self, handle: Handle, path: str) -> FileListing:
+        """The names in a directory of the work directory ("" for itself); raises NOT_FOUND."""
+        ...
+
     async def acknowledge(self, handle: Handle, exec_id: str) -> None:
-        """The end is recorded: it need not be told again."""
+        """The end is recorded: it need not be told again, and in an allocated cell the executable is forgotten."""
         ...
 
     async def free(self, handle: Handle) -> None:
@@ -127,6 +177,10 @@ class Driver(Protocol):
 
     def on_end(self, call: Callable[[ExecEnd], None]) -> None:
         """`call` hears of every end, once per connection; ends before a reconnect come by `adopt`."""
+        ...
+
+    def on_gone(self, call: Callable[[str, str | None], None]) -> None:
+        """`call(cell, reason)` hears of every cell that is no more; of those before a reconnect by `adopt`."""
         ...
 
 
