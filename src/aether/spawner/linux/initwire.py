@@ -176,8 +176,9 @@ def encode_step_failed(number: int, code: int) -> bytes:
 
 
 def encode_started(exec_id: str, pid: int, facts: Sequence[int]) -> bytes:
-    """`facts` in the order of Enforced."""
-    return _message(STARTED, _text(exec_id), struct.pack("<7I4Q", pid, *facts))
+    """`facts`: six as in Enforced, two rows of capget(2) (effective, permitted, inheritable; low, then high), the
+    bounding set."""
+    return _message(STARTED, _text(exec_id), struct.pack("<13IQ", pid, *facts))
 
 
 def encode_exec_failed(exec_id: str, step: str, code: int) -> bytes:
@@ -304,8 +305,9 @@ def _decode_event(r: Reader) -> Event:
         case 19:
             exec_id, pid = r.text(64), r.u32()
             uid, gid, groups, nnp, mode, dumpable = (r.u32() for _ in range(6))
-            caps = [r.u64() for _ in range(4)]
-            return Started(exec_id, pid, Enforced(uid, gid, groups, nnp == 1, mode, dumpable == 1, *caps))
+            words = [r.u32() for _ in range(6)]
+            caps = [low | high << 32 for low, high in zip(words[:3], words[3:], strict=True)]
+            return Started(exec_id, pid, Enforced(uid, gid, groups, nnp == 1, mode, dumpable == 1, *caps, r.u64()))
         case 20:
             return ExecFailed(r.text(64), _name(EXEC_STEPS, r.u32()), r.u32())
         case 21:

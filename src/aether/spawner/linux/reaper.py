@@ -25,7 +25,7 @@ from aether.spawner.linux.program import RESOURCES, Program
 
 EXECUTABLES_MAX: Final = 32
 _HIGH: Final = 128
-_REPORT: Final = struct.Struct("<8I4Q")  # step, errno, six facts, four capability sets
+_REPORT: Final = struct.Struct("<14IQ")  # step, errno, and what `encode_started` takes
 _PR_GET_DUMPABLE, _PR_GET_SECCOMP, _PR_CAPBSET_READ, _PR_GET_NO_NEW_PRIVS = 3, 21, 23, 39
 
 
@@ -207,7 +207,7 @@ def _become(program: Program, joined: bool, spec: ExecSpec, fds: Sequence[int], 
         step = "exec"
         _run(spec)
     except OSError as error:
-        os.write(pipe, _REPORT.pack(initwire.EXEC_STEPS.index(step), error.errno or 1, *[0] * 10))
+        os.write(pipe, _REPORT.pack(initwire.EXEC_STEPS.index(step), error.errno or 1, *[0] * 13))
     finally:
         os._exit(127)
 
@@ -247,12 +247,11 @@ def _facts(last_cap: int) -> bytes:
     data = ctypes.create_string_buffer(24)
     header = struct.pack("<Ii", 0x20080522, 0)
     kernel.syscall("capget", header, data)
-    e0, p0, i0, e1, p1, i1 = struct.unpack("<6I", data.raw)
     bounding = sum(1 << c for c in range(last_cap + 1) if kernel.prctl(_PR_CAPBSET_READ, c) == 1)
     return _REPORT.pack(
         0, 0, os.geteuid(), os.getegid(), len(os.getgroups()), kernel.prctl(_PR_GET_NO_NEW_PRIVS),
         kernel.prctl(_PR_GET_SECCOMP), kernel.prctl(_PR_GET_DUMPABLE),
-        e0 | e1 << 32, p0 | p1 << 32, i0 | i1 << 32, bounding,
+        *struct.unpack("<6I", data.raw), bounding,
     )  # fmt: skip
 
 

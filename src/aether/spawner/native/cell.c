@@ -1,27 +1,16 @@
 /* A new process becomes PID 1 of a cell: namespaces, root, ids, capabilities, Landlock, seccomp, in the one
  * order the kernel accepts. Each comment names the fact that fixes the place of its call. */
-#define _GNU_SOURCE
 #include "init.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <grp.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
 #include <linux/if.h>
 #include <linux/landlock.h>
 #include <linux/seccomp.h>
-#include <sched.h>
-#include <signal.h>
-#include <stdio.h>
-#include <string.h>
 #include <sys/ioctl.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
 #include <time.h>
-#include <unistd.h>
 
 /* execute, write_file, read_file, truncate, ioctl_dev: older headers lack the names of the last two. */
 enum { FILE_RIGHTS = 1 | 2 | 4 | 1 << 14 | 1 << 15 };
@@ -39,34 +28,26 @@ int close_after(int fd, int result) {
     return result;
 }
 
-noreturn void fail_step(const struct cell *cell, uint32_t step, int error) {
-    struct writer w;
-    begin_message(&w, MSG_STEP_FAILED);
-    put_u32(&w, step);
-    put_u32(&w, (uint32_t)error);
-    send_message(cell->control, &w);
+noreturn void fail(const struct cell *cell, uint32_t step) {
+    uint32_t body[] = {step, (uint32_t)errno};
+    send_message(cell->control, MSG_STEP_FAILED, NULL, body, sizeof body);
     _exit(1);
 }
 
-noreturn void fail_phase(const struct cell *cell, enum phase phase, int error) {
-    fail_step(cell, PHASE_BASE + phase, error);
-}
-
-static void write_file(const struct cell *cell, const char *path, const char *content) {
+int write_file(const char *path, const char *text) {
     int fd = open(path, O_WRONLY | O_CLOEXEC);
-    if (fd < 0 || write(fd, content, strlen(content)) < 0) fail_phase(cell, PHASE_ID_MAP, errno);
-    close(fd);
+    return fd < 0 ? -1 : close_after(fd, write(fd, text, strlen(text)) < 0 ? -1 : 0);
 }
 
 /* One id, mapped by the process itself: what an ordinary user may do (user_namespaces(7)). */
 static void map_own_id(const struct cell *cell) {
     const struct program *p = cell->program;
-    char line[64];
-    write_file(cell, "/proc/self/setgroups", "deny");
-    snprintf(line, sizeof line, "%u %u 1", p->job_uid, p->host_uid);
-    write_file(cell, "/proc/self/uid_map", line);
-    snprintf(line, sizeof line, "%u %u 1", p->job_gid, p->host_gid);
-    write_file(cell, "/proc/self/gid_map", line);
+    char uid[64], gid[64];
+    snprintf(uid, sizeof uid, "%u %u 1", p->job_uid, p->host_uid);
+    snprintf(gid, sizeof gid, "%u %u 1", p->job_gid, p->host_gid);
+    if (write_file("/proc/self/setgroups", "deny") < 0 || write_file("/proc/self/uid_map", uid) < 0 ||
+        write_file("/proc/self/gid_map", gid) < 0)
+        fail(cell, PHASE_ID_MAP);
 }
 
 int loopback_up(void) {
@@ -81,22 +62,22 @@ static void enter_namespaces(const struct cell *cell) {
     if (p->clone_flags & CLONE_NEWUSER) map_own_id(cell);
     /* Attach before NEWCGROUP, so that the cgroup is the root of what the cell sees. */
     for (uint32_t i = 0; i < p->attach_count; i++) {
-        if (write(cell->attach[i], "0", 1) != 1) fail_phase(cell, PHASE_CGROUP, errno);
+        if (write(cell->attach[i], "0", 1) != 1) fail(cell, PHASE_CGROUP);
         close(cell->attach[i]);
     }
     uint64_t flags = p->unshare_flags;
     if (cell->netns >= 0) {
-        if (setns(cell->netns, CLONE_NEWNET) < 0) fail_phase(cell, PHASE_NAMESPACES, errno);
+        if (setns(cell->netns, CLONE_NEWNET) < 0) fail(cell, PHASE_NAMESPACES);
         close(cell->netns);
         flags &= ~(uint64_t)CLONE_NEWNET;
     }
-    if (flags && unshare((int)flags) < 0) fail_phase(cell, PHASE_NAMESPACES, errno);
+    if (flags && unshare((int)flags) < 0) fail(cell, PHASE_NAMESPACES);
     if (p->unshare_flags & CLONE_NEWUTS && sethostname(p->hostname, strlen(p->hostname)) < 0)
-        fail_phase(cell, PHASE_HOSTNAME, errno);
-    if (flags & CLONE_NEWNET && loopback_up() < 0) fail_phase(cell, PHASE_LOOPBACK, errno);
+        fail(cell, PHASE_HOSTNAME);
+    if (flags & CLONE_NEWNET && loopback_up() < 0) fail(cell, PHASE_LOOPBACK);
 }
 
-static int set_capabilities(uint32_t low) {
+int set_capabilities(uint32_t low) {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
     struct __user_cap_data_struct data[2] = {{.effective = low, .permitted = low}};
     return (int)syscall(SYS_capset, &header, data);
@@ -108,57 +89,53 @@ static void drop_privilege(const struct cell *cell) {
     const struct program *p = cell->program;
     int block = p->id_count > 1;
     uint32_t base = 0, kept = 0;
-    if (block && syscall(SYS_setgroups, 0, NULL) < 0) fail_phase(cell, PHASE_IDS, errno);
+    if (block && syscall(SYS_setgroups, 0, NULL) < 0) fail(cell, PHASE_IDS);
     if (cell->userns >= 0) { /* setns(2) after setresuid is EPERM, and it refills the bounding set */
-        if (setns(cell->userns, CLONE_NEWUSER) < 0) fail_phase(cell, PHASE_USERNS, errno);
+        if (setns(cell->userns, CLONE_NEWUSER) < 0) fail(cell, PHASE_USERNS);
         close(cell->userns);
     } else if (block) {
         base = p->host_uid;
     }
     for (uint32_t cap = 0; cap <= p->last_cap; cap++) /* needs CAP_SETPCAP: before the ids change */
-        if (prctl(PR_CAPBSET_DROP, cap, 0, 0, 0) < 0 && errno != EPERM) fail_phase(cell, PHASE_CAPABILITIES, errno);
+        if (prctl(PR_CAPBSET_DROP, cap, 0, 0, 0) < 0 && errno != EPERM) fail(cell, PHASE_CAPABILITIES);
     if (block) {
         uid_t uid = base + p->init_uid;
         gid_t gid = base ? p->host_gid + p->init_uid : p->init_uid;
         kept = 1u << CAP_SETUID | 1u << CAP_SETGID | 1u << CAP_KILL;
         prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0);
         if (syscall(SYS_setresgid, gid, gid, gid) < 0 || syscall(SYS_setresuid, uid, uid, uid) < 0)
-            fail_phase(cell, PHASE_IDS, errno);
+            fail(cell, PHASE_IDS);
         prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0);
     }
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
-    if (set_capabilities(kept) < 0) fail_phase(cell, PHASE_CAPABILITIES, errno);
-    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0) fail_phase(cell, PHASE_NO_NEW_PRIVS, errno);
+    if (set_capabilities(kept) < 0) fail(cell, PHASE_CAPABILITIES);
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0) fail(cell, PHASE_NO_NEW_PRIVS);
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0); /* no ptrace, no /proc/1/mem, no /proc/1/fd for the same id */
 }
 
-void apply_landlock(const struct program *p, int *error) {
+int apply_landlock(const struct program *p) {
     int set = (int)syscall(SYS_landlock_create_ruleset, p->landlock_attr, (size_t)p->landlock_size, 0);
-    *error = set < 0 ? errno : 0;
-    for (uint32_t i = 0; i < p->rule_count && !*error; i++) {
+    for (uint32_t i = 0; i < p->rule_count && set >= 0; i++) {
         struct landlock_path_beneath_attr attr = {.allowed_access = p->rules[i].access};
-        attr.parent_fd = open(p->rules[i].path, O_PATH | O_CLOEXEC);
         struct stat st;
+        attr.parent_fd = open(p->rules[i].path, O_PATH | O_CLOEXEC);
         /* A rule on anything but a directory may name file rights only (landlock_add_rule(2), EINVAL). */
         if (attr.parent_fd >= 0 && fstat(attr.parent_fd, &st) == 0 && !S_ISDIR(st.st_mode))
             attr.allowed_access &= FILE_RIGHTS;
-        if (attr.parent_fd < 0 || syscall(SYS_landlock_add_rule, set, LANDLOCK_RULE_PATH_BENEATH, &attr, 0) < 0)
-            *error = errno;
-        close(attr.parent_fd);
+        int added = (int)syscall(SYS_landlock_add_rule, set, LANDLOCK_RULE_PATH_BENEATH, &attr, 0);
+        if (close_after(attr.parent_fd, added) < 0) return close_after(set, -1);
     }
-    if (!*error && syscall(SYS_landlock_restrict_self, set, 0) < 0) *error = errno;
-    if (set >= 0) close(set);
+    return close_after(set, set < 0 ? -1 : (int)syscall(SYS_landlock_restrict_self, set, 0));
 }
 
 /* Once for PID 1; executables inherit both, so that starting one costs no more than fork and exec. Without a pid
  * namespace Landlock waits for the executable: its signal scope then keeps executables away from this process. */
 static void confine(const struct cell *cell) {
     const struct program *p = cell->program;
-    int error = 0;
-    if (p->landlock_size && !(p->flags & PROGRAM_PER_EXEC_LANDLOCK)) apply_landlock(p, &error);
-    if (error) fail_phase(cell, PHASE_LANDLOCK, error);
     struct sock_fprog filter = {(unsigned short)p->filter_count, (struct sock_filter *)(uintptr_t)p->filter};
-    if (syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &filter) < 0) fail_phase(cell, PHASE_SECCOMP, errno);
+    if (p->landlock_size && !(p->flags & PROGRAM_PER_EXEC_LANDLOCK) && apply_landlock(p) < 0)
+        fail(cell, PHASE_LANDLOCK);
+    if (syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &filter) < 0) fail(cell, PHASE_SECCOMP);
 }
 
 noreturn void run_cell(struct cell *cell) {
@@ -167,7 +144,7 @@ noreturn void run_cell(struct cell *cell) {
     if (p->unshare_flags & CLONE_NEWNS) build_root(cell);
     drop_privilege(cell);
     /* After the ids: a change of credentials clears it (prctl(2)). A spawner that died before shows as EOF. */
-    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0) fail_phase(cell, PHASE_SIGNALS, errno);
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0) fail(cell, PHASE_SIGNALS);
     if (!(p->clone_flags & CLONE_NEWPID)) prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
     prctl(PR_SET_NAME, "aether-init", 0, 0, 0);
     confine(cell);

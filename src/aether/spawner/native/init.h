@@ -2,19 +2,27 @@
 #ifndef AETHER_INIT_H
 #define AETHER_INIT_H
 
+#define _GNU_SOURCE
 #include "wire.h"
 
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
 #include <stdnoreturn.h>
-#include <sys/types.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
-/* Fixed phases of a launch, reported as PHASE_BASE + phase; smaller numbers are steps of the plan. The order is
- * that of PHASES in linux/initwire.py. */
+/* Fixed phases of a launch, as reported; smaller numbers are steps of the plan. Order as PHASES in initwire.py. */
 enum phase {
-    PHASE_PROGRAM, PHASE_USERNS, PHASE_CLONE, PHASE_CGROUP, PHASE_NAMESPACES, PHASE_ID_MAP, PHASE_HOSTNAME,
+    PHASE_PROGRAM = 0x10000, PHASE_USERNS, PHASE_CLONE, PHASE_CGROUP, PHASE_NAMESPACES, PHASE_ID_MAP, PHASE_HOSTNAME,
     PHASE_LOOPBACK, PHASE_NEW_ROOT, PHASE_PIVOT, PHASE_IDS, PHASE_CAPABILITIES, PHASE_NO_NEW_PRIVS, PHASE_LANDLOCK,
     PHASE_SECCOMP, PHASE_SIGNALS,
 };
-enum { PHASE_BASE = 0x10000 };
 
 struct cell {
     const struct program *program;
@@ -27,23 +35,19 @@ struct cell {
 
 int64_t now_us(void);
 int close_after(int fd, int result); /* closes `fd`, keeps errno, returns `result` */
-noreturn void fail_step(const struct cell *cell, uint32_t step, int error);
-noreturn void fail_phase(const struct cell *cell, enum phase phase, int error);
+int write_file(const char *path, const char *text);
+noreturn void fail(const struct cell *cell, uint32_t step); /* reports errno at a step of the plan or a phase */
 
 int loopback_up(void);                                           /* cell.c: 0 or -1 */
 void build_root(const struct cell *cell);                        /* mounts.c */
-void apply_landlock(const struct program *program, int *error);  /* cell.c: *error is 0 or an errno */
+int apply_landlock(const struct program *program);               /* cell.c: 0 or -1 */
+int set_capabilities(uint32_t low);                              /* cell.c: 0 or -1 */
 noreturn void run_cell(struct cell *cell);                       /* cell.c: in the new process */
 noreturn void serve_cell(const struct cell *cell);               /* exec.c: PID 1 from here on */
 
-/* Appending to a message under construction. Events are small: a full buffer is a programming error. */
-struct writer { uint8_t data[512]; size_t size; };
-void begin_message(struct writer *w, int type);
-void put(struct writer *w, const void *bytes, size_t size);
-void put_u32(struct writer *w, uint32_t value);
-void put_u64(struct writer *w, uint64_t value);
-void put_text(struct writer *w, const char *text);
-int send_message(int fd, struct writer *w);
+/* A message to the spawner: `id` as a text field unless it is NULL, then the packed `body` as it lies. */
+#define PACKED __attribute__((packed))
+int send_message(int fd, uint16_t type, const char *id, const void *body, size_t size);
 ssize_t receive_message(int fd, uint8_t *data, size_t size, int *fds, int *fd_count);
 
 #endif

@@ -5,23 +5,13 @@
  * namespaces of id blocks are made once and kept: a block serves one cell at a time, and mounts that belong to the
  * initial user namespace cannot be undone from inside. As root one network namespace is made ahead while idle, the
  * largest single cost of a launch (0.4 ms); each serves one cell. */
-#define _GNU_SOURCE
 #include "init.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <linux/sched.h>
 #include <poll.h>
-#include <sched.h>
-#include <signal.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
-#include <unistd.h>
 
 enum { USERNS_KEPT = 64, IDLE_MS = 3 };
 
@@ -31,34 +21,16 @@ static uint8_t message[MESSAGE_BYTES_MAX];
 static struct program program;
 static int home = -1, netns = -1; /* our own network namespace; one made ahead */
 
-void put(struct writer *w, const void *bytes, size_t size) {
-    if (size > sizeof w->data - w->size) abort();
-    memcpy(w->data + w->size, bytes, size);
-    w->size += size;
-}
-
-void put_u32(struct writer *w, uint32_t value) { put(w, &value, sizeof value); }
-void put_u64(struct writer *w, uint64_t value) { put(w, &value, sizeof value); }
-
-void put_text(struct writer *w, const char *text) {
-    put_u32(w, (uint32_t)strlen(text));
-    put(w, text, strlen(text) + 1);
-}
-
-void begin_message(struct writer *w, int type) {
-    uint16_t head[2] = {(uint16_t)type, WIRE_VERSION};
-    w->size = 0;
-    put(w, head, sizeof head);
-    put_u32(w, 0);
-}
-
-int send_message(int fd, struct writer *w) {
-    uint32_t total = (uint32_t)w->size;
-    memcpy(w->data + 4, &total, sizeof total);
-    for (;;) {
-        if (send(fd, w->data, w->size, MSG_NOSIGNAL) >= 0) return 0;
+int send_message(int fd, uint16_t type, const char *id, const void *body, size_t size) {
+    size_t text = id ? strlen(id) : 0, start = id ? 12 : 8;
+    struct PACKED { uint16_t type, version; uint32_t total, text; } head = {type, WIRE_VERSION, 0, (uint32_t)text};
+    struct iovec parts[] = {
+        {&head, start}, {(void *)(uintptr_t)id, id ? text + 1 : 0}, {(void *)(uintptr_t)body, size}};
+    struct msghdr packet = {.msg_iov = parts, .msg_iovlen = 3};
+    head.total = (uint32_t)(start + parts[1].iov_len + size);
+    while (sendmsg(fd, &packet, MSG_NOSIGNAL) < 0)
         if (errno != EINTR) return -1;
-    }
+    return 0;
 }
 
 ssize_t receive_message(int fd, uint8_t *data, size_t size, int *fds, int *fd_count) {
@@ -161,7 +133,7 @@ static pid_t launch(int socket_fd, const int *fds, int fd_count, uint32_t *phase
     struct clone_args args = {.flags = p->clone_flags | CLONE_PARENT};
     if (has_dir) {
         args.flags |= CLONE_INTO_CGROUP;
-        args.cgroup = (uint64_t)fds[1];
+        args.cgroup = (uint32_t)fds[1];
     }
     pid_t pid = new_process(&args);
     int spare = p->id_count > 1 && p->unshare_flags & CLONE_NEWNET ? netns : -1;
@@ -182,15 +154,6 @@ static pid_t launch(int socket_fd, const int *fds, int fd_count, uint32_t *phase
     run_cell(&cell);
 }
 
-static void answer(int fd, int32_t pid, uint32_t phase, int error) {
-    struct writer w;
-    begin_message(&w, MSG_LAUNCHED);
-    put_u32(&w, (uint32_t)pid);
-    put_u32(&w, PHASE_BASE + phase);
-    put_u32(&w, (uint32_t)error);
-    if (send_message(fd, &w) < 0) _exit(1);
-}
-
 /* `aether-init serve FD`: PID 1 of a container that an OCI runtime has built. The runtime made namespaces and root;
  * the program, which arrives as the first message with the descriptors of a launch, says only who to be and what to
  * give up, so that executables start, end and are signalled as in every other cell. */
@@ -202,7 +165,7 @@ static int serve(int socket_fd) {
     if (syscall(SYS_close_range, socket_fd + 1, 0x7fffffff, 0) < 0) return 64;
     ssize_t size = receive_message(socket_fd, message, sizeof message, fds, &fd_count);
     struct cell cell = {.program = &program, .control = socket_fd, .userns = -1, .netns = -1, .exec_fds = fds};
-    if (size <= 0 || parse_program(message, (size_t)size, &program) < 0) fail_phase(&cell, PHASE_PROGRAM, EBADMSG);
+    if (size <= 0 || parse_program(message, (size_t)size, &program) < 0) errno = EBADMSG, fail(&cell, PHASE_PROGRAM);
     cell.exec_fd_count = fd_count;
     cell.started_us = now_us();
     run_cell(&cell);
@@ -231,8 +194,8 @@ int main(int argc, char **argv) {
         pid_t pid = -1;
         errno = EBADMSG;
         if (parse_program(message, (size_t)size, &program) == 0) pid = launch(socket_fd, fds, fd_count, &phase);
-        int error = pid < 0 ? errno : 0;
-        answer(socket_fd, pid, phase, error);
+        uint32_t answer[] = {(uint32_t)pid, phase, pid < 0 ? (uint32_t)errno : 0};
+        if (send_message(socket_fd, MSG_LAUNCHED, NULL, answer, sizeof answer) < 0) return 1;
         for (int i = 0; i < fd_count; i++) close(fds[i]);
         memset(message, 0, (size_t)size); /* the next cell's PID 1 inherits this memory */
     }

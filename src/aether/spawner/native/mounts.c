@@ -3,20 +3,12 @@
  * Destinations are resolved by openat2 beneath the new root without following any link, because a writable bind
  * may hold links that an earlier job made. Sources are resolved beneath the allowed root that the spawner named.
  * Trees are cloned detached, get their flags, and only then become visible. */
-#define _GNU_SOURCE
 #include "init.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <linux/mount.h>
 #include <linux/openat2.h>
-#include <stdio.h>
-#include <string.h>
 #include <sys/mount.h>
-#include <sys/stat.h>
 #include <sys/sysmacros.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 enum { SEALED = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_RDONLY };
 
@@ -135,7 +127,8 @@ static int mask(int root, const char *path) {
     if (S_ISDIR(st.st_mode))
         return attach_tree(new_mount("tmpfs", "nr_inodes=2\nmode=0555", SEALED), root, path);
     int null = open_inside(root, "/dev/null");
-    return null < 0 ? -1 : attach_tree(close_after(null, clone_tree(null, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC)), root, path);
+    if (null < 0) return -1;
+    return attach_tree(close_after(null, clone_tree(null, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC)), root, path);
 }
 
 static int perform(int root, const struct op *op) {
@@ -157,17 +150,17 @@ void build_root(const struct cell *cell) {
     const struct program *p = cell->program;
     umask(0);
     /* Slave: nothing of the cell reaches the host. Unmounts on the host still arrive, so nothing is pinned. */
-    if (mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL) < 0) fail_phase(cell, PHASE_NEW_ROOT, errno);
+    if (mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL) < 0) fail(cell, PHASE_NEW_ROOT);
     int root = new_mount("tmpfs", "size=1m\nnr_inodes=2048\nmode=0755", MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
     /* Over "/": a path lookup that starts at the process's root does not see it, so sources stay reachable. */
     if (root < 0 || syscall(SYS_move_mount, root, "", AT_FDCWD, "/", MOVE_MOUNT_F_EMPTY_PATH) < 0)
-        fail_phase(cell, PHASE_NEW_ROOT, errno);
+        fail(cell, PHASE_NEW_ROOT);
     for (uint32_t i = 0; i < p->op_count; i++)
-        if (perform(root, &p->ops[i]) < 0) fail_step(cell, p->ops[i].step, errno);
-    if (seal(root, "/") < 0) fail_phase(cell, PHASE_NEW_ROOT, errno);
+        if (perform(root, &p->ops[i]) < 0) fail(cell, p->ops[i].step);
+    if (seal(root, "/") < 0) fail(cell, PHASE_NEW_ROOT);
     /* pivot_root(2), "pivot_root(".", ".")": the old root ends on top of the new one and is taken off. */
     if (fchdir(root) < 0 || syscall(SYS_pivot_root, ".", ".") < 0 || umount2(".", MNT_DETACH) < 0 || chdir("/") < 0)
-        fail_phase(cell, PHASE_PIVOT, errno);
+        fail(cell, PHASE_PIVOT);
     close(root);
     umask(022);
 }

@@ -67,6 +67,7 @@ static void read_exec(struct reader *r, struct exec_request *out) {
     out->cwd = text(r, PATH_BYTES_MAX);
     out->flags = u32(r);
     out->extra_fds = bounded(r, EXTRA_FDS_MAX);
+    out->fd_count = 3 + (int)out->extra_fds - __builtin_popcount(out->flags & (EXEC_NULL_0 | EXEC_NULL_1 | EXEC_NULL_2));
     out->limit_count = read_limits(r, out->limits);
     out->argc = read_strings(r, out->argv, ARGS_MAX);
     out->envc = read_strings(r, out->env, ENV_MAX);
@@ -83,10 +84,6 @@ static void read_op(struct reader *r, struct op *out) {
     out->text2 = text(r, PATH_BYTES_MAX);
     if (out->kind < OP_DIR || out->kind > OP_MASK || out->path[0] != '/' || !out->path[1]) r->bad = 1;
     if (out->kind == OP_BIND && (out->text[0] != '/' || out->text2[0] == '/')) r->bad = 1;
-}
-
-int parse_type(const uint8_t *message, size_t size) {
-    return size < 8 ? -1 : message[0] | message[1] << 8;
 }
 
 int parse_program(const uint8_t *message, size_t size, struct program *out) {
@@ -131,9 +128,4 @@ int parse_signal(const uint8_t *message, size_t size, const char **id, int *sign
     *id = text(&r, ID_BYTES_MAX);
     *signo = (int)bounded(&r, 64);
     return finish(&r);
-}
-
-int exec_fd_count(const struct exec_request *request) {
-    int nulls = !!(request->flags & EXEC_NULL_0) + !!(request->flags & EXEC_NULL_1) + !!(request->flags & EXEC_NULL_2);
-    return 3 - nulls + (int)request->extra_fds;
 }

@@ -46,6 +46,7 @@ struct limit { uint32_t resource; uint64_t soft, hard; };
 struct exec_request {
     const char *id, *cwd;
     uint32_t flags, extra_fds, limit_count, argc, envc;
+    int fd_count; /* descriptors that must come with it */
     struct limit limits[RLIMITS_MAX];
     const char *argv[ARGS_MAX + 1], *env[ENV_MAX + 1]; /* NULL-terminated */
 };
@@ -64,10 +65,8 @@ struct program {
     struct exec_request exec; /* with PROGRAM_EXEC */
 };
 
-int parse_type(const uint8_t *message, size_t size); /* message type, or -1 */
 int parse_program(const uint8_t *message, size_t size, struct program *out);
 int parse_exec(const uint8_t *message, size_t size, struct exec_request *out);
 int parse_signal(const uint8_t *message, size_t size, const char **id, int *signo);
-int exec_fd_count(const struct exec_request *request); /* descriptors that must come with it */
 
 #endif

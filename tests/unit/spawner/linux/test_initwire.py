@@ -47,9 +47,13 @@ def test_signal_travels_unchanged(exec_id: str, signo: int) -> None:
 
 @given(IDS, U32, st.lists(st.integers(0, 1), min_size=6, max_size=6), st.lists(U64, min_size=4, max_size=4))
 def test_started_travels_unchanged(exec_id: str, pid: int, facts: list[int], caps: list[int]) -> None:
-    event = initwire.decode_event(initwire.encode_started(exec_id, pid, [*facts, *caps]))
+    rows = [*(c & 0xFFFFFFFF for c in caps[:3]), *(c >> 32 for c in caps[:3])]
+    event = initwire.decode_event(initwire.encode_started(exec_id, pid, [*facts, *rows, caps[3]]))
     assert isinstance(event, initwire.Started)
-    assert (event.exec_id, event.pid, event.enforced.cap_bounding) == (exec_id, pid, caps[3])
+    assert (event.exec_id, event.pid) == (exec_id, pid)
+    enforced = event.enforced
+    got = [enforced.cap_effective, enforced.cap_permitted, enforced.cap_inheritable, enforced.cap_bounding]
+    assert got == caps
     assert event.enforced.no_new_privs == (facts[3] == 1)
 
 
