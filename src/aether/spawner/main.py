@@ -27,7 +27,8 @@ from typing import Any
 
 from aether.contract import limits
 from aether.spawner.cells import now_wall_us
-from aether.spawner.keeperlink import KeeperLink, KeeperOptions
+from aether.spawner.helper import HelperOptions
+from aether.spawner.keeperlink import KeeperLink
 from aether.spawner.launcher import Launcher
 from aether.spawner.lifecycle import Lifecycle
 from aether.spawner.linux.cgroup_host import open_driver
@@ -94,9 +95,9 @@ class Spawner:
         self.server = Server(self.loop, frozenset({os.geteuid(), 0, options.peer_uid} - {-1}))
         work_ops = WorkOps(self.loop, self.work)
         self.lifecycle = Lifecycle(self.loop, self.cgroups, self.launcher, self.server.emit, work_ops.remove)
-        keeper = KeeperOptions(str(self._state / "logs/jobs"))
+        keeper = HelperOptions(str(self._state / "logs/jobs"))
         if self._root:
-            keeper = KeeperOptions(keeper.directory, options.keeper_uid, options.gid)
+            keeper = HelperOptions(keeper.directory, options.keeper_uid, options.gid)
         self.keeper = KeeperLink(self.loop, keeper, self.lifecycle.on_output)
         self.lifecycle.keeper = self.keeper
         self._work_ops = work_ops

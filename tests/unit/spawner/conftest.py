@@ -19,7 +19,8 @@ import pytest
 
 from aether.contract import limits
 from aether.contract.cellplan import ExecSpec, Plan
-from aether.spawner.keeperlink import KeeperLink, KeeperOptions
+from aether.spawner.helper import HelperOptions
+from aether.spawner.keeperlink import KeeperLink
 from aether.spawner.launcher import InitEvent, LaunchFailedError
 from aether.spawner.lifecycle import Lifecycle
 from aether.spawner.linux.cgroup_host import open_driver
@@ -189,7 +190,7 @@ class Rig:
         uid = 65534 if os.geteuid() == 0 else -1
         if uid > 0:
             os.chown(state / "logs", uid, uid)
-        self.keeper = KeeperLink(self.loop, KeeperOptions(str(state / "logs"), uid, uid), self.lifecycle.on_output)
+        self.keeper = KeeperLink(self.loop, HelperOptions(str(state / "logs"), uid, uid), self.lifecycle.on_output)
         self.lifecycle.keeper = self.keeper
         rules = Rules(("/usr",), str(state), self.work.path)
         self.warm = Warm(self.loop, self.lifecycle, self.work_ops, self.work.path)
