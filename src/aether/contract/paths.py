@@ -38,6 +38,16 @@ class Layout:
         return self.run / "authority.sock"
 
     @property
+    def egress_socket(self) -> Path:
+        """Framed link for egressd."""
+        return self.run / "egress.sock"
+
+    @property
+    def secrets(self) -> Path:
+        """Files that credentials may name, egressd's alone to read; the operator puts them there."""
+        return self.root / "secrets"
+
+    @property
     def spawner_socket(self) -> Path:
         return self.run / "spawner.sock"
 
