@@ -75,7 +75,13 @@ def readable_copy() -> Iterator[str]:
     """The spawner's part of the package where an ordinary user may read it."""
     directory = Path(tempfile.mkdtemp(prefix="aether-cells-"))
     try:
-        for part in ("__init__.py", "contract/__init__.py", "contract/cellplan.py", "spawner/__init__.py"):
+        for part in (
+            "__init__.py",
+            "contract/__init__.py",
+            "contract/cellplan.py",
+            "contract/planfields.py",
+            "spawner/__init__.py",
+        ):
             target = directory / "aether" / part
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(SOURCE / "aether" / part, target)

@@ -5,7 +5,7 @@ authority to the spawner as JSON, is parsed once into the frozen types below, ca
 (`describe`, behind `aether cell explain`), and is then executed without any further decision.
 
 Invariants
-- Standard library only: the spawner imports this module and nothing else of the package.
+- Standard library only, with `planfields`: the spawner imports nothing else of the package but the limits.
 - `parse_plan` and `parse_exec` are strict: an unknown field, a wrong type, a path that is not absolute and
   normalised, or a host source outside the roots given by the spawner is refused. Empty means nothing allowed.
 - Everything in a plan is mandatory. What the host cannot do must be left out by who writes the plan; an
@@ -15,15 +15,18 @@ Invariants
 
 from __future__ import annotations
 
-import posixpath
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Final, NoReturn, TypeVar, cast
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Final, cast
+
+from aether.contract import planfields as pf
+from aether.contract.planfields import PATH_BYTES_MAX, PlanError, is_beneath
+
+__all__ = ["PATH_BYTES_MAX", "PlanError", "is_beneath"]
 
 PLAN_VERSION: Final = 1
 STEPS_MAX: Final = 128
-PATH_BYTES_MAX: Final = 1024
 CONTENT_BYTES_MAX: Final = 32 * 1024
 MASK_PATHS_MAX: Final = 32
 LANDLOCK_RULES_MAX: Final = 64
@@ -50,15 +53,6 @@ RLIM_INFINITY: Final = (1 << 64) - 1
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
-
-
-class PlanError(ValueError):
-    """A plan or executable specification that is refused. `field` says where, `why` says why."""
-
-    def __init__(self, field: str, why: str) -> None:
-        super().__init__(f"cannot use plan: {field}: {why}")
-        self.field = field
-        self.why = why
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +160,25 @@ class Mask:
     paths: tuple[str, ...]
 
 
-Step = Dir | Symlink | File | BindRo | BindRw | BindDev | Tmpfs | Proc | DevMinimal | Mask
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """A directory tree of the host with a layer of its own on top, which takes all changes; nosuid, nodev.
+
+    At "/" it is the cell's root: the first step, so that the steps that follow write into its layer. `upper` is the
+    host directory that keeps the layer, and its sibling `.scratch-<name>` is overlayfs's own; without `upper` the
+    layer is in memory, and the root becomes read-only when it is complete. As root, the files of `lower` are shown
+    as the job's own where they may be changed.
+    """
+
+    op: ClassVar[str] = "overlay"
+    path: str
+    lower: str
+    upper: str | None = None
+
+
+Step = Dir | Symlink | File | BindRo | BindRw | BindDev | Tmpfs | Proc | DevMinimal | Mask | Overlay
 STEP_TYPES: Final[Mapping[str, type[Step]]] = {
-    t.op: t for t in (Dir, Symlink, File, BindRo, BindRw, BindDev, Tmpfs, Proc, DevMinimal, Mask)
+    t.op: t for t in (Dir, Symlink, File, BindRo, BindRw, BindDev, Tmpfs, Proc, DevMinimal, Mask, Overlay)
 }
 
 
@@ -246,101 +256,6 @@ class ExecSpec:
 
 # ---------------------------------------------------------------------------------------------- parsing
 
-_T = TypeVar("_T")
-
-
-def _refuse(field: str, why: str) -> NoReturn:
-    raise PlanError(field, why)
-
-
-def _object(value: object, field: str, required: Collection[str], optional: Collection[str]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        _refuse(field, "must be an object")
-    for name in value:
-        if name not in required and name not in optional:
-            _refuse(f"{field}.{name}"[:120], "unknown field")
-    for name in required:
-        if name not in value:
-            _refuse(f"{field}.{name}", "missing")
-    return cast("dict[str, Any]", value)
-
-
-def _dataclass_object(value: object, field: str, kind: type[Any], *also: str) -> dict[str, Any]:
-    """Required are the fields of `kind` without a default."""
-    names = {f.name: f.default is MISSING for f in fields(kind)}
-    required = [*also, *(n for n, needed in names.items() if needed)]
-    return _object(value, field, required, [n for n, needed in names.items() if not needed])
-
-
-def _int(value: object, field: str, low: int, high: int) -> int:
-    """Integers above 2^53 may travel as decimal strings."""
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 20:
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        _refuse(field, f"must be an integer from {low} to {high}")
-    return value
-
-
-def _bool(value: object, field: str) -> bool:
-    if not isinstance(value, bool):
-        _refuse(field, "must be true or false")
-    return value
-
-
-def _text(value: object, field: str, bytes_max: int) -> str:
-    if not isinstance(value, str):
-        _refuse(field, "must be a string")
-    if "\0" in value:
-        _refuse(field, "must not hold NUL")
-    try:
-        size = len(value.encode("utf-8", "surrogateescape"))
-    except UnicodeEncodeError:
-        _refuse(field, "must be valid text")
-    if size > bytes_max:
-        _refuse(field, f"must be at most {bytes_max} bytes")
-    return value
-
-
-def _match(value: object, field: str, pattern: re.Pattern[str]) -> str:
-    text = _text(value, field, 256)
-    if not pattern.fullmatch(text):
-        _refuse(field, f"must match {pattern.pattern}")
-    return text
-
-
-def _choice(value: object, field: str, allowed: Sequence[str]) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        _refuse(field, f"must be one of {', '.join(allowed)}")
-    return value
-
-
-def _list(value: object, field: str, count_max: int) -> list[Any]:
-    if not isinstance(value, list | tuple):
-        _refuse(field, "must be a list")
-    if len(value) > count_max:
-        _refuse(field, f"must have at most {count_max} entries")
-    return list(value)
-
-
-def _path(value: object, field: str) -> str:
-    """Absolute, normalised, without '..': the text is the path that is used."""
-    path = _text(value, field, PATH_BYTES_MAX)
-    if not path.startswith("/") or path.startswith("//") or posixpath.normpath(path) != path:
-        _refuse(field, "must be an absolute normalised path")
-    return path
-
-
-def _below_root(value: object, field: str) -> str:
-    path = _path(value, field)
-    if path == "/":
-        _refuse(field, "must not be the root itself")
-    return path
-
-
-def is_beneath(path: str, root: str) -> bool:
-    """Lexically: `path` is `root` or lies below it."""
-    return root == "/" or path == root or path.startswith(root + "/")
-
 
 @dataclass(frozen=True, slots=True)
 class _Allowed:
@@ -348,90 +263,92 @@ class _Allowed:
     devices: frozenset[str]
 
     def source(self, value: object, field: str) -> str:
-        path = _path(value, field)
+        path = pf.path(value, field)
         if not any(is_beneath(path, root) for root in self.roots):
-            _refuse(field, "lies outside the allowed roots")
+            pf.refuse(field, "lies outside the allowed roots")
         return path
 
     def device(self, value: object, field: str) -> str:
-        path = _path(value, field)
+        path = pf.path(value, field)
         if path not in self.devices:
-            _refuse(field, "is not an allowed device")
+            pf.refuse(field, "is not an allowed device")
         return path
 
 
 def _parse_step(value: object, field: str, allowed: _Allowed) -> Step:
     if not isinstance(value, dict) or not isinstance(value.get("op"), str):
-        _refuse(field, "must be an object with an op")
+        pf.refuse(field, "must be an object with an op")
     kind = STEP_TYPES.get(value["op"])
     if kind is None:
-        _refuse(f"{field}.op", f"must be one of {', '.join(STEP_TYPES)}")
-    obj = _dataclass_object(value, field, kind, "op")
+        pf.refuse(f"{field}.op", f"must be one of {', '.join(STEP_TYPES)}")
+    obj = pf.dataclass_object(value, field, kind, "op")
     given = {name: obj[name] for name in obj if name != "op"}
     checks: dict[str, Any] = {
-        "path": _below_root,
-        "mode": lambda v, f: _int(v, f, 0, 0o1777),
-        "target": lambda v, f: _text(v, f, PATH_BYTES_MAX),
-        "content": lambda v, f: _text(v, f, CONTENT_BYTES_MAX),
+        "path": pf.path if kind is Overlay else pf.below_root,
+        "mode": lambda v, f: pf.integer(v, f, 0, 0o1777),
+        "target": lambda v, f: pf.text(v, f, PATH_BYTES_MAX),
+        "content": lambda v, f: pf.text(v, f, CONTENT_BYTES_MAX),
         "source": allowed.device if kind is BindDev else allowed.source,
-        "size_bytes": lambda v, f: _int(v, f, 4096, TMPFS_BYTES_MAX),
-        "inodes_max": lambda v, f: _int(v, f, 1, INODES_MAX),
-        "exec_allowed": _bool,
-        "pty": _bool,
-        "paths": lambda v, f: tuple(_below_root(p, f) for p in _list(v, f, MASK_PATHS_MAX)),
+        "lower": allowed.source,
+        "upper": lambda v, f: None if v is None else allowed.source(v, f),
+        "size_bytes": lambda v, f: pf.integer(v, f, 4096, TMPFS_BYTES_MAX),
+        "inodes_max": lambda v, f: pf.integer(v, f, 1, INODES_MAX),
+        "exec_allowed": pf.boolean,
+        "pty": pf.boolean,
+        "paths": lambda v, f: tuple(pf.below_root(p, f) for p in pf.list_of(v, f, MASK_PATHS_MAX)),
     }
     step = kind(**{name: checks[name](item, f"{field}.{name}") for name, item in given.items()})
     if isinstance(step, Symlink) and not step.target:
-        _refuse(f"{field}.target", "must not be empty")
+        pf.refuse(f"{field}.target", "must not be empty")
     return step
 
 
 def _parse_id_map(value: object, field: str) -> IdMap:
-    obj = _dataclass_object(value, field, IdMap)
-    numbers = {name: _int(item, f"{field}.{name}", 0, UID_MAX) for name, item in obj.items()}
+    obj = pf.dataclass_object(value, field, IdMap)
+    numbers = {name: pf.integer(item, f"{field}.{name}", 0, UID_MAX) for name, item in obj.items()}
     ids = IdMap(**numbers)
     if ids.count < 1 or ids.host_uid + ids.count > UID_MAX or ids.host_gid + ids.count > UID_MAX:
-        _refuse(f"{field}.count", "the block leaves the range of ids")
+        pf.refuse(f"{field}.count", "the block leaves the range of ids")
     if ids.job_uid == 0:
-        _refuse(f"{field}.job_uid", "executables never run as root of the cell")
+        pf.refuse(f"{field}.job_uid", "executables never run as root of the cell")
     if ids.count == 1:
         if ids.init_uid != ids.job_uid:
-            _refuse(f"{field}.init_uid", "a single id serves PID 1 and executables")
+            pf.refuse(f"{field}.init_uid", "a single id serves PID 1 and executables")
         return ids
     if ids.host_uid < 1 or ids.host_gid < 1:
-        _refuse(field, "the block must not hold the host's root")
+        pf.refuse(field, "the block must not hold the host's root")
     if max(ids.init_uid, ids.job_uid, ids.job_gid) >= ids.count:
-        _refuse(f"{field}.count", "the block is smaller than its ids")
+        pf.refuse(f"{field}.count", "the block is smaller than its ids")
     if ids.init_uid == ids.job_uid:
-        _refuse(f"{field}.init_uid", "must differ from job_uid")
+        pf.refuse(f"{field}.init_uid", "must differ from job_uid")
     return ids
 
 
 def _parse_landlock(value: object, field: str) -> Landlock | None:
     if value is None:
         return None
-    obj = _dataclass_object(value, field, Landlock)
+    obj = pf.dataclass_object(value, field, Landlock)
     rules = []
-    for i, item in enumerate(_list(obj["rules"], f"{field}.rules", LANDLOCK_RULES_MAX)):
+    for i, item in enumerate(pf.list_of(obj["rules"], f"{field}.rules", LANDLOCK_RULES_MAX)):
         at = f"{field}.rules[{i}]"
-        rule = _dataclass_object(item, at, LandlockRule)
-        words = _list(rule["access"], f"{at}.access", len(LANDLOCK_ACCESS))
-        access = tuple(_choice(w, f"{at}.access", LANDLOCK_ACCESS) for w in words)
-        rules.append(LandlockRule(_path(rule["path"], f"{at}.path"), access))
-    flags = {n: _bool(obj[n], f"{field}.{n}") for n in ("tcp", "scoped") if n in obj}
+        rule = pf.dataclass_object(item, at, LandlockRule)
+        words = pf.list_of(rule["access"], f"{at}.access", len(LANDLOCK_ACCESS))
+        access = tuple(pf.choice(w, f"{at}.access", LANDLOCK_ACCESS) for w in words)
+        rules.append(LandlockRule(pf.path(rule["path"], f"{at}.path"), access))
+    flags = {n: pf.boolean(obj[n], f"{field}.{n}") for n in ("tcp", "scoped") if n in obj}
     return Landlock(tuple(rules), **flags)
 
 
 def _parse_rlimits(value: object, field: str) -> tuple[Rlimit, ...]:
     result = []
-    for i, item in enumerate(_list(value, field, RLIMITS_MAX)):
+    for i, item in enumerate(pf.list_of(value, field, RLIMITS_MAX)):
         at = f"{field}[{i}]"
-        obj = _dataclass_object(item, at, Rlimit)
-        name = _choice(obj["name"], f"{at}.name", RLIMIT_NAMES)
-        soft = _int(obj["soft"], f"{at}.soft", 0, RLIM_INFINITY)
-        hard = _int(obj["hard"], f"{at}.hard", 0, RLIM_INFINITY)
+        obj = pf.dataclass_object(item, at, Rlimit)
+        name = pf.choice(obj["name"], f"{at}.name", RLIMIT_NAMES)
+        soft = pf.integer(obj["soft"], f"{at}.soft", 0, RLIM_INFINITY)
+        hard = pf.integer(obj["hard"], f"{at}.hard", 0, RLIM_INFINITY)
         if soft > hard:
-            _refuse(f"{at}.soft", "must not exceed hard")
+            pf.refuse(f"{at}.soft", "must not exceed hard")
         result.append(Rlimit(name, soft, hard))
     return tuple(result)
 
@@ -443,20 +360,20 @@ def parse_plan(obj: object, *, source_roots: Sequence[str], devices: Collection[
     nodes that `bind_dev` may show. The check is lexical; the executor resolves beneath the same roots.
     """
     allowed = _Allowed(tuple(source_roots), frozenset(devices))
-    top = _dataclass_object(obj, "plan", Plan)
-    _int(top.get("version", PLAN_VERSION), "plan.version", PLAN_VERSION, PLAN_VERSION)
-    names = [_choice(n, "plan.namespaces", NAMESPACES) for n in _list(top["namespaces"], "plan.namespaces", 7)]
+    top = pf.dataclass_object(obj, "plan", Plan)
+    pf.integer(top.get("version", PLAN_VERSION), "plan.version", PLAN_VERSION, PLAN_VERSION)
+    names = [pf.choice(n, "plan.namespaces", NAMESPACES) for n in pf.list_of(top["namespaces"], "plan.namespaces", 7)]
     plan = Plan(
-        cell_id=_match(top["cell_id"], "plan.cell_id", _ID),
-        level=_choice(top["level"], "plan.level", LEVELS),
+        cell_id=pf.match(top["cell_id"], "plan.cell_id", _ID),
+        level=pf.choice(top["level"], "plan.level", LEVELS),
         namespaces=tuple(n for n in NAMESPACES if n in names),
         id_map=_parse_id_map(top["id_map"], "plan.id_map"),
-        hostname=_match(top["hostname"], "plan.hostname", _HOSTNAME),
+        hostname=pf.match(top["hostname"], "plan.hostname", _HOSTNAME),
         steps=tuple(
             _parse_step(s, f"plan.steps[{i}]", allowed)
-            for i, s in enumerate(_list(top["steps"], "plan.steps", STEPS_MAX))
+            for i, s in enumerate(pf.list_of(top["steps"], "plan.steps", STEPS_MAX))
         ),
-        seccomp_profile=_choice(top["seccomp_profile"], "plan.seccomp_profile", SECCOMP_PROFILES),
+        seccomp_profile=pf.choice(top["seccomp_profile"], "plan.seccomp_profile", SECCOMP_PROFILES),
         landlock=_parse_landlock(top["landlock"], "plan.landlock"),
         rlimits=_parse_rlimits(top.get("rlimits", []), "plan.rlimits"),
     )
@@ -466,50 +383,57 @@ def parse_plan(obj: object, *, source_roots: Sequence[str], devices: Collection[
 
 def _check_whole(plan: Plan) -> None:
     if "net" not in plan.namespaces and plan.seccomp_profile != "offline":
-        _refuse("plan.seccomp_profile", "without a network namespace it must be offline")
+        pf.refuse("plan.seccomp_profile", "without a network namespace it must be offline")
     if sum(len(s.content.encode("utf-8", "surrogateescape")) for s in plan.steps if isinstance(s, File)) > (
         CONTENT_BYTES_MAX
     ):
-        _refuse("plan.steps", f"literal files must total at most {CONTENT_BYTES_MAX} bytes")
+        pf.refuse("plan.steps", f"literal files must total at most {CONTENT_BYTES_MAX} bytes")
     if plan.level == "process":
         if plan.namespaces or plan.steps:
-            _refuse("plan.level", "a process-level plan has no namespaces and no steps")
+            pf.refuse("plan.level", "a process-level plan has no namespaces and no steps")
         return
     if "pid" not in plan.namespaces or "mnt" not in plan.namespaces:
-        _refuse("plan.namespaces", "a cell needs pid and mnt")
+        pf.refuse("plan.namespaces", "a cell needs pid and mnt")
     if not plan.steps:
-        _refuse("plan.steps", "a cell without steps has an empty root")
+        pf.refuse("plan.steps", "a cell without steps has an empty root")
+    for number, step in enumerate(plan.steps):
+        if isinstance(step, Overlay) and (step.path == "/") != (number == 0):
+            pf.refuse(f"plan.steps[{number}]", "an overlay at the root, and no other, is the first step")
+        if isinstance(step, Overlay) and step.path != "/" and step.upper is None:
+            pf.refuse(f"plan.steps[{number}].upper", "only the root's layer may be in memory")
     if plan.id_map.count == 1 and "user" not in plan.namespaces:
-        _refuse("plan.namespaces", "a single-id cell needs user")
+        pf.refuse("plan.namespaces", "a single-id cell needs user")
 
 
 def parse_exec(obj: object) -> ExecSpec:
     """JSON object -> ExecSpec, or PlanError. `env` is an object of strings."""
-    top = _dataclass_object(obj, "exec", ExecSpec)
-    argv = tuple(_text(a, "exec.argv", EXEC_BYTES_MAX) for a in _list(top["argv"], "exec.argv", ARGS_MAX))
+    top = pf.dataclass_object(obj, "exec", ExecSpec)
+    argv = tuple(pf.text(a, "exec.argv", EXEC_BYTES_MAX) for a in pf.list_of(top["argv"], "exec.argv", ARGS_MAX))
     if not argv or not argv[0]:
-        _refuse("exec.argv", "must name a program")
+        pf.refuse("exec.argv", "must name a program")
     env_obj = top.get("env", {})
     if not isinstance(env_obj, dict) or len(env_obj) > ENV_MAX:
-        _refuse("exec.env", f"must be an object with at most {ENV_MAX} entries")
-    env = tuple((_match(k, "exec.env", _ENV_NAME), _text(v, "exec.env", EXEC_BYTES_MAX)) for k, v in env_obj.items())
+        pf.refuse("exec.env", f"must be an object with at most {ENV_MAX} entries")
+    env = tuple(
+        (pf.match(k, "exec.env", _ENV_NAME), pf.text(v, "exec.env", EXEC_BYTES_MAX)) for k, v in env_obj.items()
+    )
     size = sum(len(a.encode("utf-8", "surrogateescape")) + 1 for a in argv)
     size += sum(len(k) + len(v.encode("utf-8", "surrogateescape")) + 2 for k, v in env)
     if size > EXEC_BYTES_MAX:
-        _refuse("exec", f"argv and env must total at most {EXEC_BYTES_MAX} bytes")
-    kinds = _list(top.get("stdio", ["null"] * 3), "exec.stdio", 3)
+        pf.refuse("exec", f"argv and env must total at most {EXEC_BYTES_MAX} bytes")
+    kinds = pf.list_of(top.get("stdio", ["null"] * 3), "exec.stdio", 3)
     if len(kinds) != 3:
-        _refuse("exec.stdio", "must have three entries")
-    stdio = tuple(_choice(k, "exec.stdio", STDIO_KINDS) for k in kinds)
+        pf.refuse("exec.stdio", "must have three entries")
+    stdio = tuple(pf.choice(k, "exec.stdio", STDIO_KINDS) for k in kinds)
     return ExecSpec(
-        exec_id=_match(top["exec_id"], "exec.exec_id", _ID),
+        exec_id=pf.match(top["exec_id"], "exec.exec_id", _ID),
         argv=argv,
         env=env,
-        cwd=_path(top.get("cwd", "/"), "exec.cwd"),
+        cwd=pf.path(top.get("cwd", "/"), "exec.cwd"),
         stdio=cast("tuple[str, str, str]", stdio),
-        extra_fds=_int(top.get("extra_fds", 0), "exec.extra_fds", 0, EXTRA_FDS_MAX),
+        extra_fds=pf.integer(top.get("extra_fds", 0), "exec.extra_fds", 0, EXTRA_FDS_MAX),
         rlimits=_parse_rlimits(top.get("rlimits", []), "exec.rlimits"),
-        tty=_bool(top.get("tty", False), "exec.tty"),
+        tty=pf.boolean(top.get("tty", False), "exec.tty"),
     )
 
 
@@ -559,6 +483,9 @@ def _describe_step(step: Step) -> str:
             return f"minimal devices at {step.path}" + (" with pty" if step.pty else "")
         case Mask():
             return f"cover {', '.join(step.paths)}"
+        case Overlay():
+            kept = f"kept in {step.upper}" if step.upper is not None else "none, it becomes read-only"
+            return f"show host tree {step.lower} at {step.path}, nosuid, nodev; changes: {kept}"
 
 
 def describe(plan: Plan) -> list[str]:

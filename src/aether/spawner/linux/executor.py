@@ -17,11 +17,11 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from aether.contract.cellplan import ExecSpec, Plan, PlanError
-from aether.spawner.linux.program import HostFacts, Program, lower
+from aether.spawner.linux.program import LAYER_MAPPED, OP_LAYER, HostFacts, Op, Program, lower
 
 
 class LaunchError(Exception):
@@ -38,9 +38,22 @@ class LaunchError(Exception):
 def lower_plan(plan: Plan, roots: Sequence[str], facts: HostFacts) -> Program:
     """program.lower, with a plan that this kernel cannot carry out as LaunchError."""
     try:
-        return lower(plan, roots, facts)
+        program = lower(plan, roots, facts)
     except PlanError as error:
         raise LaunchError(error.field, 0, f"{error.why}: leave it out of the plan") from error
+    mapped = [op for op in program.ops if op.kind == OP_LAYER and op.flags & LAYER_MAPPED]
+    return replace(program, layer_owner=_owner(mapped)) if mapped else program
+
+
+def _owner(layers: Sequence[Op]) -> tuple[int, int]:
+    """Who owns the directories of layers that the job shall own in its cell: one owner for all."""
+    try:
+        found = {(about.st_uid, about.st_gid) for about in (os.lstat(f"{op.text}/{op.text2}") for op in layers)}
+    except OSError as error:
+        raise LaunchError("layers", error.errno or 0, "the image is not unpacked here: import it again") from error
+    if len(found) != 1:
+        raise LaunchError("layers", 0, "layers of one cell must belong to one user")
+    return found.pop()
 
 
 @dataclass(frozen=True, slots=True)

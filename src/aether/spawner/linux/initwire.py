@@ -21,7 +21,7 @@ from typing import Final
 from aether.contract.cellplan import ExecSpec, Rlimit
 from aether.spawner.linux.program import RESOURCES, Program
 
-WIRE_VERSION: Final = 2
+WIRE_VERSION: Final = 3
 MESSAGE_BYTES_MAX: Final = 160 * 1024
 FDS_MAX: Final = 64
 
@@ -197,7 +197,8 @@ def encode_launch(program: Program, attach_count: int, cgroup2: bool, spec: Exec
     flags |= PROGRAM_PER_EXEC_LANDLOCK * program.per_exec_landlock | PROGRAM_EXEC * (spec is not None)
     ids = program.ids
     parts = [struct.pack("<QQII", program.clone_flags, program.unshare_flags, flags, attach_count)]
-    parts.append(struct.pack("<6I", ids.host_uid, ids.host_gid, ids.count, ids.init_uid, ids.job_uid, ids.job_gid))
+    numbers = (ids.host_uid, ids.host_gid, ids.count, ids.init_uid, ids.job_uid, ids.job_gid, *program.layer_owner)
+    parts.append(struct.pack("<8I", *numbers))
     parts += [struct.pack("<I", program.last_cap), _text(program.hostname), struct.pack("<I", len(program.ops))]
     for op in program.ops:
         parts.append(struct.pack("<IIII", op.kind, op.step, op.mode, op.flags))

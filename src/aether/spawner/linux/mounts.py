@@ -21,7 +21,8 @@ from aether.spawner.linux.program import NODEV, NOEXEC, NOSUID, RDONLY
 _MS_PRIVATE, _MS_SLAVE, _MS_REC = 1 << 18, 1 << 19, 1 << 14
 _AT_EMPTY_PATH, _AT_RECURSIVE, _OPEN_TREE_CLONE, _CLOEXEC = 0x1000, 0x8000, 1, os.O_CLOEXEC
 _NO_MAGICLINKS, _NO_SYMLINKS, _BENEATH = 0x02, 0x04, 0x08
-_SET_STRING, _CMD_CREATE = 1, 6
+_SET_FLAG, _SET_STRING, _CMD_CREATE = 0, 1, 6
+_IDMAP: Final = 0x0010_0000
 _SEALED: Final = NOSUID | NODEV | NOEXEC | RDONLY
 
 
@@ -50,6 +51,8 @@ def _open_parent(root: int, path: str) -> tuple[int, str]:
 
 
 def _make_dir(root: int, path: str, mode: int) -> None:
+    if path == "/":
+        return
     parent, leaf = _open_parent(root, path)
     try:
         with contextlib.suppress(FileExistsError):
@@ -58,12 +61,14 @@ def _make_dir(root: int, path: str, mode: int) -> None:
         os.close(parent)
 
 
-def _make_file(root: int, path: str, content: str, mode: int) -> None:
+def _make_file(root: int, path: str, content: str | None, mode: int) -> None:
+    """Without content a mount point: what is there stays as it is."""
     parent, leaf = _open_parent(root, path)
     try:
-        fd = os.open(leaf, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=parent)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | (0 if content is None else os.O_TRUNC)
+        fd = os.open(leaf, flags, mode, dir_fd=parent)
         with open(fd, "wb") as f:
-            f.write(os.fsencode(content))
+            f.write(os.fsencode(content or ""))
     except OSError as error:
         if error.errno not in (30, 13):  # EROFS, EACCES: an existing mount point, the mount decides
             raise
@@ -90,27 +95,78 @@ def _attach(tree: int, root: int, path: str) -> None:
         os.close(tree)
 
 
-def _set_attributes(mount: int, attributes: int, flags: int = 0, propagation: int = 0) -> None:
-    attr = struct.pack("<4Q", attributes, 0, propagation, 0)
+def _set_attributes(
+    mount: int, attributes: int, flags: int = 0, propagation: int = 0, userns: int | None = None
+) -> None:
+    if userns is not None:
+        attributes |= _IDMAP
+    attr = struct.pack("<4Q", attributes, 0, propagation, userns or 0)
     kernel.syscall("mount_setattr", mount, b"\0", _AT_EMPTY_PATH | flags, attr, len(attr))
 
 
-def _clone_tree(source: int, attributes: int) -> int:
+def _clone_tree(source: int, attributes: int, userns: int | None = None) -> int:
     flags = _OPEN_TREE_CLONE | _CLOEXEC | _AT_EMPTY_PATH | _AT_RECURSIVE
     tree = kernel.syscall("open_tree", source, b"\0", flags)
     try:
-        _set_attributes(tree, attributes, _AT_RECURSIVE, _MS_PRIVATE)
+        _set_attributes(tree, attributes, _AT_RECURSIVE, _MS_PRIVATE, userns)
     except OSError:
         os.close(tree)
         raise
     return tree
 
 
-def _new_mount(kind: str, options: str, attributes: int) -> int:
+class _Layers:
+    """Directories that the next overlay is made of; those that are mounts of their own have `mapped` set."""
+
+    def __init__(self, userns: int | None) -> None:
+        self.userns = userns
+        self.opened: list[tuple[int, bool]] = []
+
+    def add(self, root: int, op: pg.Op) -> None:
+        fd = self._open(root, op)
+        mapped = bool(op.flags & pg.LAYER_MAPPED)
+        if mapped:
+            try:
+                tree = _clone_tree(fd, NOSUID | NODEV | RDONLY, self.userns)
+            finally:
+                os.close(fd)
+            fd = tree
+            _make_dir(root, op.path, 0o755)
+            _attach(os.dup(tree), root, op.path)
+        self.opened.append((fd, mapped))
+
+    @staticmethod
+    def _open(root: int, op: pg.Op) -> int:
+        if op.flags & pg.LAYER_NEW:
+            _make_dir(root, op.path, 0o755)
+            return _open_inside(root, op.path)
+        allowed = os.open(op.text, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return open_beneath(allowed, op.text2, os.O_PATH | os.O_DIRECTORY, _NO_SYMLINKS)
+        finally:
+            os.close(allowed)
+
+    def name(self, number: str) -> bytes:
+        return b"/proc/self/fd/%d" % self.opened[int(number)][0]
+
+    def release(self) -> None:
+        while self.opened:
+            fd, mapped = self.opened.pop()
+            if mapped:
+                kernel.umount_detach(b"/proc/self/fd/%d" % fd)
+            os.close(fd)
+
+
+def _new_mount(kind: str, options: str, attributes: int, layers: _Layers | None = None) -> int:
     context = kernel.syscall("fsopen", kind.encode(), 1)
     try:
         for line in options.split("\n") if options else ():
             name, _, value = os.fsencode(line).partition(b"=")
+            if value == b"@":
+                kernel.syscall("fsconfig", context, _SET_FLAG, name, None, 0)
+                continue
+            if layers is not None and value.startswith(b"@"):
+                value = layers.name(value[1:].decode())
             kernel.syscall("fsconfig", context, _SET_STRING, name, value, 0)
         kernel.syscall("fsconfig", context, _CMD_CREATE, None, None, 0)
         return kernel.syscall("fsmount", context, 1, attributes)
@@ -135,7 +191,7 @@ def _bind(root: int, op: pg.Op) -> None:
         if stat.S_ISDIR(mode):
             _make_dir(root, op.path, 0o755)
         else:
-            _make_file(root, op.path, "", 0o444)
+            _make_file(root, op.path, None, 0o444)
         tree = _clone_tree(source, attributes)
     finally:
         os.close(source)
@@ -176,7 +232,20 @@ def _mask(root: int, path: str) -> None:
     _attach(tree, root, path)
 
 
-def _perform(root: int, op: pg.Op) -> None:
+def _add_mount(root: int, op: pg.Op, layers: _Layers) -> None:
+    _make_dir(root, op.path, 0o755)
+    mount = _new_mount(op.text2, op.text, op.flags, layers)
+    layers.release()
+    if op.path != "/":
+        _attach(mount, root, op.path)
+        return
+    kernel.umount_detach(b"/proc/self/fd/%d" % root)
+    kernel.syscall("move_mount", mount, b"\0", -100, b"/\0", 0x04)
+    os.dup2(mount, root, inheritable=False)
+    os.close(mount)
+
+
+def _perform(root: int, op: pg.Op, layers: _Layers) -> None:
     match op.kind:
         case pg.OP_DIR:
             _make_dir(root, op.path, op.mode)
@@ -187,8 +256,9 @@ def _perform(root: int, op: pg.Op) -> None:
         case pg.OP_BIND:
             _bind(root, op)
         case pg.OP_MOUNT:
-            _make_dir(root, op.path, 0o755)
-            _attach(_new_mount(op.text2, op.text, op.flags), root, op.path)
+            _add_mount(root, op, layers)
+        case pg.OP_LAYER:
+            layers.add(root, op)
         case pg.OP_DEVICE:
             _make_device(root, op)
         case pg.OP_SEAL:
@@ -197,18 +267,19 @@ def _perform(root: int, op: pg.Op) -> None:
             _mask(root, op.path)
 
 
-def build_root(ops: Sequence[pg.Op], phase: list[int]) -> None:
-    """Keeps `phase[0]` at the plan's step, or at the number of a fixed phase."""
+def build_root(ops: Sequence[pg.Op], userns: int | None, phase: list[int]) -> None:
+    """Keeps `phase[0]` at the plan's step, or at the number of a fixed phase. `userns` maps layers; it is closed."""
     phase[0] = phase_number("new root")
     os.umask(0)
     kernel.mount(b"/", _MS_REC | _MS_SLAVE)
     root = _new_mount("tmpfs", "size=1m\nnr_inodes=2048\nmode=0755", NOSUID | NODEV)
     kernel.syscall("move_mount", root, b"\0", -100, b"/\0", 0x04)
+    layers = _Layers(userns)
     for op in ops:
         phase[0] = op.step
-        _perform(root, op)
-    phase[0] = phase_number("new root")
-    _seal(root, "/")
+        _perform(root, op, layers)
+    if userns is not None:
+        os.close(userns)
     phase[0] = phase_number("pivot")
     os.fchdir(root)
     kernel.syscall("pivot_root", b".\0", b".\0")

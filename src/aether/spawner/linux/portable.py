@@ -43,6 +43,7 @@ class PortableExecutor:
             raise LaunchError("descriptors", 0, "pass one descriptor per entry of the specification")
         lowered = lower_plan(plan, self._roots, self._facts)
         userns = self._userns(lowered) if lowered.join_userns else None
+        layers = _layers_userns(lowered)
         started_us = time.monotonic_ns() // 1000
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -52,8 +53,10 @@ class PortableExecutor:
             theirs.close()
             raise LaunchError("clone", error.errno or 0, remedy("clone", error.errno or 0)) from error
         if pid == 0:
-            _become_init(lowered, theirs, userns, attach.write_zero, first_exec, fds, started_us)
+            _become_init(lowered, theirs, (userns, layers), attach.write_zero, first_exec, fds, started_us)
         theirs.close()
+        if layers is not None:
+            os.close(layers)
         ours.setblocking(False)
         return Launched(pid, os.pidfd_open(pid), ours)
 
@@ -64,10 +67,9 @@ class PortableExecutor:
         if key in self._kept:
             return self._kept[key]
         try:
-            fd = _make_userns(*key)
+            fd = _make_userns((0, 0), key[:2], key[2])
         except OSError as error:
-            code = error.errno or 0
-            raise LaunchError("user namespace", code, remedy("user namespace", code)) from error
+            raise _no_userns(error) from error
         if len(self._kept) >= USERNS_KEPT:
             os.close(self._kept.pop(next(iter(self._kept))))
         self._kept[key] = fd
@@ -79,15 +81,32 @@ class PortableExecutor:
         self._kept.clear()
 
 
-def _make_userns(host_uid: int, host_gid: int, count: int) -> int:
+def _no_userns(error: OSError) -> LaunchError:
+    code = error.errno or 0
+    return LaunchError("user namespace", code, remedy("user namespace", code))
+
+
+def _layers_userns(lowered: program.Program) -> int | None:
+    """For mount_setattr(2), MOUNT_ATTR_IDMAP: ids of the file system are "inside", those that are seen "host"."""
+    if program.NO_ID in lowered.layer_owner:
+        return None
+    ids = lowered.ids
+    try:
+        return _make_userns(lowered.layer_owner, (ids.host_uid + ids.job_uid, ids.host_gid + ids.job_gid), 1)
+    except OSError as error:
+        raise _no_userns(error) from error
+
+
+def _make_userns(inside: tuple[int, int], host: tuple[int, int], count: int) -> int:
+    """A user namespace with `count` uids and gids mapped from `inside` on to `host` on."""
     pid = kernel.clone(kernel.CLONE_NEWUSER, None)
     if pid == 0:
         signal.pause()
         os._exit(0)
     try:
-        for name, host in (("uid_map", host_uid), ("gid_map", host_gid)):
+        for i, name in enumerate(("uid_map", "gid_map")):
             with open(f"/proc/{pid}/{name}", "w") as f:
-                f.write(f"0 {host} {count}")
+                f.write(f"{inside[i]} {host[i]} {count}")
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -97,7 +116,7 @@ def _make_userns(host_uid: int, host_gid: int, count: int) -> int:
 def _become_init(
     lowered: program.Program,
     control: socket.socket,
-    userns: int | None,
+    namespaces: tuple[int | None, int | None],
     write_zero: Sequence[int],
     first_exec: ExecSpec | None,
     fds: Sequence[int],
@@ -106,11 +125,11 @@ def _become_init(
     """In the child: never returns, whatever is raised."""
     phase: list[int] = [initwire.phase_number("program")]
     try:
-        kept = _own_descriptors(control, userns, write_zero, fds)
+        kept = _own_descriptors(control, namespaces, write_zero, fds)
         control = socket.socket(fileno=kept.control)
         confine.enter_namespaces(lowered, kept.write_zero, phase)
         if lowered.unshare_flags & kernel.CLONE_NEWNS:
-            mounts.build_root(lowered.ops, phase)
+            mounts.build_root(lowered.ops, kept.layers, phase)
         os.setsid()
         confine.drop_privilege(lowered, kept.userns, phase)
         confine.restrict(lowered, phase)
@@ -124,17 +143,20 @@ def _become_init(
 
 
 class _Kept:
-    """The descriptors of a cell, all others closed."""
+    """The descriptors of a cell, all others closed. `userns` is to be joined, `layers` maps layers of its root."""
 
-    def __init__(self, control: int, userns: int | None, write_zero: list[int], fds: list[int]) -> None:
-        self.control, self.userns, self.write_zero, self.fds = control, userns, write_zero, fds
+    def __init__(
+        self, control: int, userns: int | None, layers: int | None, write_zero: list[int], fds: list[int]
+    ) -> None:
+        self.control, self.userns, self.layers = control, userns, layers
+        self.write_zero, self.fds = write_zero, fds
 
 
 def _own_descriptors(
-    control: socket.socket, userns: int | None, write_zero: Sequence[int], fds: Sequence[int]
+    control: socket.socket, namespaces: tuple[int | None, int | None], write_zero: Sequence[int], fds: Sequence[int]
 ) -> _Kept:
     """A fork has every descriptor of the spawner: those of the cell move up together, the rest is closed."""
-    wanted = [control.detach(), *([userns] if userns is not None else []), *write_zero, *fds]
+    wanted = [control.detach(), *(fd for fd in namespaces if fd is not None), *write_zero, *fds]
     first = 1000
     with contextlib.suppress(OSError):
         first = min(first, max(64, os.sysconf("SC_OPEN_MAX") // 2))
@@ -145,6 +167,6 @@ def _own_descriptors(
     kernel.syscall("close_range", max(moved) + 1, 0xFFFFFFFF, 0)
     rest = iter(moved)
     own_control = next(rest)
-    own_userns = next(rest) if userns is not None else None
+    userns, layers = (next(rest) if fd is not None else None for fd in namespaces)
     zero = [next(rest) for _ in write_zero]
-    return _Kept(own_control, own_userns, zero, list(rest))
+    return _Kept(own_control, userns, layers, zero, list(rest))

@@ -5,6 +5,7 @@ Both executors carry out a Program; the native one receives it through `initwire
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -12,8 +13,10 @@ from typing import Final
 from aether.contract import cellplan as cp
 from aether.spawner.linux import kernel, landlock, seccomp
 
-OP_DIR, OP_SYMLINK, OP_FILE, OP_BIND, OP_MOUNT, OP_DEVICE, OP_SEAL, OP_MASK = range(1, 9)
+OP_DIR, OP_SYMLINK, OP_FILE, OP_BIND, OP_MOUNT, OP_DEVICE, OP_SEAL, OP_MASK, OP_LAYER = range(1, 10)
 BIND_WRITABLE, BIND_DEVICE = 1, 2
+LAYER_NEW, LAYER_MAPPED = 1, 2
+NO_ID: Final = (1 << 32) - 1
 RDONLY, NOSUID, NODEV, NOEXEC = 1, 2, 4, 8  # MOUNT_ATTR_*, mount_setattr(2)
 _DEVICES: Final = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}  # minors of major 1, null(4)
 _DEVICE_LINKS: Final = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
@@ -38,7 +41,9 @@ class Op:
 
     DIR mode; SYMLINK text: target; FILE mode, text: content; BIND flags BIND_*, text: allowed root, text2: source
     beneath it; MOUNT text2: type, text: options as lines of key=value, flags: attributes; DEVICE mode: minor number
-    of major 1; SEAL: the mount there becomes read-only; MASK: hidden, where it exists.
+    of major 1; SEAL: the mount there becomes read-only; MASK: hidden, where it exists; LAYER flags LAYER_*: a
+    directory for the next MOUNT, whose options name it @0, @1, ... (@ alone is an option without value): a new one at
+    `path`, or like BIND one of the host, with LAYER_MAPPED as the job's own.
     """
 
     kind: int
@@ -60,6 +65,8 @@ class Program:
     last_cap: int
     hostname: str
     ops: tuple[Op, ...]
+    layer_owner: tuple[int, int]
+    """uid and gid on the host that LAYER_MAPPED shows as the job's; NO_ID when there is no such layer."""
     landlock: landlock.Lowered | None
     rlimits: tuple[cp.Rlimit, ...]
     filter: bytes
@@ -98,7 +105,53 @@ def _minimal_dev(index: int, dev: str, pty: bool) -> list[Op]:
     return [*ops, Op(OP_SEAL, index, dev)]
 
 
-def _lower_step(index: int, step: cp.Step, roots: Sequence[str]) -> list[Op]:
+def _overlay(index: int, step: cp.Overlay, roots: Sequence[str], block: bool) -> list[Op]:
+    """With a block of ids the mount belongs to the initial user namespace and its marks are trusted.* attributes,
+    out of the cell's reach; else they are user.* ones (overlayfs, "userxattr")."""
+    root, rest = _source(step.lower, roots)
+    mapped = LAYER_MAPPED if block and step.upper is not None else 0
+    ops = [Op(OP_LAYER, index, step.path, flags=mapped, text=root, text2=rest)]
+    if step.upper is None:
+        ops += [Op(OP_LAYER, index, path, flags=LAYER_NEW) for path in ("/.upper", "/.scratch")]
+    else:
+        above, name = posixpath.split(step.upper)
+        ops += [Op(OP_LAYER, index, step.path, text=above, text2=text) for text in (name, scratch_name(name))]
+    options = {"lowerdir": "@0", "upperdir": "@1", "workdir": "@2", "redirect_dir": "nofollow", "metacopy": "off"}
+    ops.append(mount(index, step.path, "overlay", options | ({} if block else {"userxattr": "@"}), NOSUID | NODEV))
+    return ops
+
+
+def scratch_name(upper: str) -> str:
+    """The sibling of an upper directory in which overlayfs prepares changes ("workdir")."""
+    return f".scratch-{upper}"
+
+
+def _lower_steps(plan: cp.Plan, roots: Sequence[str]) -> list[Op]:
+    ops: list[Op] = []
+    writable = False
+    for index, step in enumerate(plan.steps):
+        if isinstance(step, cp.Overlay):
+            ops += _overlay(index, step, roots, plan.id_map.count > 1)
+            writable |= step.path == "/" and step.upper is not None
+        else:
+            ops += _lower_step(index, step, roots)
+    return ops if writable or not ops else [*ops, Op(OP_SEAL, len(plan.steps) - 1, "/")]
+
+
+def _lower_step(
+    index: int,
+    step: cp.Dir
+    | cp.Symlink
+    | cp.File
+    | cp.BindRo
+    | cp.BindRw
+    | cp.BindDev
+    | cp.Tmpfs
+    | cp.Proc
+    | cp.DevMinimal
+    | cp.Mask,
+    roots: Sequence[str],
+) -> list[Op]:
     match step:
         case cp.Dir():
             return [Op(OP_DIR, index, step.path, mode=step.mode)]
@@ -143,7 +196,8 @@ def lower(plan: cp.Plan, roots: Sequence[str], facts: HostFacts) -> Program:
         ids=plan.id_map,
         last_cap=facts.last_cap,
         hostname=plan.hostname,
-        ops=tuple(op for i, step in enumerate(plan.steps) for op in _lower_step(i, step, roots)),
+        ops=tuple(_lower_steps(plan, roots)),
+        layer_owner=(NO_ID, NO_ID),
         landlock=landlock.lower(plan.landlock, facts.landlock_abi) if plan.landlock is not None else None,
         rlimits=plan.rlimits,
         filter=seccomp.filter_program(plan.seccomp_profile, facts.arch),

@@ -28,6 +28,7 @@ struct cell {
     const struct program *program;
     int control;              /* socket to the spawner */
     int userns, netns;        /* namespaces made before, to join instead of making them, or -1 */
+    int layers;               /* user namespace in which the owner of mapped layers is the job, or -1 */
     const int *attach, *exec_fds;
     int exec_fd_count;
     int64_t started_us;

@@ -49,10 +49,10 @@ ssize_t receive_message(int fd, uint8_t *data, size_t size, int *fds, int *fd_co
     return head.msg_flags & (MSG_TRUNC | MSG_CTRUNC) ? (errno = EMSGSIZE, 0) : got;
 }
 
-static int write_map(pid_t pid, const char *file, uint32_t host, uint32_t count) {
+static int write_map(pid_t pid, const char *file, uint32_t inside, uint32_t host, uint32_t count) {
     char path[64], line[64];
     snprintf(path, sizeof path, "/proc/%d/%s", pid, file);
-    int size = snprintf(line, sizeof line, "0 %u %u", host, count);
+    int size = snprintf(line, sizeof line, "%u %u %u", inside, host, count);
     int fd = open(path, O_WRONLY | O_CLOEXEC);
     if (fd < 0) return -1;
     ssize_t done = write(fd, line, (size_t)size);
@@ -69,8 +69,8 @@ static pid_t new_process(const struct clone_args *args) {
     return (pid_t)syscall(SYS_clone, args->flags | args->exit_signal, NULL, NULL, NULL, NULL);
 }
 
-/* A user namespace with this block mapped; its first process is gone, the descriptor keeps it. */
-static int make_userns(const struct program *p) {
+/* A user namespace with `count` ids mapped; its first process is gone, the descriptor keeps it. */
+static int make_userns(const uint32_t inside[2], const uint32_t host[2], uint32_t count) {
     char path[64];
     struct clone_args args = {.flags = CLONE_NEWUSER, .exit_signal = SIGCHLD};
     pid_t pid = new_process(&args);
@@ -80,8 +80,8 @@ static int make_userns(const struct program *p) {
     }
     if (pid < 0) return -1;
     int fd = -1;
-    if (write_map(pid, "uid_map", p->host_uid, p->id_count) == 0 &&
-        write_map(pid, "gid_map", p->host_gid, p->id_count) == 0) {
+    if (write_map(pid, "uid_map", inside[0], host[0], count) == 0 &&
+        write_map(pid, "gid_map", inside[1], host[1], count) == 0) {
         snprintf(path, sizeof path, "/proc/%d/ns/user", pid);
         fd = open(path, O_RDONLY | O_CLOEXEC);
     }
@@ -96,7 +96,8 @@ static int userns_of(const struct program *p) {
     for (int i = 0; i < USERNS_KEPT; i++)
         if (kept[i].count == p->id_count && kept[i].host_uid == p->host_uid && kept[i].host_gid == p->host_gid)
             return kept[i].fd;
-    int fd = make_userns(p);
+    const uint32_t inside[2] = {0, 0}, host[2] = {p->host_uid, p->host_gid};
+    int fd = make_userns(inside, host, p->id_count);
     if (fd < 0) return -1;
     unsigned slot = kept_next++ % USERNS_KEPT;
     if (kept[slot].count) close(kept[slot].fd);
@@ -105,6 +106,19 @@ static int userns_of(const struct program *p) {
     kept[slot].count = p->id_count;
     kept[slot].fd = fd;
     return fd;
+}
+
+static int has_mapped_layer(const struct program *p) {
+    for (uint32_t i = 0; i < p->op_count; i++)
+        if (p->ops[i].kind == OP_LAYER && p->ops[i].flags & LAYER_MAPPED) return 1;
+    return 0;
+}
+
+/* For mount_setattr(2), MOUNT_ATTR_IDMAP: ids of the file system are "inside", those that are seen "host". */
+static int layers_of(const struct program *p) {
+    const uint32_t inside[2] = {p->layer_uid, p->layer_gid};
+    const uint32_t host[2] = {p->host_uid + p->job_uid, p->host_gid + p->job_gid};
+    return make_userns(inside, host, 1);
 }
 
 /* Made by this process for itself and left again; -1 where that is not allowed. */
@@ -122,12 +136,13 @@ static pid_t launch(int socket_fd, const int *fds, int fd_count, uint32_t *phase
     int fixed = 1 + has_dir + (int)p->attach_count;
     *phase = PHASE_PROGRAM;
     if (fd_count < fixed) return errno = EBADMSG, -1;
-    struct cell cell = {.program = p, .control = fds[0], .userns = -1, .netns = -1, .attach = fds + 1 + has_dir};
+    struct cell cell = {.program = p, .control = fds[0], .userns = -1, .netns = -1, .layers = -1, .attach = fds + 1 + has_dir};
     cell.exec_fds = fds + fixed;
     cell.exec_fd_count = fd_count - fixed;
     cell.started_us = now_us();
     *phase = PHASE_USERNS;
     if (p->flags & PROGRAM_JOIN_USERNS && (cell.userns = userns_of(p)) < 0) return -1;
+    if (has_mapped_layer(p) && (cell.layers = layers_of(p)) < 0) return -1;
     *phase = PHASE_CLONE;
     /* With CLONE_PARENT the exit signal must be 0: the child has that of this process (clone(2)). */
     struct clone_args args = {.flags = p->clone_flags | CLONE_PARENT};
@@ -138,6 +153,7 @@ static pid_t launch(int socket_fd, const int *fds, int fd_count, uint32_t *phase
     pid_t pid = new_process(&args);
     int spare = p->id_count > 1 && p->unshare_flags & CLONE_NEWNET ? netns : -1;
     if (pid != 0) {
+        close_after(cell.layers, 0);
         if (pid > 0 && spare >= 0) {
             close(spare);
             netns = -1;
@@ -164,7 +180,7 @@ static int serve(int socket_fd) {
     /* Runtimes have left descriptors of the host open in PID 1 (CVE-2024-21626). */
     if (syscall(SYS_close_range, socket_fd + 1, 0x7fffffff, 0) < 0) return 64;
     ssize_t size = receive_message(socket_fd, message, sizeof message, fds, &fd_count);
-    struct cell cell = {.program = &program, .control = socket_fd, .userns = -1, .netns = -1, .exec_fds = fds};
+    struct cell cell = {.program = &program, .control = socket_fd, .userns = -1, .netns = -1, .layers = -1, .exec_fds = fds};
     if (size <= 0 || parse_program(message, (size_t)size, &program) < 0) errno = EBADMSG, fail(&cell, PHASE_PROGRAM);
     cell.exec_fd_count = fd_count;
     cell.started_us = now_us();

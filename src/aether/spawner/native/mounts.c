@@ -42,12 +42,14 @@ static int make_dir(int root, const char *path, uint32_t mode) {
     return close_after(parent, parent >= 0 && made < 0 && errno == EEXIST ? 0 : made);
 }
 
+/* Without content a mount point: what is there stays as it is. */
 static int make_file(int root, const char *path, const char *content, uint32_t mode) {
     const char *leaf;
-    ssize_t size = (ssize_t)strlen(content);
+    ssize_t size = content ? (ssize_t)strlen(content) : 0;
     int parent = open_parent(root, path, &leaf);
     if (parent < 0) return -1;
-    int fd = close_after(parent, openat(parent, leaf, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, mode));
+    int flags = O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC | (content ? O_TRUNC : 0);
+    int fd = close_after(parent, openat(parent, leaf, flags, mode));
     if (fd < 0) return errno == EROFS || errno == EACCES ? 0 : -1; /* an existing mount point: the mount decides */
     errno = ENOSPC; /* what a short write means on a tmpfs */
     return close_after(fd, size && write(fd, content, (size_t)size) != size ? -1 : 0);
@@ -67,8 +69,12 @@ static int attach_tree(int tree, int root, const char *path) {
     return close_after(tree, close_after(at, moved));
 }
 
-static int clone_tree(int source, uint64_t attributes) {
+static int clone_tree(int source, uint64_t attributes, int userns) {
     struct mount_attr attr = {.attr_set = attributes, .propagation = MS_PRIVATE};
+    if (userns >= 0) {
+        attr.attr_set |= MOUNT_ATTR_IDMAP;
+        attr.userns_fd = (uint32_t)userns;
+    }
     /* Recursive: in a user namespace a tree with locked mounts below may only be cloned whole. */
     unsigned flags = AT_EMPTY_PATH | AT_RECURSIVE;
     int tree = (int)syscall(SYS_open_tree, source, "", OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | flags);
@@ -76,13 +82,58 @@ static int clone_tree(int source, uint64_t attributes) {
     return close_after(tree, -1);
 }
 
-/* A new file system as a detached mount; `options` are lines of key=value. */
+/* Directories that the next overlay is made of. A layer with other ids is a mount, and overlayfs takes layers only
+ * from mounts of our namespace (before Linux 6.15): it hangs where the overlay will be, and is taken off again. */
+static struct { int fd, mapped; } layers[LAYERS_MAX];
+static unsigned layer_count;
+
+static int add_layer(const struct cell *cell, int root, const struct op *op) {
+    int fd, allowed = -1, mapped = op->flags & LAYER_MAPPED;
+    if (layer_count == LAYERS_MAX) return errno = E2BIG, -1;
+    if (op->flags & LAYER_NEW) {
+        fd = make_dir(root, op->path, 0755) < 0 ? -1 : open_inside(root, op->path);
+    } else {
+        allowed = open(op->text, O_PATH | O_DIRECTORY | O_CLOEXEC);
+        fd = allowed < 0 ? -1 : open_beneath(allowed, op->text2, O_PATH | O_DIRECTORY, RESOLVE_NO_SYMLINKS);
+    }
+    close_after(allowed, 0);
+    if (fd >= 0 && mapped) {
+        fd = close_after(fd, clone_tree(fd, SEALED & ~MOUNT_ATTR_NOEXEC, cell->layers));
+        if (fd < 0 || (op->path[1] && make_dir(root, op->path, 0755) < 0)) return close_after(fd, -1);
+        if (attach_tree(fcntl(fd, F_DUPFD_CLOEXEC, 0), root, op->path) < 0) return close_after(fd, -1);
+    }
+    if (fd < 0) return -1;
+    layers[layer_count].fd = fd;
+    layers[layer_count++].mapped = mapped;
+    return 0;
+}
+
+/* Names a layer for mount(2): by descriptor, so that mountinfo tells the cell nothing of the host's paths. */
+static void name_layer(char *path, size_t size, unsigned number) {
+    snprintf(path, size, "/proc/self/fd/%d", number < layer_count ? layers[number].fd : -1);
+}
+
+static int release_layers(void) {
+    char path[32];
+    int failed = 0;
+    for (; layer_count; layer_count--) {
+        name_layer(path, sizeof path, layer_count - 1);
+        failed |= layers[layer_count - 1].mapped && umount2(path, MNT_DETACH) < 0;
+        close_after(layers[layer_count - 1].fd, 0);
+    }
+    return failed ? -1 : 0;
+}
+
+/* A new file system as a detached mount; `options` are lines of key=value: @N is layer N, @ alone no value. */
 static int new_mount(const char *type, const char *options, unsigned attributes) {
     char key[32], value[PATH_BYTES_MAX + 1];
     int used, failed = 0, context = (int)syscall(SYS_fsopen, type, FSOPEN_CLOEXEC);
     if (context < 0) return -1;
-    for (; !failed && sscanf(options, " %31[^=]=%1024[^\n]%n", key, value, &used) == 2; options += used)
-        failed = syscall(SYS_fsconfig, context, FSCONFIG_SET_STRING, key, value, 0) < 0;
+    for (; !failed && sscanf(options, " %31[^=]=%1024[^\n]%n", key, value, &used) == 2; options += used) {
+        int flag = !strcmp(value, "@");
+        if (*value == '@' && !flag) name_layer(value, sizeof value, (unsigned)value[1] - '0');
+        failed = syscall(SYS_fsconfig, context, flag ? FSCONFIG_SET_FLAG : FSCONFIG_SET_STRING, key, flag ? NULL : value, 0) < 0;
+    }
     failed = failed || syscall(SYS_fsconfig, context, FSCONFIG_CMD_CREATE, NULL, NULL, 0) < 0;
     return close_after(context, failed ? -1 : (int)syscall(SYS_fsmount, context, FSMOUNT_CLOEXEC, attributes));
 }
@@ -97,8 +148,8 @@ static int bind(int root, const struct op *op) {
     int source = close_after(allowed, open_beneath(allowed, op->text2, O_PATH, op->flags ? RESOLVE_NO_SYMLINKS : 0));
     if (source < 0 || fstat(source, &st) < 0) return close_after(source, -1);
     if (device && !S_ISCHR(st.st_mode)) return errno = ENODEV, close_after(source, -1);
-    if ((S_ISDIR(st.st_mode) ? make_dir(root, op->path, 0755) : make_file(root, op->path, "", 0444)) == 0)
-        tree = clone_tree(source, attributes);
+    if ((S_ISDIR(st.st_mode) ? make_dir(root, op->path, 0755) : make_file(root, op->path, NULL, 0444)) == 0)
+        tree = clone_tree(source, attributes, -1);
     return attach_tree(close_after(source, tree), root, op->path);
 }
 
@@ -127,21 +178,33 @@ static int mask(int root, const char *path) {
     if (S_ISDIR(st.st_mode))
         return attach_tree(new_mount("tmpfs", "nr_inodes=2\nmode=0555", SEALED), root, path);
     int null = open_inside(root, "/dev/null");
-    if (null < 0) return -1;
-    return attach_tree(close_after(null, clone_tree(null, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC)), root, path);
+    return null < 0 ? -1 : attach_tree(close_after(null, clone_tree(null, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC, -1)), root, path);
 }
 
-static int perform(int root, const struct op *op) {
+static int add_mount(int root, const struct op *op) {
+    if (op->path[1] && make_dir(root, op->path, 0755) < 0) return -1;
+    int mount = new_mount(op->text2, op->text, op->flags);
+    if (mount < 0 || release_layers() < 0) return close_after(mount, -1);
+    if (op->path[1]) return attach_tree(mount, root, op->path);
+    /* In place of the root, not on top of it: the end of build_root takes one mount off the old root's ".". An
+     * overlay holds its layers itself, so what lies in the old one stays. */
+    char old[32];
+    snprintf(old, sizeof old, "/proc/self/fd/%d", root);
+    int failed = umount2(old, MNT_DETACH) < 0 ||
+                 syscall(SYS_move_mount, mount, "", AT_FDCWD, "/", MOVE_MOUNT_F_EMPTY_PATH) < 0;
+    return close_after(mount, failed ? -1 : dup3(mount, root, O_CLOEXEC));
+}
+
+static int perform(const struct cell *cell, int root, const struct op *op) {
     switch (op->kind) {
     case OP_DIR: return make_dir(root, op->path, op->mode);
     case OP_SYMLINK: return make_symlink(root, op->path, op->text);
     case OP_FILE: return make_file(root, op->path, op->text, op->mode);
     case OP_BIND: return bind(root, op);
-    case OP_MOUNT:
-        if (make_dir(root, op->path, 0755) < 0) return -1;
-        return attach_tree(new_mount(op->text2, op->text, op->flags), root, op->path);
+    case OP_MOUNT: return add_mount(root, op);
     case OP_DEVICE: return make_device(root, op);
     case OP_SEAL: return seal(root, op->path);
+    case OP_LAYER: return add_layer(cell, root, op);
     default: return mask(root, op->path);
     }
 }
@@ -156,11 +219,11 @@ void build_root(const struct cell *cell) {
     if (root < 0 || syscall(SYS_move_mount, root, "", AT_FDCWD, "/", MOVE_MOUNT_F_EMPTY_PATH) < 0)
         fail(cell, PHASE_NEW_ROOT);
     for (uint32_t i = 0; i < p->op_count; i++)
-        if (perform(root, &p->ops[i]) < 0) fail(cell, p->ops[i].step);
-    if (seal(root, "/") < 0) fail(cell, PHASE_NEW_ROOT);
+        if (perform(cell, root, &p->ops[i]) < 0) fail(cell, p->ops[i].step);
     /* pivot_root(2), "pivot_root(".", ".")": the old root ends on top of the new one and is taken off. */
     if (fchdir(root) < 0 || syscall(SYS_pivot_root, ".", ".") < 0 || umount2(".", MNT_DETACH) < 0 || chdir("/") < 0)
         fail(cell, PHASE_PIVOT);
     close(root);
+    close_after(cell->layers, 0);
     umask(022);
 }

@@ -82,8 +82,8 @@ static void read_op(struct reader *r, struct op *out) {
     out->path = text(r, PATH_BYTES_MAX);
     out->text = text(r, MESSAGE_BYTES_MAX);
     out->text2 = text(r, PATH_BYTES_MAX);
-    if (out->kind < OP_DIR || out->kind > OP_MASK || out->path[0] != '/' || !out->path[1]) r->bad = 1;
-    if (out->kind == OP_BIND && (out->text[0] != '/' || out->text2[0] == '/')) r->bad = 1;
+    if (out->kind < OP_DIR || out->kind > OP_LAYER || out->path[0] != '/') r->bad = 1;
+    if ((out->kind == OP_BIND || (out->kind == OP_LAYER && !(out->flags & LAYER_NEW))) && (out->text[0] != '/' || out->text2[0] == '/')) r->bad = 1;
 }
 
 int parse_program(const uint8_t *message, size_t size, struct program *out) {
@@ -92,7 +92,8 @@ int parse_program(const uint8_t *message, size_t size, struct program *out) {
     out->unshare_flags = u64(&r);
     out->flags = u32(&r);
     out->attach_count = bounded(&r, ATTACH_MAX);
-    uint32_t *ids[] = {&out->host_uid, &out->host_gid, &out->id_count, &out->init_uid, &out->job_uid, &out->job_gid};
+    uint32_t *ids[] = {&out->host_uid, &out->host_gid, &out->id_count, &out->init_uid, &out->job_uid, &out->job_gid,
+                       &out->layer_uid, &out->layer_gid};
     for (size_t i = 0; i < sizeof ids / sizeof *ids; i++) *ids[i] = u32(&r);
     out->last_cap = bounded(&r, 63);
     out->hostname = text(&r, 64);

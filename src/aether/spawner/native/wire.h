@@ -9,10 +9,11 @@
 #include <stdint.h>
 
 enum {
-    WIRE_VERSION = 2,
+    WIRE_VERSION = 3,
     MESSAGE_BYTES_MAX = 160 * 1024,
     MESSAGE_FDS_MAX = 64,
     OPS_MAX = 512,
+    LAYERS_MAX = 3,
     RULES_MAX = 64,
     RLIMITS_MAX = 16,
     FILTER_MAX = 1024,
@@ -29,8 +30,8 @@ enum message_type {
     MSG_LAUNCHED = 16, MSG_READY, MSG_STEP_FAILED, MSG_STARTED, MSG_EXEC_FAILED, MSG_EXITED,
 };
 
-enum op_kind { OP_DIR = 1, OP_SYMLINK, OP_FILE, OP_BIND, OP_MOUNT, OP_DEVICE, OP_SEAL, OP_MASK };
-enum op_flag { BIND_WRITABLE = 1, BIND_DEVICE = 2 };
+enum op_kind { OP_DIR = 1, OP_SYMLINK, OP_FILE, OP_BIND, OP_MOUNT, OP_DEVICE, OP_SEAL, OP_MASK, OP_LAYER };
+enum op_flag { BIND_WRITABLE = 1, BIND_DEVICE = 2, LAYER_NEW = 1, LAYER_MAPPED = 2 };
 enum program_flag { PROGRAM_CGROUP2 = 1, PROGRAM_JOIN_USERNS = 2, PROGRAM_PER_EXEC_LANDLOCK = 4, PROGRAM_EXEC = 8 };
 enum exec_flag { EXEC_NULL_0 = 1, EXEC_NULL_1 = 2, EXEC_NULL_2 = 4, EXEC_TTY = 8 };
 
@@ -54,7 +55,8 @@ struct exec_request {
 struct program {
     uint64_t clone_flags, unshare_flags;
     uint32_t flags, attach_count;
-    uint32_t host_uid, host_gid, id_count, init_uid, job_uid, job_gid, last_cap;
+    uint32_t host_uid, host_gid, id_count, init_uid, job_uid, job_gid;
+    uint32_t layer_uid, layer_gid, last_cap; /* who owns the layers that LAYER_MAPPED shows as the job's */
     const char *hostname;
     uint32_t op_count, rule_count, limit_count, filter_count, landlock_size, landlock_abi;
     uint64_t landlock_attr[3]; /* handled fs, handled net, scoped */
