@@ -8,10 +8,10 @@ SEED ?= 7
 KILLS ?= 200
 SECONDS_LONG ?= 60
 
-.PHONY: help setup native demo test lint crash bench train-demo docs fuzz clean
+.PHONY: help setup native demo test test-v2 lint crash bench train-demo docs fuzz clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready native ## Make .venv with everything the demo needs
 
@@ -43,6 +43,9 @@ demo: setup ## The main job on real input: intruder, model, proof
 
 test: setup $(VENV)/.dev ## Everything that CI runs, with its summary line last
 	$(BIN)/python -m pytest
+
+test-v2: setup $(VENV)/.dev ## The cell suite in a QEMU guest with all cgroups on v2 (ARGS= for pytest)
+	$(BIN)/python -m tests.guest.boot $(ARGS)
 
 lint: setup $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff check src tests bench examples tools

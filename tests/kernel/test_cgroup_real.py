@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from aether.spawner.linux.cgroup import CgroupDriver, CgroupHandle, CgroupLimits
+from aether.spawner.linux.cgroup import CgroupDriver, CgroupHandle
+from aether.spawner.linux.cgroup_limits import CgroupLimits
 from aether.spawner.linux.cgroup_host import locate, open_driver
 
 

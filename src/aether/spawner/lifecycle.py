@@ -22,7 +22,8 @@ from aether.contract.cellplan import Plan
 from aether.spawner.cells import Cell, Exec, now_wall_us, proc_io, usage_view
 from aether.spawner.keeperlink import KeeperLink
 from aether.spawner.launcher import InitEvent, Launcher, LaunchFailedError
-from aether.spawner.linux.cgroup import CgroupDriver, CgroupLimits
+from aether.spawner.linux.cgroup import CgroupDriver
+from aether.spawner.linux.cgroup_limits import CgroupLimits
 from aether.spawner.loop import Loop
 from aether.spawner.orphans import Orphans
 from aether.spawner.protocol import RefusedError

@@ -9,7 +9,8 @@ from aether.spawner.beneath import safe_path
 from aether.spawner.cells import Cell
 from aether.spawner.channel import Message
 from aether.spawner.lifecycle import Lifecycle
-from aether.spawner.linux.cgroup import CgroupDriver, CgroupLimits
+from aether.spawner.linux.cgroup import CgroupDriver
+from aether.spawner.linux.cgroup_limits import CgroupLimits
 from aether.spawner.offload import json_memfd
 from aether.spawner.protocol import PROTOCOL_VERSION, RefusedError, Request
 from aether.spawner.rules import Rules, check_owner, exec_spec

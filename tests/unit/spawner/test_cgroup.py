@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from aether.spawner.linux import cgroup_v1, cgroup_v2
-from aether.spawner.linux.cgroup import CgroupLimits, NoCgroups, Tree
+from aether.spawner.linux.blockdev import Disk
+from aether.spawner.linux.cgroup import NoCgroups, Tree
 from aether.spawner.linux.cgroup_host import locate
+from aether.spawner.linux.cgroup_limits import NAMES, CgroupLimits
 from aether.spawner.linux.cgroup_v1 import CgroupV1
 from aether.spawner.linux.cgroup_v2 import CgroupV2
 
 LIMITS = CgroupLimits(memory_bytes=64 << 20, swap_bytes=0, cpu_millis=1500, cpu_weight=50, pids=32, io_weight=200)
+ALL = replace(
+    LIMITS,
+    memory_min_bytes=1 << 20,
+    memory_low_bytes=2 << 20,
+    memory_high_bytes=48 << 20,
+    cpuset_cpus="0",
+    cpuset_mems="0",
+    io_read_bps=1 << 20,
+    io_write_bps=2 << 20,
+    io_read_iops=100,
+    io_write_iops=200,
+)
 V2_FILES = {
     "cgroup.procs": "",
     "cgroup.kill": "",
@@ -29,7 +44,17 @@ V2_FILES = {
     "memory.events": "low 0\nhigh 0\nmax 3\noom 1\noom_kill 2\n",
     "pids.max": "max",
     "pids.peak": "5",
+    "memory.min": "0",
+    "memory.low": "0",
+    "memory.high": "max",
+    "cpuset.cpus": "",
+    "cpuset.mems": "",
+    "cpuset.cpus.effective": "0-1",
+    "cpuset.mems.effective": "0",
+    "io.max": "",
+    "cpu.pressure": "some avg10=1.50 avg60=0.00 avg300=0.00 total=77\n",
     "io.weight": "default 100",
+    "io.bfq.weight": "default 100",
     "io.stat": "254:0 rbytes=100 wbytes=200 rios=1\n254:16 rbytes=1 wbytes=2\n",
     "cgroup.subtree_control": "",
 }
@@ -44,6 +69,19 @@ V1_FILES = {
     "cpu.cfs_quota_us": "-1",
     "cpu.shares": "1024",
     "cpu.stat": "nr_periods 0\nnr_throttled 0\nthrottled_time 7000\n",
+    "memory.soft_limit_in_bytes": "9223372036854771712",
+    "memory.failcnt": "3",
+    "cpuset.cpus": "0-1",
+    "cpuset.mems": "0",
+    "cpuset.effective_cpus": "0-1",
+    "cpuset.effective_mems": "0",
+    "cgroup.clone_children": "0",
+    "cpu.rt_runtime_us": "0",
+    "blkio.bfq.weight": "100",
+    "blkio.throttle.read_bps_device": "",
+    "blkio.throttle.write_bps_device": "",
+    "blkio.throttle.read_iops_device": "",
+    "blkio.throttle.write_iops_device": "",
     "pids.max": "max",
     "pids.peak": "5",
 }
@@ -83,12 +121,19 @@ class FakeTreeV1(FakeTree):
 
 
 @pytest.fixture
-def v2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CgroupV2:
+def disk(tmp_path: Path) -> Disk:
+    (tmp_path / "disk/queue").mkdir(parents=True)
+    (tmp_path / "disk/queue/scheduler").write_text("none mq-deadline [bfq]\n")
+    return Disk("vda", "254:0", str(tmp_path / "disk"))
+
+
+@pytest.fixture
+def v2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk) -> CgroupV2:
     monkeypatch.setattr(cgroup_v2, "Tree", FakeTree)
     (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
-    (tmp_path / "cgroup.subtree_control").write_text("cpu memory pids io\n")
+    (tmp_path / "cgroup.subtree_control").write_text("cpu memory pids io cpuset\n")
     (tmp_path / "cgroup.procs").write_text("")
-    driver = CgroupV2(str(tmp_path), "abc")
+    driver = CgroupV2(str(tmp_path), "abc", disk=disk)
     driver.start()
     return driver
 
@@ -103,7 +148,7 @@ def test_v2_writes_every_limit_and_counts(v2: CgroupV2) -> None:
     assert read(v2, "memory.swap.max").startswith("0")  # a plain file is not truncated
     assert read(v2, "cpu.max").startswith("150000 100000")
     assert read(v2, "pids.max").startswith("32") and read(v2, "cpu.weight").startswith("50")
-    assert read(v2, "io.weight").startswith("default 200")
+    assert read(v2, "io.bfq.weight").startswith("default 200")
     assert set(handle.enforced) == {"memory_bytes", "swap_bytes", "cpu_millis", "cpu_weight", "pids", "io_weight"}
     usage = v2.usage(handle)
     assert (usage.cpu_user_us, usage.cpu_system_us, usage.throttled_us) == (20, 10, 7)
@@ -127,7 +172,7 @@ def test_v2_says_what_is_not_delegated(tmp_path: Path, monkeypatch: pytest.Monke
     driver.start()
     handle = driver.create("c", LIMITS)
     assert set(handle.enforced) == {"memory_bytes", "swap_bytes", "pids"}
-    assert set(driver.probe()["missing"]) == {"cpu_millis", "cpu_weight", "io_weight"}
+    assert set(driver.probe()["missing"]) == {name for name in NAMES if name.startswith(("cpu", "io"))}
     assert driver.usage(handle).io_read_bytes is None
     assert driver.remove(handle)
     driver.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from aether.spawner.linux.blockdev import Disk, disk_under
 from aether.spawner.linux.cgroup import CgroupDriver, NoCgroups
 from aether.spawner.linux.cgroup_v1 import CONTROLLERS, CgroupV1
 from aether.spawner.linux.cgroup_v2 import CgroupV2
@@ -53,20 +54,26 @@ def _below(point: str, root: str, path: str) -> str:
     return os.path.normpath(point + "/" + path.lstrip("/"))
 
 
-def open_driver(instance: str, base: str | None = None) -> CgroupDriver:
-    """A started driver. `base` names a delegated v2 directory to use instead of the own cgroup."""
+def open_driver(instance: str, base: str | None = None, disk_of: str = "/") -> CgroupDriver:
+    """A started driver. `base` names a delegated v2 directory to use instead of the own cgroup; I/O limits hold for
+    the disk that `disk_of` lies on."""
     try:
         with open("/proc/self/mountinfo") as mounts, open("/proc/self/cgroup") as own:
             found = locate(mounts.read(), own.read())
     except (OSError, ValueError) as error:
         return NoCgroups(f"cannot read this process's cgroups: {error}")
+    disk: Disk | str
+    try:
+        disk = disk_under(disk_of)
+    except OSError as error:
+        disk = error.strerror or str(error)
     driver: CgroupDriver
     if base is not None:
-        driver = CgroupV2(base, instance)
+        driver = CgroupV2(base, instance, disk=disk)
     elif any(name in found.v1 for name in CONTROLLERS):
-        driver = CgroupV1(found.v1, found.v2, instance)
+        driver = CgroupV1(found.v1, found.v2, instance, disk)
     elif found.v2 is not None:
-        driver = CgroupV2(found.v2, instance)
+        driver = CgroupV2(found.v2, instance, disk=disk)
     else:
         return NoCgroups("no cgroup hierarchy is mounted")
     try:

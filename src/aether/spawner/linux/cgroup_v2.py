@@ -11,57 +11,111 @@ systemd marked the base as delegated (xattr user.delegate or trusted.delegate), 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from aether.spawner.linux.cgroup import CPU_PERIOD_US, CgroupHandle, CgroupLimits, CgroupUsage, Tree, left_by, parent_of
+from aether.spawner.linux.blockdev import Disk
+from aether.spawner.linux.cgroup import (
+    LEAF,
+    CgroupHandle,
+    CgroupUsage,
+    Setting,
+    Tree,
+    left_by,
+    parent_of,
+)
+from aether.spawner.linux.cgroup_apply import (
+    Place,
+    apply,
+    bring_back,
+    check_lists,
+    check_nesting,
+    mend_directory,
+    mend_settings,
+    pressure_of,
+)
+from aether.spawner.linux.cgroup_limits import CPU_PERIOD_US, IO_LIMITS, CgroupLimits, quota_us
 
-WANTED = ("cpu", "memory", "pids", "io")
-_LIMIT_CONTROLLER = {
-    "memory_bytes": "memory",
-    "swap_bytes": "memory",
-    "cpu_millis": "cpu",
-    "cpu_weight": "cpu",
-    "pids": "pids",
-    "io_weight": "io",
+WANTED = ("cpu", "memory", "pids", "io", "cpuset")
+_FILES = {
+    "memory_bytes": ("memory", "memory.max", "max"),
+    "memory_min_bytes": ("memory", "memory.min", "0"),
+    "memory_low_bytes": ("memory", "memory.low", "0"),
+    "memory_high_bytes": ("memory", "memory.high", "max"),
+    "swap_bytes": ("memory", "memory.swap.max", "max"),
+    "cpu_millis": ("cpu", "cpu.max", f"max {CPU_PERIOD_US}"),
+    "cpu_weight": ("cpu", "cpu.weight", "100"),
+    "cpuset_cpus": ("cpuset", "cpuset.cpus", "\n"),
+    "cpuset_mems": ("cpuset", "cpuset.mems", "\n"),
+    "pids": ("pids", "pids.max", "max"),
+    "io_weight": ("io", "io.weight", "default 100"),
+    "io_read_bps": ("io", "io.max", "rbps"),
+    "io_write_bps": ("io", "io.max", "wbps"),
+    "io_read_iops": ("io", "io.max", "riops"),
+    "io_write_iops": ("io", "io.max", "wiops"),
 }
+"""Limit to controller, file, and the text of no limit (for io.max the key of a rate)."""
 SWEEP_WAIT_S = 2.0
 
 
-def limit_files(limits: CgroupLimits) -> list[tuple[str, str, str, str]]:
-    """Pure: `(limit name, controller, file, value)` for every limit that is set."""
-    asked: dict[str, tuple[str, int | None, str]] = {
-        "memory_bytes": ("memory.max", limits.memory_bytes, "{}"),
-        "swap_bytes": ("memory.swap.max", limits.swap_bytes, "{}"),
-        "cpu_weight": ("cpu.weight", limits.cpu_weight, "{}"),
-        "pids": ("pids.max", limits.pids, "{}"),
-        "io_weight": ("io.weight", limits.io_weight, "default {}"),
-    }
-    files = [
-        (name, _LIMIT_CONTROLLER[name], file, form.format(value))
-        for name, (file, value, form) in asked.items()
-        if value is not None
-    ]
-    if limits.cpu_millis is not None:
-        files.append(("cpu_millis", "cpu", "cpu.max", f"{limits.cpu_millis * CPU_PERIOD_US // 1000} {CPU_PERIOD_US}"))
-    return files
+@lru_cache(maxsize=256)
+def limit_files(limits: CgroupLimits, disk: Disk | None, bfq: bool = False) -> tuple[Setting, ...]:
+    """Pure: a setting for every limit that is set; rates need the disk's numbers. Kept: most cells are alike."""
+    found: list[Setting] = []
+    for name in limits.asked():
+        controller, file, reset = _FILES[name]
+        value = str(getattr(limits, name))
+        if name in IO_LIMITS:
+            if disk is None:
+                continue
+            value, reset = f"{disk.numbers} {reset}={value}", f"{disk.numbers} {reset}=max"
+        elif name == "cpu_millis":
+            value = f"{quota_us(int(value))} {CPU_PERIOD_US}"
+        elif name == "io_weight" and bfq:
+            file, value, reset = "io.bfq.weight", f"default {min(int(value), 1000)}", "default 100"
+        elif name == "io_weight":
+            value = f"default {value}"
+        found.append(Setting(name, controller, file, value, reset))
+    return tuple(found)
+
+
+def _weights_missing(base: str, disk: Disk | None, why: str) -> str | None:
+    """Why weights do nothing on the disk: they take BFQ, or the cost model switched on (cgroup-v2.rst, io.weight)."""
+    if disk is None:
+        return why
+    root = Path(base)
+    while (root.parent / "cgroup.procs").exists():
+        root = root.parent
+    with contextlib.suppress(OSError):
+        if f"{disk.numbers} enable=1" in (root / "io.cost.qos").read_text():
+            return None
+    name = disk.scheduler()
+    return None if name == "bfq" else f"the scheduler of {disk.name} is {name}, not bfq, and io.cost.qos is off"
 
 
 class CgroupV2:
-    """The v2 driver. `base` is the directory of the cgroup to work below; `wanted` the controllers to enable."""
+    """The v2 driver. `base` is the directory of the cgroup to work below; `wanted` the controllers to enable;
+    `disk` what I/O limits hold for, or why there is none."""
 
     kind = "v2"
 
-    def __init__(self, base: str, instance: str, wanted: tuple[str, ...] = WANTED) -> None:
+    def __init__(
+        self, base: str, instance: str, wanted: tuple[str, ...] = WANTED, disk: Disk | str = "no disk was looked for"
+    ) -> None:
         self.base = base
         self.instance = instance
         self.wanted = wanted
         self.controllers: tuple[str, ...] = ()
         self.missing: dict[str, str] = {}
         self.tree = Tree(parent_of(base, instance))
+        self._disk = disk if isinstance(disk, Disk) else None
+        self._no_disk = disk if isinstance(disk, str) else ""
+        self._bfq = self._disk is not None and self._disk.scheduler() == "bfq"
         self._roles: Tree | None = None
 
     def probe(self) -> dict[str, Any]:
@@ -78,11 +132,17 @@ class CgroupV2:
         if not self.wanted:
             return
         offered = self._words(f"{self.base}/cgroup.controllers")
-        for name, controller in _LIMIT_CONTROLLER.items():
+        for name, (controller, _, _) in _FILES.items():
             if controller in self.wanted and controller not in offered:
                 self.missing[name] = f"the controller {controller} is not available in {self.base}"
         usable = [controller for controller in self.wanted if controller in offered]
         self.controllers = tuple(controller for controller in usable if self._enable(controller))
+        if self._disk is None:
+            for name in IO_LIMITS:
+                self.missing.setdefault(name, self._no_disk)
+        weights = _weights_missing(self.base, self._disk, self._no_disk)
+        if weights is not None:
+            self.missing.setdefault("io_weight", weights)
 
     @staticmethod
     def _words(path: str) -> list[str]:
@@ -96,7 +156,7 @@ class CgroupV2:
                 self._enable_in_base(controller)
             self.tree.write("cgroup.subtree_control", f"+{controller}")
         except OSError as error:
-            for name, of in _LIMIT_CONTROLLER.items():
+            for name, (of, _, _) in _FILES.items():
                 if of == controller:
                     self.missing[name] = f"cannot enable {controller} in {self.base}: {error.strerror}"
             return False
@@ -127,30 +187,87 @@ class CgroupV2:
             with contextlib.suppress(ProcessLookupError):
                 self._roles.write("cgroup.procs", pid)
 
-    def create(self, name: str, limits: CgroupLimits) -> CgroupHandle:
-        self.tree.mkdir(name)
-        handle = CgroupHandle(name)
+    def create(
+        self, name: str, limits: CgroupLimits, *, parent: CgroupHandle | None = None, nestable: bool = False
+    ) -> CgroupHandle:
+        handle = CgroupHandle(name if parent is None else f"{parent.name}/{name}", nestable, parent)
+        self._check(handle, limits)
+        self.tree.mkdir(handle.name)
         try:
-            self.set_limits(handle, limits)
-            handle.v2_fd = self.tree.open_file(name, os.O_RDONLY | os.O_DIRECTORY)
+            self._apply(handle, limits)
+            handle.limits = limits
+            if nestable:
+                self._open_leaf(handle)
+            handle.v2_fd = self.tree.open_file(handle.home, os.O_RDONLY | os.O_DIRECTORY)
         except OSError:
             self.remove(handle)
             raise
+        if parent is not None:
+            parent.children.append(handle)
         return handle
 
-    def set_limits(self, handle: CgroupHandle, limits: CgroupLimits) -> None:
-        for limit, controller, file, value in limit_files(limits):
-            if controller not in self.controllers:
-                continue
-            try:
-                self.tree.write(f"{handle.name}/{file}", value)
-            except FileNotFoundError:
-                # memory.swap.* exists only with swap accounting, io.weight only with an I/O policy that has weights
-                self.missing.setdefault(limit, f"this kernel has no {file}")
-                continue
-            handle.enforced[limit] = f"cgroup2:{file}"
+    def _open_leaf(self, handle: CgroupHandle) -> None:
+        """Controllers go down only from a cgroup without processes, which from now on this one is."""
+        if self.controllers:
+            words = " ".join(f"+{controller}" for controller in self.controllers)
+            self.tree.write(f"{handle.name}/cgroup.subtree_control", words)
+        self.tree.mkdir(handle.home)
 
-    def usage(self, handle: CgroupHandle) -> CgroupUsage:
+    def _check(self, handle: CgroupHandle, limits: CgroupLimits) -> None:
+        if limits.cpuset_cpus is not None or limits.cpuset_mems is not None:
+            above = f"{handle.parent.name}/" if handle.parent is not None else ""
+            lent = {name: self._text(f"{above}{_FILES[name][1]}.effective") for name in ("cpuset_cpus", "cpuset_mems")}
+            check_lists(limits, lent)
+        check_nesting(handle, limits)
+
+    def _text(self, file: str) -> str | None:
+        try:
+            return self.tree.read(file)
+        except OSError:
+            return None
+
+    def _places(self, handle: CgroupHandle, limits: CgroupLimits) -> list[Place]:
+        return [
+            Place(self.tree, f"{handle.name}/{setting.file}", setting)
+            for setting in limit_files(limits, self._disk, self._bfq)
+            if setting.limit not in self.missing
+        ]
+
+    def _apply(self, handle: CgroupHandle, limits: CgroupLimits) -> None:
+        apply(self._places(handle, limits), handle, self.missing, "cgroup2")
+
+    def set_limits(self, handle: CgroupHandle, limits: CgroupLimits) -> None:
+        merged = limits.over(handle.limits)
+        self._check(handle, merged)
+        high = self._squeeze(handle, limits.memory_bytes)
+        try:
+            self._apply(handle, limits)
+            handle.limits = merged
+        finally:
+            if high is not None and (limits.memory_high_bytes is None or handle.limits is not merged):
+                self.tree.write(f"{handle.name}/memory.high", high)
+
+    def _squeeze(self, handle: CgroupHandle, memory_bytes: int | None) -> str | None:
+        """Make what is in use fit `memory_bytes`: memory.max below it would kill (cgroup-v2.rst), where the write
+        of memory.high reclaims and returns. The text of memory.high to write back, None when nothing was done.
+
+        Raises OSError EBUSY when it does not fit.
+        """
+        current, high = f"{handle.name}/memory.current", f"{handle.name}/memory.high"
+        if memory_bytes is None or "memory" not in self.controllers or (self.tree.number(current) or 0) <= memory_bytes:
+            return None
+        before = self.tree.read(high).strip()
+        self.tree.write(high, str(memory_bytes))
+        used = self.tree.number(current) or 0
+        if used > memory_bytes:
+            self.tree.write(high, before)
+            raise OSError(errno.EBUSY, f"cannot lower memory_bytes to {memory_bytes}: {used} bytes are in use")
+        return before
+
+    def allow_realtime(self, handle: CgroupHandle) -> None:
+        """v2 has no budget for it: with CONFIG_RT_GROUP_SCHED the kernel refuses the cpu controller instead."""
+
+    def usage(self, handle: CgroupHandle, *, pressure: bool = False) -> CgroupUsage:
         tree, name = self.tree, handle.name
         cpu = tree.table(f"{name}/cpu.stat")
         io = self._io(name)
@@ -176,6 +293,9 @@ class CgroupV2:
             io_write_bytes=io[1],
             oom_kills=events.get("oom_kill"),
             throttled_us=cpu.get("throttled_usec"),
+            throttled_count=cpu.get("nr_throttled"),
+            memory_events={key: events[key] for key in ("low", "high", "max", "oom") if key in events},
+            pressure=pressure_of(tree, name) if pressure else {},
             sources=sources,
         )
 
@@ -194,6 +314,8 @@ class CgroupV2:
         return total["rbytes"], total["wbytes"]
 
     def procs(self, handle: CgroupHandle) -> tuple[int, ...]:
+        if handle.nestable:
+            return self.tree.all_pids(handle.name)
         return self.tree.pids(f"{handle.name}/cgroup.procs")
 
     def kill(self, handle: CgroupHandle) -> None:
@@ -203,14 +325,28 @@ class CgroupV2:
         try:
             self.tree.write(f"{name}/cgroup.kill", "1")
         except FileNotFoundError:  # before Linux 5.14, or the cell is gone
-            for pid in self.tree.pids(f"{name}/cgroup.procs"):
+            for pid in self.tree.all_pids(name):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
     def freeze(self, handle: CgroupHandle, frozen: bool) -> None:
         self.tree.write(f"{handle.name}/cgroup.freeze", "1" if frozen else "0")
 
+    def mend(self, handle: CgroupHandle, pids: tuple[int, ...]) -> tuple[str, ...]:
+        made: list[str] = []
+        mend_directory(self.tree, handle.name, made)
+        found = [f"the directory {name} was removed" for name in made]
+        if made:
+            self._apply(handle, handle.limits)
+        if handle.nestable and not (Path(self.tree.path) / handle.home).is_dir():
+            self._open_leaf(handle)
+        found += mend_settings(handle, self._places(handle, handle.limits))
+        moved = bring_back(self.tree, handle.name, handle.home, pids)
+        return (*found, *([f"{moved} processes were taken out"] if moved else []))
+
     def remove(self, handle: CgroupHandle) -> bool:
+        if handle.nestable:
+            self.tree.rmdir(f"{handle.name}/{LEAF}")
         if not self.tree.rmdir(handle.name):
             return False
         handle.close()
@@ -234,12 +370,13 @@ class CgroupV2:
 
 
 def remove_all(tree: Tree, kill: Any) -> int:
-    """Kill and remove every child of `tree`, waiting at most SWEEP_WAIT_S; the number removed."""
+    """Kill and remove every child of `tree` with what is below it, waiting at most SWEEP_WAIT_S; the number of
+    children removed."""
     names = tree.children()
     deadline = time.monotonic() + SWEEP_WAIT_S
     removed = 0
     for name in names:
-        while not tree.rmdir(name):
+        while not all(tree.rmdir(each) for each in tree.below(name)):
             kill(name)
             if time.monotonic() > deadline:
                 break
