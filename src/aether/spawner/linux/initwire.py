@@ -5,7 +5,8 @@ One message is one SOCK_SEQPACKET datagram, little-endian, at most MESSAGE_BYTES
 A text field is u32 length, the bytes, one NUL (so that the C side reads it in place). Descriptors travel with
 the message by SCM_RIGHTS. A message that does not parse to its last byte is refused by both sides.
 
-Requests to PID 1: Exec, Signal, Shutdown. Events from PID 1: Ready, StepFailed, Started, ExecFailed, Exited.
+Requests to PID 1: Exec, Signal, Shutdown. Events from PID 1: Ready, StepFailed, Started, ExecFailed, Exited; before
+them from a shim (`oci_shim`): Container or RuntimeRefused.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ FDS_MAX: Final = 64
 
 LAUNCH, EXEC, SIGNAL, SHUTDOWN = 1, 2, 3, 4
 LAUNCHED, READY, STEP_FAILED, STARTED, EXEC_FAILED, EXITED = 16, 17, 18, 19, 20, 21
+CONTAINER, RUNTIME_REFUSED = 22, 23
 
 HEADER: Final = struct.Struct("<HHI")
 NAMESPACE_KINDS: Final = ("user", "pid", "mnt", "net", "ipc", "uts", "cgroup")
@@ -120,7 +122,27 @@ class Signal:
     signo: int
 
 
-Event = Ready | StepFailed | Started | ExecFailed | Exited
+@dataclass(frozen=True, slots=True)
+class Container:
+    """What /proc shows, from outside, of the container that an OCI runtime has built, before our init goes on: of its
+    PID 1, or of the sandbox that it runs in. `namespaces` as in Ready; `setup_us` since the launch was asked for."""
+
+    pid: int
+    namespaces: dict[str, int]
+    seccomp_mode: int
+    no_new_privs: bool
+    cap_bounding: int
+    setup_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeRefused:
+    """An OCI runtime built no container; `why` names it and repeats its words."""
+
+    why: str
+
+
+Event = Ready | StepFailed | Started | ExecFailed | Exited | Container | RuntimeRefused
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -189,6 +211,16 @@ def encode_exited(exec_id: str, exit_code: int, usage: tuple[int, int, int]) -> 
     """`exit_code` as of os.waitstatus_to_exitcode: negative is a signal."""
     pair = (-exit_code, 0) if exit_code < 0 else (0, exit_code)
     return _message(EXITED, _text(exec_id), struct.pack("<II3Q", *pair, *usage))
+
+
+def encode_container(seen: Container) -> bytes:
+    inodes = [seen.namespaces[kind] for kind in NAMESPACE_KINDS]
+    flags = (seen.pid, seen.seccomp_mode, seen.no_new_privs)
+    return _message(CONTAINER, struct.pack("<3I9Q", *flags, *inodes, seen.cap_bounding, seen.setup_us))
+
+
+def encode_runtime_refused(why: str) -> bytes:
+    return _message(RUNTIME_REFUSED, _text(why))
 
 
 def encode_launch(program: Program, attach_count: int, cgroup2: bool, spec: ExecSpec | None) -> bytes:
@@ -316,6 +348,12 @@ def _decode_event(r: Reader) -> Event:
             by_signal = signal != 0
             usage = (r.u64(), r.u64(), r.u64())
             return Exited(exec_id, None if by_signal else code, signal if by_signal else None, *usage)
+        case 22:
+            pid, mode, nnp = (r.u32() for _ in range(3))
+            inodes = {kind: r.u64() for kind in NAMESPACE_KINDS}
+            return Container(pid, inodes, mode, nnp == 1, r.u64(), r.u64())
+        case 23:
+            return RuntimeRefused(r.text(2048))
     raise WireError(f"message type {r.kind} is not an event")
 
 
