@@ -115,7 +115,7 @@ def _clone_tree(source: int, attributes: int, userns: int | None = None) -> int:
     return tree
 
 
-class _Layers:
+class Layers:
     """Directories that the next overlay is made of; those that are mounts of their own have `mapped` set."""
 
     def __init__(self, userns: int | None) -> None:
@@ -157,7 +157,7 @@ class _Layers:
             os.close(fd)
 
 
-def _new_mount(kind: str, options: str, attributes: int, layers: _Layers | None = None) -> int:
+def new_mount(kind: str, options: str, attributes: int, layers: Layers | None = None) -> int:
     context = kernel.syscall("fsopen", kind.encode(), 1)
     try:
         for line in options.split("\n") if options else ():
@@ -224,7 +224,7 @@ def _mask(root: int, path: str) -> None:
     is_dir = stat.S_ISDIR(os.fstat(target).st_mode)
     os.close(target)
     if is_dir:
-        tree = _new_mount("tmpfs", "nr_inodes=2\nmode=0555", _SEALED)
+        tree = new_mount("tmpfs", "nr_inodes=2\nmode=0555", _SEALED)
     else:
         null = _open_inside(root, "/dev/null")
         tree = _clone_tree(null, NOSUID | NOEXEC)
@@ -232,9 +232,9 @@ def _mask(root: int, path: str) -> None:
     _attach(tree, root, path)
 
 
-def _add_mount(root: int, op: pg.Op, layers: _Layers) -> None:
+def _add_mount(root: int, op: pg.Op, layers: Layers) -> None:
     _make_dir(root, op.path, 0o755)
-    mount = _new_mount(op.text2, op.text, op.flags, layers)
+    mount = new_mount(op.text2, op.text, op.flags, layers)
     layers.release()
     if op.path != "/":
         _attach(mount, root, op.path)
@@ -245,7 +245,7 @@ def _add_mount(root: int, op: pg.Op, layers: _Layers) -> None:
     os.close(mount)
 
 
-def _perform(root: int, op: pg.Op, layers: _Layers) -> None:
+def perform(root: int, op: pg.Op, layers: Layers) -> None:
     match op.kind:
         case pg.OP_DIR:
             _make_dir(root, op.path, op.mode)
@@ -272,12 +272,12 @@ def build_root(ops: Sequence[pg.Op], userns: int | None, phase: list[int]) -> No
     phase[0] = phase_number("new root")
     os.umask(0)
     kernel.mount(b"/", _MS_REC | _MS_SLAVE)
-    root = _new_mount("tmpfs", "size=1m\nnr_inodes=2048\nmode=0755", NOSUID | NODEV)
+    root = new_mount("tmpfs", "size=1m\nnr_inodes=2048\nmode=0755", NOSUID | NODEV)
     kernel.syscall("move_mount", root, b"\0", -100, b"/\0", 0x04)
-    layers = _Layers(userns)
+    layers = Layers(userns)
     for op in ops:
         phase[0] = op.step
-        _perform(root, op, layers)
+        perform(root, op, layers)
     if userns is not None:
         os.close(userns)
     phase[0] = phase_number("pivot")
