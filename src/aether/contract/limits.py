@@ -93,6 +93,18 @@ CELL_UID_SLOTS: Final = 4_096
 DAEMON_UID_BASE: Final = 0x6FFF_F000
 """aetherd +1, aurorad +2, keeper +3, egressd +4; their shared group is DAEMON_UID_BASE itself."""
 
+# Images
+IMAGE_BYTES_MAX: Final = 8 * GIB
+"""An unpacked image; its archive is bounded by UPLOAD_BYTES_MAX."""
+IMAGE_ENTRIES_MAX: Final = 400_000
+IMAGE_LAYERS_MAX: Final = 128
+IMAGE_DOCUMENT_BYTES_MAX: Final = 1 * MIB
+"""A manifest, an index or a configuration."""
+IMAGE_UNPACK_S_MAX: Final = 600
+IMAGES_MAX: Final = 1_000
+"""Of one tenant; above it the answer is 429."""
+DIFF_ENTRIES_MAX: Final = 100_000
+
 # Logs of executables
 LOG_HEAD_BYTES_MAX: Final = 1 * MIB
 LOG_TAIL_BYTES_MAX: Final = 4 * MIB
