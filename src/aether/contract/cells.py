@@ -7,6 +7,7 @@ from typing import Any, Final, Literal, get_args
 import msgspec
 
 from aether.contract import limits
+from aether.contract.network import Network
 
 Level = Literal["process", "cell"]
 RUNGS: Final = ("process", "cell", "wasm", "gvisor", "microvm", "pod")
@@ -48,6 +49,7 @@ class CellSpec(msgspec.Struct, frozen=True, kw_only=True):
     model packages, for instance). `channel` gives the executable a connected SOCK_STREAM socket as fd 3.
     `require` lists levels and mechanisms without which the cell must not start. Without `isolate_network` the cell
     shares the host's network, without `isolate_process` its processes, System V IPC and host name are the host's.
+    `network` is what it may reach through egressd; without it there is no way out.
     """
 
     argv: tuple[str, ...]
@@ -60,6 +62,7 @@ class CellSpec(msgspec.Struct, frozen=True, kw_only=True):
     channel: bool = False
     isolate_network: bool = True
     isolate_process: bool = True
+    network: Network | None = None
 
 
 class ExitStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ import msgspec
 from aether.contract import limits
 from aether.contract.cells import REQUIREMENTS, InputFile, Limits, Usage
 from aether.contract.errors import AetherError, ErrorBody
+from aether.contract.network import Network, check_network
 
 SCHEMA_VERSION: Final = "1.0"
 T = TypeVar("T")
@@ -62,6 +63,7 @@ class CommandParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     With `cell` (a name) it is an executable of that allocated cell, `executable` its own name there: of `limits` only
     `timeout_ms` and `grace_ms` count then, the rest are the cell's. Only such a job may have a `stdio` but `logs`.
+    `network` is what it may reach; without it nothing but its own loopback.
     """
 
     argv: tuple[str, ...]
@@ -73,6 +75,7 @@ class CommandParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     cell: str | None = None
     executable: str | None = None
     stdio: Stdio = "logs"
+    network: Network | None = None
 
 
 class CommandInputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -161,6 +164,10 @@ def parse_command(request: JobRequest) -> tuple[CommandParams, CommandInputs]:
     _check_env(params.env)
     check_bounds(params.limits)
     _check_paths(params, inputs)
+    if params.network is not None:
+        if params.cell is not None:
+            raise AetherError("BAD_FIELD", "cannot run a command job: params.network is the cell's, not its guests'")
+        check_network(params.network)
     if params.cell is None and (params.executable is not None or params.stdio != "logs"):
         raise AetherError("BAD_FIELD", "cannot run a command job: params.executable and stdio need params.cell")
     return params, inputs

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+from aether.contract import limits
 from aether.spawner.beneath import safe_path
 from aether.spawner.cells import Cell
 from aether.spawner.channel import Message
 from aether.spawner.lifecycle import Lifecycle
 from aether.spawner.linux.cgroup import CgroupDriver
 from aether.spawner.linux.cgroup_limits import CgroupLimits
+from aether.spawner.netlisten import listen_inside
 from aether.spawner.offload import json_memfd
 from aether.spawner.protocol import PROTOCOL_VERSION, RefusedError, Request
 from aether.spawner.rules import Rules, check_owner, exec_spec
 from aether.spawner.server import Answer
+from aether.spawner.tracing import Tracer
 from aether.spawner.warm import Warm
 from aether.spawner.wiring import Wired
 from aether.spawner.workops import WorkOps
@@ -44,18 +48,21 @@ class Operations:
         self._rules = rules
         self._facts = facts
         self._probe = probe
+        self.tracer: Tracer | None = None
         self._handlers: dict[str, Callable[[Request, Message, Answer], None]] = {
             "hello": self._hello,
             "probe": lambda _, __, answer: answer.ok({"fd": 0}, (json_memfd(self._probe()),)),
             "blueprint.keep": self._keep,
             "cell.create": self._create,
             "exec.start": self._start,
+            "cell.listen": self._listen,
             "exec.signal": self._signal,
             "cell.stop": self._stop,
             "cell.kill": self._kill,
             "cell.freeze": self._freeze,
             "cell.limit": self._limit,
             "cell.usage": lambda request, _, answer: answer.ok(self._lifecycle.usage(self._cell(request))),
+            "cell.trace": self._trace,
             "cell.list": self._list,
             "cell.free": self._free,
             "exit.ack": self._ack,
@@ -155,6 +162,21 @@ class Operations:
                 wired.close()
             raise
 
+    def _listen(self, request: Request, _: Message, answer: Answer) -> None:
+        """The one listener of a cell with a network namespace of its own: else it would be the host's loopback."""
+        cell = self._cell(request)
+        if cell.pidfd < 0 or cell.state != "running":
+            raise RefusedError("NO_SUCH_CELL", f"cannot listen in cell {cell.cell_id}: it is {cell.state}")
+        if "net" not in cell.report.get("namespaces", {}):
+            why = f"cannot listen in cell {cell.cell_id}: it has no network namespace of its own"
+            raise RefusedError("LEVEL_UNMET", why)
+        try:
+            listener = listen_inside(cell.pidfd, limits.EGRESS_PORT, join_user=os.geteuid() != 0)
+        except OSError as error:
+            why = f"cannot listen in cell {cell.cell_id}: {error.strerror}"
+            raise RefusedError("CELL_FAILED", why) from error
+        answer.ok({"fd": 0}, (listener,))
+
     def _signal(self, request: Request, _: Message, answer: Answer) -> None:
         cell, exec_id = self._cell(request), request.args["exec"]
         executable = cell.execs.get(exec_id)
@@ -179,6 +201,17 @@ class Operations:
         cell = self._cell(request)
         self._cgroups.set_limits(cell.cgroup, CgroupLimits(**request.args["limits"]))
         answer.ok({"limits": dict(cell.cgroup.enforced)})
+
+    def _trace(self, request: Request, _: Message, answer: Answer) -> None:
+        """With `on` it answers when the trace is over and written."""
+        cell, args = self._cell(request), request.args
+        if self.tracer is None:
+            raise RefusedError("LEVEL_UNMET", "cannot trace a cell: nothing observes cells here")
+        if args["on"]:
+            self.tracer.start(cell, args["duration_ms"], answer)
+        else:
+            self.tracer.stop(cell.cell_id)
+            answer.ok({})
 
     def _list(self, _: Request, __: Message, answer: Answer) -> None:
         cells = [cell.view() for cell in self._lifecycle.cells.values() if not cell.warm]

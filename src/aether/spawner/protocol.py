@@ -175,11 +175,15 @@ OPERATIONS: Mapping[str, Reader] = {
     ),
     "exec.start": record(_CELL | {"exec": _EXEC}),
     "exec.signal": record(_CELL | {"exec": identifier, "signo": integer(1, 64)}),
+    "cell.listen": record(_CELL),
     "cell.stop": record(_CELL, grace_ms=(_GRACE, limits.STOP_GRACE_MS_DEFAULT)),
     "cell.kill": record(_CELL),
     "cell.freeze": record(_CELL | {"frozen": boolean}),
     "cell.limit": record(_CELL | {"limits": _LIMITS}),
     "cell.usage": record(_CELL),
+    "cell.trace": record(
+        _CELL | {"on": boolean}, duration_ms=(integer(1, limits.TRACE_MS_MAX), limits.TRACE_MS_DEFAULT)
+    ),
     "cell.list": record({}),
     "cell.free": record(_CELL),
     "exit.ack": record(_CELL | {"exec": identifier}),
