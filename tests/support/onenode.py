@@ -145,7 +145,7 @@ class OneNode:
     async def kill_aetherd(self) -> None:
         authority, self._authority = self._authority, None
         assert authority is not None
-        for task in (*self._calls, *authority.parts.execution._background):
+        for task in (*self._calls, *authority.parts.execution._background, *authority.parts.house._background):
             task.cancel()
         if self._link is not None:
             self._link.close()

@@ -29,6 +29,7 @@ RecordType = Literal[
     "job.stop",
     "job.outcome",
     "job.signal",
+    "job.attach",
     "cell.allocated",
     "cell.started",
     "cell.frozen",

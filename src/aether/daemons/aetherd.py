@@ -30,6 +30,8 @@ from aether.substrate.audit.keyfile import open_signer
 from aether.substrate.audit.log import AuditLog
 from aether.substrate.audit.receipts import Receipts
 from aether.substrate.book import Book
+from aether.substrate.cellfiles import CellFileDesk
+from aether.substrate.cellhouse import CellHouse
 from aether.substrate.cells.drivers.native import NativeDriver
 from aether.substrate.cells.logs import JobLogs
 from aether.substrate.cells.supervisor import CellSupervisor
@@ -41,6 +43,7 @@ from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
 from aether.substrate.service import Parts, Service
 from aether.substrate.submission import Submitter
+from aether.substrate.talking import Talking
 from aether.substrate.workers import Workers
 from aether.telemetry.metrics import Metrics
 
@@ -82,18 +85,25 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
     cells = CellSupervisor(NativeDriver(layout.spawner_socket), node.version)
     execution = Execution(book, cells, orchestra)
     reconciler = Reconciler(book, execution)
+    house = CellHouse(gate, book, cells)
+    reading = Reading(gate, book, orchestra, receipts, JobLogs(layout.job_logs))
     cells.on_end(execution.ended)
+    cells.on_gone(house.gone)
     cells.on_connect(reconciler.spawner_connected)
+    cells.on_connect(house.spawner_connected)
     parts = Parts(
         gate=gate,
         book=book,
         cells=cells,
         orchestra=orchestra,
-        submitter=Submitter(gate, book, orchestra, execution, cells),
+        submitter=Submitter(gate, book, orchestra, execution, cells, house),
         execution=execution,
-        reading=Reading(gate, book, orchestra, receipts, JobLogs(layout.job_logs)),
+        reading=reading,
         reconciler=reconciler,
         workers=Workers(gate, book, execution, layout),
+        house=house,
+        files=CellFileDesk(house, book, cells),
+        talking=Talking(gate, book, house, cells, reading),
         metrics=Metrics("aetherd"),
     )
     return Authority(Service(parts), parts)
@@ -167,6 +177,7 @@ async def serve(layout: Layout, log: Any, stop: asyncio.Event) -> None:
         await serve_http(HttpApp(authority.service.handlers, layout.spool), layout.api_socket, stop=stop)
     finally:
         stop_link()
+        await parts.house.drain()
         await parts.execution.drain()
         await parts.cells.close()
         stopped = record_node(parts.gate.node, parts.book, "node.stopped", None)

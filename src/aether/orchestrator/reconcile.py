@@ -148,6 +148,8 @@ def outcome_view(outcome: Record, intent: Record | None, known: JobView | None) 
         intent_index=_index(outcome, intent, known),
         outcome_index=outcome.log_index,
         argv=known.argv if known else None,
+        cell=known.cell if known else first.detail.get("cell"),
+        executable=known.executable if known else first.detail.get("executable"),
     )
 
 

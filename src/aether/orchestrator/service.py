@@ -232,8 +232,7 @@ class Aurora:
         self._desk.post(job_id, event)
 
     def _enqueue(self, job_id: str) -> None:
-        self._scheduler.enqueue(job_id)
-        self._desk.pump()
+        self._desk.enqueue(job_id)
 
     def _disown(self, row: JobRow) -> None:
         """The authority knows no such open job: a pure job whose answer was never released leaves no trace;

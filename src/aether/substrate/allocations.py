@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from aether.contract.allocations import CellState, is_within, parent_of
+from aether.contract.clock import epoch_ns
 from aether.contract.records import Record
 
 ENDED_KEPT: Final = 512
@@ -21,7 +22,8 @@ ENDING: Final = frozenset({"cell.freed", "cell.lost"})
 
 @dataclass(slots=True)
 class Allocation:
-    """One allocated cell. `spec` is the digest of what it is now; `jobs` are the open ones with an executable in it."""
+    """One allocated cell. `spec` is the digest of what it is now; `jobs` are the open ones with an executable in it;
+    `used_ns` is when something was last done with it (epoch)."""
 
     allocated: Record
     spec: str
@@ -29,6 +31,7 @@ class Allocation:
     frozen: bool = False
     ended: Record | None = None
     jobs: dict[str, None] = field(default_factory=dict)
+    used_ns: int = 0
 
     @property
     def cell_id(self) -> str:
@@ -75,11 +78,12 @@ class Allocations:
         if record.cell_id is None or not record.type.startswith("cell."):
             return
         if record.type == "cell.allocated":
-            self._add(Allocation(record, record.detail["spec"]))
+            self._add(Allocation(record, record.detail["spec"], used_ns=epoch_ns(record.time)))
             return
         cell = self.live.get(record.cell_id)
         if cell is None:
             return
+        cell.used_ns = epoch_ns(record.time)
         if record.type == "cell.started":
             cell.started = record
         elif record.type in ("cell.frozen", "cell.thawed"):
@@ -94,11 +98,12 @@ class Allocations:
         if (cell := self.live.get(cell_id)) is not None:
             cell.jobs[job_id] = None
 
-    def left(self, cell_id: str, job_id: str) -> None:
+    def left(self, cell_id: str, job_id: str, time: str) -> None:
         """The job has its outcome."""
-        cell = self.live.get(cell_id) or self._ended.get(cell_id)
+        cell = self.find_any(cell_id)
         if cell is not None:
             cell.jobs.pop(job_id, None)
+            cell.used_ns = epoch_ns(time)
 
     def _add(self, cell: Allocation) -> None:
         self.live[cell.cell_id] = cell
@@ -159,4 +164,4 @@ class Allocations:
     def restore(self, cells: list[tuple[Record, str, Record | None, bool]]) -> None:
         """Takes over a snapshot; only when fresh."""
         for allocated, spec, started, frozen in cells:
-            self._add(Allocation(allocated, spec, started, frozen))
+            self._add(Allocation(allocated, spec, started, frozen, used_ns=epoch_ns(allocated.time)))

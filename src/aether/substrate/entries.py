@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
@@ -38,6 +38,9 @@ class Submission:
     key_hash: str | None
     created: str
     argv: tuple[str, ...] | None = None
+    cell_id: str | None = None
+    guest: dict[str, str] = field(default_factory=dict)
+    """The names of the allocated cell and of the executable in it, for the intent's `detail`."""
 
     @property
     def effect(self) -> str:
@@ -71,7 +74,9 @@ def intent(node: Node, submission: Submission, index: int, time: str) -> Record:
         ticket=admission.ticket,
         policy=admission.policy,
         budget=submission.budget,
+        cell_id=submission.cell_id,
         created_at=submission.created,
+        detail=submission.guest,
     )
 
 

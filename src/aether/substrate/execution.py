@@ -202,7 +202,7 @@ class Execution:
         """An executable ended: kept with its job until it is finished, and aurorad is told."""
         job = self._book.ledger.open.get(job_of(end.exec_id))
         cell = self._book.ledger.cells.find_any(end.cell_id)
-        if cell is not None and cell.ended is not None and end.exit.signal is not None:
+        if cell is not None and cell.ended is not None and end.exit.reason != SPAWNER_DIED:
             end = replace(end, exit=replace(end.exit, reason=CELL_FREED if cell.reason == "freed" else cell.reason))
         if job is not None and job.end is None:
             job.end = end

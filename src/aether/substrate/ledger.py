@@ -116,7 +116,7 @@ class Ledger:
         elif record.type == "job.outcome":
             ended = self.open.pop(job_id, None)
             if ended is not None and ended.is_guest:
-                self.cells.left(ended.place, job_id)
+                self.cells.left(ended.place, job_id, record.time)
         elif (job := self.open.get(job_id)) is not None:
             if record.type == "job.started":
                 job.started = record

@@ -80,7 +80,9 @@ class Reading:
             cursor=call.cursor,
             limit=min(call.limit, PAGE_ITEMS_MAX),
         )
-        return await self._orchestra.link().call("job.list", query, JobPage)
+        page = await self._orchestra.link().call("job.list", query, JobPage)
+        seen = tuple(view for view in page.jobs if _seen(view, admission))
+        return page if len(seen) == len(page.jobs) else JobPage(jobs=seen, next_cursor=page.next_cursor)
 
     async def result(self, caller: Caller, call: JobCall) -> RawReply | FileReply:
         view = await self._view(caller, "job.result", call)
@@ -170,7 +172,7 @@ class Reading:
         return self._own(await self._orchestra.job(job_id), admission)
 
     def _own(self, view: JobView, admission: Admission) -> JobView:
-        if view.tenant_id != admission.principal.tenant_id:
+        if view.tenant_id != admission.principal.tenant_id or not _seen(view, admission):
             raise AetherError("NOT_FOUND", f"cannot find job {view.job_id}")
         return view
 
@@ -197,6 +199,11 @@ class Reading:
             await asyncio.sleep(_START_POLL_S)
         ended = view if view.state in TERMINAL else await self._orchestra.job(view.job_id)
         return ended.cell_id, ended.exec_id
+
+
+def _seen(view: JobView, admission: Admission) -> bool:
+    """Whether the ticket lets its bearer know of a job: one in an allocated cell is as narrow as that."""
+    return view.cell is None or admission.sees(view.cell)
 
 
 def command_result(view: JobView) -> bytes:

@@ -26,6 +26,7 @@ from aether.contract.calls import (
     Reply,
     StopCall,
 )
+from aether.contract.cellcalls import UpgradeReply
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
 from aether.contract.jobs import SCHEMA_VERSION, TERMINAL, JobRequest, JobView, parse_command
@@ -52,6 +53,8 @@ from aether.contract.wire import (
 from aether.substrate import entries
 from aether.substrate.access.access import Resource
 from aether.substrate.book import Book
+from aether.substrate.cellfiles import CellFileDesk
+from aether.substrate.cellhouse import CellHouse
 from aether.substrate.cells.supervisor import CellSupervisor
 from aether.substrate.execution import Execution
 from aether.substrate.gate import Gate
@@ -59,10 +62,11 @@ from aether.substrate.orchestra import Orchestra
 from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
 from aether.substrate.submission import Submitter
+from aether.substrate.talking import Talking
 from aether.substrate.workers import Workers
 from aether.telemetry.metrics import Metrics
 
-Handler = Callable[[Caller, Any], Awaitable[Reply]]
+Handler = Callable[[Caller, Any], Awaitable[Reply | UpgradeReply]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,9 @@ class Parts:
     reading: Reading
     reconciler: Reconciler
     workers: Workers
+    house: CellHouse
+    files: CellFileDesk
+    talking: Talking
     metrics: Metrics
 
 
@@ -107,13 +114,28 @@ class Service:
             "artifact.list": reading.artifacts,
             "model.list": reading.models,
             "audit.checkpoint": reading.checkpoint,
+            "cell.allocate": parts.house.allocate,
+            "cell.list": parts.house.list,
+            "cell.show": parts.house.show,
+            "cell.free": parts.house.free,
+            "cell.freeze": parts.house.freeze,
+            "cell.thaw": parts.house.thaw,
+            "cell.resize": parts.house.resize,
+            "cell.stats": parts.house.stats,
+            "cell.events": parts.house.events,
+            "cell.put": parts.files.put,
+            "cell.get": parts.files.get,
+            "cell.files": parts.files.files,
+            "job.signal": parts.talking.signal,
+            "job.attach": parts.talking.attach,
+            "job.window": parts.talking.window,
         }
         self.handlers: Mapping[str, Handler] = {name: self._counted(name, run) for name, run in plain.items()}
 
     def _counted(self, name: str, run: Handler) -> Handler:
         children: dict[str, Any] = {"OK": self._calls.labels(name, "OK")}
 
-        async def counted(caller: Caller, call: Any) -> Reply:
+        async def counted(caller: Caller, call: Any) -> Reply | UpgradeReply:
             code = "OK"
             try:
                 return await run(caller, call)

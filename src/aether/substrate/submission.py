@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from msgspec.structs import replace
+
 from aether.contract import ids, limits
 from aether.contract.calls import Caller, SubmitCall, SubmittedJob
 from aether.contract.canonical import digest_bytes, input_hash
@@ -24,6 +26,7 @@ from aether.contract.wire import Empty, JobRunReply, JobSubmit
 from aether.substrate import entries
 from aether.substrate.access.access import Resource
 from aether.substrate.book import Book, outcome_of
+from aether.substrate.cellhouse import CellHouse
 from aether.substrate.cells.supervisor import CellSupervisor
 from aether.substrate.entries import Submission
 from aether.substrate.execution import Execution
@@ -40,9 +43,16 @@ class Submitter:
     """The `job.submit` operation."""
 
     def __init__(
-        self, gate: Gate, book: Book, orchestra: Orchestra, execution: Execution, cells: CellSupervisor
+        self,
+        gate: Gate,
+        book: Book,
+        orchestra: Orchestra,
+        execution: Execution,
+        cells: CellSupervisor,
+        house: CellHouse,
     ) -> None:
         self._gate = gate
+        self._house = house
         self._cells = cells
         self._book = book
         self._orchestra = orchestra
@@ -58,21 +68,27 @@ class Submitter:
 
     def _admit(self, caller: Caller, request: JobRequest) -> Submission:
         check_labels(request.labels)
-        argv, model, cell = None, None, None
+        params, model = None, None
         if request.kind == "command":
             params, _ = parse_command(request)
-            argv, cell = params.argv, params.limits
             if params.require:
                 self._cells.check_required(params.require)
         else:
             model = parse_model(request).model
-        resource = Resource(kind=request.kind, op=request.op, model=model, labels=request.labels)
+        cells = (params.cell,) if params is not None and params.cell is not None else ()
+        resource = Resource(kind=request.kind, op=request.op, model=model, labels=request.labels, cells=cells)
         admission = self._gate.admit(caller, "job.submit", resource)
         principal = admission.principal
         key_hash = None
         if caller.idempotency_key is not None:
             key_hash = digest_bytes(f"{principal.tenant_id}\0{principal.name}\0{caller.idempotency_key}".encode())
         job_id = ids.new(ids.JOB)
+        cell_id, cell, guest = None, params.limits if params is not None else None, {}
+        if params is not None and params.cell is not None and not self._stands_for(key_hash):
+            place, granted = self._house.for_guest(principal.tenant_id, params.cell, params.executable)
+            cell = replace(granted, timeout_ms=params.limits.timeout_ms, grace_ms=params.limits.grace_ms)
+            cell_id, guest = place.cell_id, {"cell": place.name}
+            guest |= {"executable": params.executable} if params.executable is not None else {}
         return Submission(
             job_id=job_id,
             caller=caller,
@@ -82,7 +98,15 @@ class Submitter:
             input_hash=input_hash(request.schema_version, request.kind, request.op, request.params, request.inputs),
             key_hash=key_hash,
             created=rfc3339(self._book.now_ns()),
-            argv=argv,
+            argv=params.argv if params is not None else None,
+            cell_id=cell_id,
+            guest=guest,
+        )
+
+    def _stands_for(self, key_hash: str | None) -> bool:
+        """Whether the key already stands for a job: a repetition enters no cell a second time."""
+        return key_hash is not None and (
+            key_hash in self._in_flight or self._book.ledger.remembered(key_hash, self._book.now_ns()) is not None
         )
 
     async def _once(self, submission: Submission, key_hash: str, wait_ms: int) -> SubmittedJob:

@@ -27,6 +27,8 @@ def queued_view(intent: Record, argv: tuple[str, ...] | None = None) -> JobView:
         created_at=intent.time,
         intent_index=intent.log_index,
         argv=argv,
+        cell=intent.detail.get("cell"),
+        executable=intent.detail.get("executable"),
     )
 
 
@@ -64,4 +66,6 @@ def final_view(intent: Record, outcome: Record, argv: tuple[str, ...] | None = N
         intent_index=intent.log_index,
         outcome_index=outcome.log_index,
         argv=argv,
+        cell=intent.detail.get("cell"),
+        executable=intent.detail.get("executable"),
     )

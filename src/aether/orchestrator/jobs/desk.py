@@ -57,7 +57,8 @@ class Desk:
         """Takes up the rows that an earlier process left open. Nothing moves before they are reconciled."""
         for row in await self._store.open_jobs():
             self.open[row.job_id] = row
-            self._scheduler.moved(row.job_id, row.phase)
+            if not _is_guest(row):
+                self._scheduler.moved(row.job_id, row.phase)
 
     async def close(self) -> None:
         """Stops performing; the rows stay as they are."""
@@ -77,7 +78,10 @@ class Desk:
         self.check_room()
         self.open[job_id] = row  # with its request, which the store cannot give before the row is durable
         kept = asyncio.ensure_future(self._store.submit(row, entry))
-        if row.kind == "command":
+        if _is_guest(row):
+            self._move(row, machine.Claimed(), row.view, at_once=True)
+            commands = ()
+        elif row.kind == "command":
             self._scheduler.enqueue(job_id)
             self.pump(fresh=job_id)
             commands = ()
@@ -140,6 +144,15 @@ class Desk:
         if unfinished:
             await self._store.drop(unfinished)
 
+    def enqueue(self, job_id: str) -> None:
+        """Gives a queued job its turn: a guest of an allocated cell at once, for the cell has its place already."""
+        row = self.open.get(job_id)
+        if row is not None and _is_guest(row) and row.phase == "queued":
+            self._move(row, machine.Claimed(), row.view)
+        elif row is not None and not _is_guest(row):
+            self._scheduler.enqueue(job_id)
+            self.pump()
+
     def pump(self, fresh: str | None = None) -> None:
         """Claims as many waiting jobs as there are places; `fresh` is the one whose row is being written."""
         while (job_id := self._scheduler.claim()) is not None:
@@ -171,7 +184,7 @@ class Desk:
             del self.open[row.job_id]
         else:
             self.open[row.job_id] = row
-        if row.kind == "command":
+        if row.kind == "command" and not _is_guest(row):
             self._scheduler.moved(row.job_id, row.phase)
         written = asyncio.ensure_future(self._store.advance(row, self._entry(event)))
         if commands and (at_once or not isinstance(event, machine.Claimed)):
@@ -213,6 +226,11 @@ class Desk:
     async def _perform_all(self, row: JobRow, commands: tuple[machine.Command, ...]) -> None:
         for command in commands:
             await self._perform(row, command)
+
+
+def _is_guest(row: JobRow) -> bool:
+    """Whether it is an executable of an allocated cell, which takes no place among the running cells."""
+    return row.view.cell is not None
 
 
 def _has_row(view: JobView) -> bool:

@@ -115,6 +115,12 @@ HANDLED: Final[dict[type[Event], frozenset[Phase]]] = {
 }
 
 NO_FACTS: Final = Facts()
+CELL_ENDED: Final = {
+    "cell-freed": (JobState.CANCELLED, "CANCELLED", "its cell was freed"),
+    "idle": (JobState.CANCELLED, "CANCELLED", "its cell was freed because it was idle"),
+    "cell-died": (JobState.FAILED, "JOB_FAILED", "its cell died"),
+}
+"""How a guest of an allocated cell ends when the cell does."""
 
 # ---- commands
 
@@ -209,6 +215,8 @@ def ended_state(facts: Facts) -> tuple[JobState, str | None, str]:
     end = facts.end
     assert end is not None
     status = end.exit
+    if status.reason in CELL_ENDED:
+        return CELL_ENDED[status.reason]
     if status.timed_out:
         return JobState.TIMED_OUT, "TIMED_OUT", "it ran longer than its limit"
     if facts.stop_grace_ms is not None or status.reason == "killed":

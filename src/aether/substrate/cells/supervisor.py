@@ -153,6 +153,10 @@ class CellSupervisor:
         """The end of the cell's first executable."""
         return await self._driver.wait(Handle(cell_id), exec_of(cell_id))
 
+    async def wait_exec(self, cell_id: str, exec_id: str) -> ExecEnd:
+        """The end of any executable."""
+        return await self._driver.wait(Handle(cell_id), exec_id)
+
     async def usage(self, cell_id: str) -> Usage:
         return await self._driver.usage(Handle(cell_id))
 

@@ -69,6 +69,7 @@ class NativeDriver:
         self._kept: dict[bytes, str] = {}
         self._slots: set[int] = set()
         self._on_end: list[Callable[[ExecEnd], None]] = []
+        self._on_gone: list[Callable[[str, str | None], None]] = []
         self._on_connect: list[Callable[[list[Adopted]], None]] = []
 
     def start(self) -> None:
@@ -79,6 +80,9 @@ class NativeDriver:
 
     def on_end(self, call: Callable[[ExecEnd], None]) -> None:
         self._on_end.append(call)
+
+    def on_gone(self, call: Callable[[str, str | None], None]) -> None:
+        self._on_gone.append(call)
 
     def on_connect(self, call: Callable[[list[Adopted]], None]) -> None:
         """`call` hears what lives, or ended without being freed, after every connect."""
