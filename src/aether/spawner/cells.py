@@ -13,6 +13,7 @@ from typing import Any
 
 from aether.contract import limits
 from aether.spawner.linux.cgroup import CgroupHandle, CgroupUsage
+from aether.spawner.linux.sched import Sched
 from aether.spawner.loop import Timer
 from aether.spawner.workdir import Owner
 
@@ -66,7 +67,8 @@ class Exec:
 class Cell:
     """One cell. `once`: it ends with its first executable. `reason` says who ended it, when not itself.
 
-    `place` names its cgroup and its work directory; `warm` until somebody takes it from the pool.
+    `place` names its cgroup and its work directory; `warm` until somebody takes it from the pool. `children` are
+    the cells inside that live; `altered` what somebody else last did to its cgroup.
     """
 
     cell_id: str
@@ -88,6 +90,10 @@ class Cell:
     report: dict[str, Any] = field(default_factory=dict)
     execs: dict[str, Exec] = field(default_factory=dict)
     reason: str | None = None
+    parent: Cell | None = None
+    children: list[Cell] = field(default_factory=list)
+    sched: Sched | None = None
+    altered: tuple[str, ...] = ()
     frozen: bool = False
     warm: bool = False
     usage: dict[str, Any] | None = None
@@ -104,6 +110,10 @@ class Cell:
     def running(self) -> list[Exec]:
         return [each for each in self.execs.values() if each.state != "ended"]
 
+    def held(self) -> bool:
+        """Whether its processes are stopped, by itself or with a cell around it."""
+        return self.frozen or (self.parent is not None and self.parent.held())
+
     def view(self) -> dict[str, Any]:
         """The cell as `cell.list` and replies show it."""
         return {
@@ -112,6 +122,9 @@ class Cell:
             "uid_first": self.uid_block.start,
             "started_wall_us": self.started_wall_us,
             "reason": self.reason,
+            "parent": self.parent.cell_id if self.parent is not None else None,
+            "frozen": self.held(),
+            "altered": list(self.altered),
             "report": self.report,
             "usage": self.usage,
             "execs": [each.view() for each in self.execs.values() if not each.acked],
@@ -146,6 +159,9 @@ def usage_view(
         "io_write_bytes": written,
         "oom_kills": counted.oom_kills,
         "throttled_us": counted.throttled_us,
+        "throttled_count": counted.throttled_count,
+        "memory_events": counted.memory_events,
+        "pressure": counted.pressure,
         "sources": sources,
     }
 
