@@ -25,6 +25,7 @@ from aether.spawner.launcher import InitEvent, Launcher, LaunchFailedError
 from aether.spawner.linux.cgroup import CgroupDriver
 from aether.spawner.linux.cgroup_limits import CgroupLimits
 from aether.spawner.loop import Loop
+from aether.spawner.observerlink import ObserverLink
 from aether.spawner.orphans import Orphans
 from aether.spawner.protocol import RefusedError
 from aether.spawner.rules import owner_of
@@ -59,6 +60,7 @@ class Lifecycle:
     ) -> None:
         self.cells: dict[str, Cell] = {}
         self.keeper: KeeperLink | None = None
+        self.observer: ObserverLink | None = None
         self.orphans: Orphans | None = None
         self._loop = loop
         self._cgroups = cgroups
@@ -119,6 +121,8 @@ class Lifecycle:
         self.cells[cell_id] = cell
         if cell.uid_block.start in self._blocks:
             self._blocks[cell.uid_block.start] = cell_id
+        if self.observer is not None:
+            self.observer.watch(cell)
 
     def begin(self, cell: Cell, args: dict[str, Any], wired: Wired | None) -> None:
         """The first executable of a taken cell. The cell's replies are answered once it runs."""
@@ -147,6 +151,8 @@ class Lifecycle:
         cell = self._admit(plan, key, args["limits"], reply)
         cell.once, cell.grace_ms = args["once"], args["grace_ms"]
         cell.has_work = args["work"] or bool(args["files"])
+        if self.observer is not None:
+            self.observer.watch(cell)
         return cell
 
     def check_free(self, wired: Wired | None) -> None:
@@ -295,6 +301,8 @@ class Lifecycle:
             return
         elif event.kind == "started":
             executable.state, executable.pid = "running", event.pid
+            if self.observer is not None:
+                self.observer.started(cell, executable)
             cell.report.setdefault("process", event.report)
             self._cell_started(cell)
             for reply in executable.waiting:
@@ -362,6 +370,8 @@ class Lifecycle:
         executable.usage = usage_view(counted, wall_us=executable.wall_us, io=cell.io, rusage=executable.rusage)
         if cell.once and cell.pidfd >= 0:
             self.kill(cell, None)
+        if self.observer is not None:
+            self.observer.ended(cell, executable)
         if executable.logged and not executable.output_final and self.keeper is not None:
             self.keeper.flush(executable.exec_id)
             executable.timers.append(self._loop.after(OUTPUT_WAIT_S, lambda: self._tell(cell, executable)))
@@ -435,6 +445,8 @@ class Lifecycle:
         self._remove_cgroup(cell)
         cell.state = "gone"
         failed = cell.reason == "launch-failed" and not cell.execs
+        if self.observer is not None:
+            self.observer.end(cell.cell_id, started=not failed)
         if failed or cell.warm:
             self._discard(cell.place, lambda: self._forget(cell))
         else:
@@ -496,6 +508,8 @@ class Lifecycle:
             return
         with contextlib.suppress(OSError):
             cell.launched.signal(executable.exec_id, signo)
+            if self.observer is not None:
+                self.observer.signalled(cell, executable, signo)
 
     def _exec_expired(self, cell: Cell, executable: Exec) -> None:
         executable.timed_out = True

@@ -35,11 +35,13 @@ from aether.spawner.linux.cgroup_host import open_driver
 from aether.spawner.linux.executors import best_executor
 from aether.spawner.linux.probe import probe as probe_host
 from aether.spawner.loop import Loop
+from aether.spawner.observerlink import ObserverLink
 from aether.spawner.offload import offload
 from aether.spawner.operations import Operations
 from aether.spawner.orphans import Orphans
 from aether.spawner.rules import Rules, host_devices
 from aether.spawner.server import Server
+from aether.spawner.tracing import Tracer
 from aether.spawner.warm import Warm
 from aether.spawner.workdir import WorkRoot, remove_tree
 from aether.spawner.workops import WorkOps
@@ -95,16 +97,18 @@ class Spawner:
         self.server = Server(self.loop, frozenset({os.geteuid(), 0, options.peer_uid} - {-1}))
         work_ops = WorkOps(self.loop, self.work)
         self.lifecycle = Lifecycle(self.loop, self.cgroups, self.launcher, self.server.emit, work_ops.remove)
-        keeper = HelperOptions(str(self._state / "logs/jobs"))
+        helpers = HelperOptions(str(self._state / "logs/jobs"))
         if self._root:
-            keeper = HelperOptions(keeper.directory, options.keeper_uid, options.gid)
-        self.keeper = KeeperLink(self.loop, keeper, self.lifecycle.on_output)
-        self.lifecycle.keeper = self.keeper
+            helpers = HelperOptions(helpers.directory, options.keeper_uid, options.gid)
+        self.keeper = self.lifecycle.keeper = KeeperLink(self.loop, helpers, self.lifecycle.on_output)
+        self.observer = self.lifecycle.observer = ObserverLink(self.loop, helpers)
+        self.tracer = Tracer(self.loop, self.observer)
         self._work_ops = work_ops
         self._sweeper = -1
         self.lifecycle.orphans = Orphans(self._children)
         warm = Warm(self.loop, self.lifecycle, work_ops, rules.work)
         operations = Operations(self.lifecycle, self.cgroups, work_ops, warm, rules, self._facts, self._probe)
+        operations.tracer = self.tracer
         self.server.handle = operations.handle
         self._started_wall_us = now_wall_us()
         self._listener = self._listen(options)
@@ -201,7 +205,9 @@ class Spawner:
     def _children(self) -> set[int]:
         """The children that are no orphans of cells."""
         inits = {cell.pid for cell in self.lifecycle.cells.values() if cell.pidfd >= 0}
-        return inits | self._work_ops.children | self.launcher.pids() | {self.keeper.pid, self._sweeper}
+        return (
+            inits | self._work_ops.children | self.launcher.pids() | {self.keeper.pid, self.observer.pid, self._sweeper}
+        )
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -216,6 +222,7 @@ class Spawner:
             "python": sys.executable,
             "host": {name: self._host[name] for name in HOST_FACTS},
             "cgroup": self.cgroups.probe(),
+            "observer": self.observer.facts(),
         }
 
     def _probe(self) -> dict[str, Any]:
@@ -240,6 +247,8 @@ class Spawner:
             self.loop.turn(0.1)
         self.server.close()
         self.keeper.close()
+        self.tracer.close()
+        self.observer.close()
         self.launcher.close()
         self.cgroups.sweep(self.instance)
         self.cgroups.close()
