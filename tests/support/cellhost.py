@@ -2,7 +2,8 @@
 
 A process of its own, because a spawner must be single-threaded, and so that it can run as an ordinary user. It
 imports the standard library and the spawner's part of the package only. Request (JSON on standard input):
-    executor native | portable; uid, gid to become; level; steps (added to the default root); landlock; rlimits;
+    executor native | portable | runc | crun | runsc; uid, gid to become; level; steps (added to the default root),
+    replaced (steps instead of those of the same op); landlock; rlimits;
     write_zero, cgroup2 (paths to attach to);
     plan (fields that replace those of the plan); argv, env, cwd, extra (texts, one pipe per text, at 3, 4, ...);
     no_clone3 (answer it with ENOSYS, as Docker's default seccomp profile does);
@@ -28,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from aether.contract import cellplan as cp
-from aether.spawner.linux import executors, initwire, landlock, remedies, rootfs
-from aether.spawner.linux.executor import Attach, LaunchError
+from aether.spawner.linux import executors, initwire, landlock, oci, remedies, rootfs
+from aether.spawner.linux.executor import Attach, Executor, LaunchError
 
 DEADLINE_S = 20.0
 BLOCK = 0x7A00_0000
@@ -53,7 +54,12 @@ class Cell:
             without_clone3()
         facts = rootfs.gather_root_facts()
         self.plan, roots = make_plan(request, facts)
-        self.executor = executors.best_executor(roots, request["executor"])
+        kind = request["executor"]
+        self.executor: Executor
+        if kind in oci.KINDS:
+            self.executor = executors.oci_executor(kind, roots)
+        else:
+            self.executor = executors.best_executor(roots, kind)
         self.events: list[dict[str, Any]] = []
         self.output = b""
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC)
@@ -122,7 +128,8 @@ class Cell:
             case "kill":
                 signal.pidfd_send_signal(self.launched.pidfd, signal.SIGKILL)
             case "die":
-                print(json.dumps({"pid": self.launched.pid}), flush=True)
+                container = next((e["pid"] for e in self.events if e["kind"] == "Container"), None)
+                print(json.dumps({"pid": self.launched.pid, "container": container}), flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def finish(self) -> dict[str, Any]:
@@ -148,6 +155,8 @@ def make_plan(request: dict[str, Any], facts: rootfs.RootFacts) -> tuple[cp.Plan
     if level == "cell":
         steps = [cp.to_plain(step) for step in rootfs.default_root_steps(facts)]
         steps += [cp.to_plain(cp.Tmpfs(path, 1 << 24)) for path in ("/tmp", "/work")]
+        replaced = {step["op"]: step for step in request.get("replaced", [])}
+        steps = [replaced.get(step["op"], step) for step in steps]
         rules = (*rootfs.default_landlock_rules(), *(cp.LandlockRule(p, writable) for p in ("/tmp", "/work")))
     else:
         steps = []
@@ -186,7 +195,7 @@ def main() -> None:
         cell.executor.close()
         return
     actions = request.get("actions", [["wait", "first"]])
-    cell.until(("Started", "first"), ("ExecFailed", "first"), ("StepFailed", ""))
+    cell.until(("Started", "first"), ("ExecFailed", "first"), ("StepFailed", ""), ("RuntimeRefused", ""))
     for action in actions:
         cell.act(*action)
     ended = cell.finish()

@@ -20,6 +20,8 @@ from aether.spawner.linux import landlock, native, probe
 SOURCE = Path(native.__file__).parents[3]
 PYTHON = "/usr/bin/python3"
 ORDINARY = 65533
+BLOCK = 0x7A00_0000
+"""Where the ids of cells begin that `cellhost` starts as root."""
 
 
 @dataclass(frozen=True)

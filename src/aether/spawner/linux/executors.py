@@ -1,10 +1,12 @@
-"""Choosing the executor: the native one when its binary is there, else the portable one."""
+"""Which executors there are: our own for the driver `native`, and one for each OCI runtime that is installed."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Final
 
+from aether.spawner.linux import oci
 from aether.spawner.linux.executor import Executor
 from aether.spawner.linux.native import NativeExecutor
 from aether.spawner.linux.portable import PortableExecutor
@@ -21,3 +23,11 @@ def best_executor(source_roots: Sequence[str], choice: str = "auto") -> Executor
             if choice == "native":
                 raise
     return PortableExecutor(source_roots)
+
+
+def oci_executor(kind: str, source_roots: Sequence[str]) -> oci.OciExecutor:
+    """Raises FileNotFoundError, with the reason, when the runtime cannot be used here."""
+    found = oci.find_runtimes(os.environ)[kind]
+    if found.reason:
+        raise FileNotFoundError(f"cannot use {kind}: {found.reason}")
+    return oci.OciExecutor(found, source_roots)

@@ -43,7 +43,7 @@ class PortableExecutor:
             raise LaunchError("descriptors", 0, "pass one descriptor per entry of the specification")
         lowered = lower_plan(plan, self._roots, self._facts)
         userns = self._userns(lowered) if lowered.join_userns else None
-        layers = _layers_userns(lowered)
+        layers = layers_userns(lowered)
         started_us = time.monotonic_ns() // 1000
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -86,7 +86,7 @@ def _no_userns(error: OSError) -> LaunchError:
     return LaunchError("user namespace", code, remedy("user namespace", code))
 
 
-def _layers_userns(lowered: program.Program) -> int | None:
+def layers_userns(lowered: program.Program) -> int | None:
     """For mount_setattr(2), MOUNT_ATTR_IDMAP: ids of the file system are "inside", those that are seen "host"."""
     if program.NO_ID in lowered.layer_owner:
         return None
