@@ -355,13 +355,23 @@ class CgroupV1:
             memory_peak_bytes=peak,
             memory_bytes=memory.number(f"{name}/memory.usage_in_bytes") if memory else None,
             pids_peak=pids_peak,
-            oom_kills=memory.table(f"{name}/memory.oom_control").get("oom_kill") if memory else None,
+            oom_kills=self._oom_kills(handle),
             throttled_us=throttled["throttled_time"] // 1000 if "throttled_time" in throttled else None,
             throttled_count=throttled.get("nr_throttled"),
             memory_events={} if met is None else {"max": met},
             pressure=unified.pressure,
             sources=sources,
         )
+
+    def _oom_kills(self, handle: CgroupHandle) -> int | None:
+        """v1 counts a kill where the process was, and nowhere above (mm/memcontrol-v1.c, memory_events_local)."""
+        memory = self._of.get("memory")
+        if memory is None:
+            return None
+        names = memory.below(handle.name) if handle.nestable else (handle.name,)
+        counts = [memory.table(f"{name}/memory.oom_control").get("oom_kill") for name in names]
+        known = [count for count in counts if count is not None]
+        return sum(known) if known else None
 
     def procs(self, handle: CgroupHandle) -> tuple[int, ...]:
         if self.v2 is not None:
