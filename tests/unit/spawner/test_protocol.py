@@ -18,6 +18,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "cell.create": {"plan": {}, "limits": {"memory_bytes": 1 << 26}, "work": True},
     "exec.start": {"cell": "cell_1", "exec": {"spec": {}, "stdio": ["null", "log", "log"]}},
     "exec.signal": {"cell": "c", "exec": "e", "signo": 15},
+    "cell.listen": {"cell": "c"},
     "cell.stop": {"cell": "c"},
     "cell.kill": {"cell": "c"},
     "cell.freeze": {"cell": "c", "frozen": True},

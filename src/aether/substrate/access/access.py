@@ -5,7 +5,8 @@ Rules, in this order; the first that fails is the answer:
 - a ticket that was shown verifies (BAD_TICKET) and is not revoked (TICKET_REVOKED); without one, the uid's implicit
   ticket stands in: role `queen` for root and the instance's owner, `user` for others;
 - every caveat of every link allows the request (TICKET_EXPIRED, TICKET_DENIED);
-- the policy allows it for every role that the ticket names (POLICY_DENIED, with the deciding policies).
+- the policy allows it for every role that the ticket names (POLICY_DENIED, with the deciding policies); a job that
+  wants a network is also asked as `job.network`, `job.learn` and, once per secret, `job.credential`.
 
 The answer says which accounts a spend is charged to and their limits; reserving is the caller's next step.
 Minting is a record: `on_minted` is called before an implicit ticket is used for the first time by this process.
@@ -22,6 +23,7 @@ from typing import Final
 
 from aether.contract.calls import Caller
 from aether.contract.errors import AetherError
+from aether.contract.network import LEARN
 from aether.contract.records import PolicyRef, TicketRef
 from aether.substrate.access import caveats, tickets
 from aether.substrate.access.caveats import Request
@@ -56,6 +58,8 @@ class Resource:
     hosts: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()
     cells: tuple[str, ...] = ()
+    credentials: tuple[str, ...] = ()
+    """`host:port source` of each secret that a job wants to be sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +193,32 @@ class Access:
             operation, resource.kind, resource.model, resource.labels, resource.hosts, resource.paths, resource.cells
         )
         tickets.check(verified, request, now_ns // 1_000_000)
-        question = Question(operation, resource.kind, resource.op, resource.model, resource.labels, resource.id)
         for role in verified.roles:
+            policy = self._decided(principal, role, operation, resource)
+        cells = tuple(caveat.items for link in verified.links for caveat in link if caveat.type == "cells")
+        return Admission(principal, _ticket_ref(verified, implicit), policy, verified.limits, cells)
+
+    def _decided(self, principal: Principal, role: str, operation: str, resource: Resource) -> PolicyRef:
+        """The policy's leave for all that the request asks; raises POLICY_DENIED."""
+        determining: set[str] = set()
+        for question in _questions(operation, resource):
             decision = self.policy.decide(principal, role, question)
             if not decision.allow:
-                raise _denied(decision, operation, role)
-        cells = tuple(caveat.items for link in verified.links for caveat in link if caveat.type == "cells")
-        return Admission(principal, _ticket_ref(verified, implicit), decision.ref(), verified.limits, cells)
+                raise _denied(decision, question.operation, role)
+            determining.update(decision.determining)
+        return PolicyRef(digest=decision.digest, decision="allow", determining=tuple(sorted(determining)))
+
+
+def _questions(operation: str, resource: Resource) -> list[Question]:
+    """What the policy is asked: the operation, and for a job with a network that, learning, and each credential."""
+    asked = [Question(operation, resource.kind, resource.op, resource.model, resource.labels, resource.id)]
+    if resource.hosts:
+        asked.append(Question("job.network", resource.kind, labels=resource.labels, hosts=resource.hosts))
+    if LEARN in resource.hosts:
+        asked.append(Question("job.learn", resource.kind, labels=resource.labels))
+    for credential in resource.credentials:
+        asked.append(Question("job.credential", resource.kind, labels=resource.labels, id=credential))
+    return asked
 
 
 def _ticket_ref(verified: Verified, implicit: bool) -> TicketRef:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from aether.contract.network import Rule, parse_rule
+
 CAVEATS_MAX: Final = 64
 ITEMS_MAX: Final = 256
 JOB_OPERATIONS: Final = frozenset({"job.submit", "cell.explain"})
@@ -165,7 +167,7 @@ def allows(caveat: Caveat, request: Request, now_ms: int) -> bool:
     if kind == "models":
         return request.kind != "model" or (request.model is not None and _model_allowed(request.model, items))
     if kind == "hosts":
-        return all(matches(host, items) for host in request.hosts)
+        return all(_host_allowed(host, items) for host in request.hosts)
     return all(_path_allowed(path, items) for path in request.paths)
 
 
@@ -176,6 +178,24 @@ def matches(text: str, patterns: Sequence[str]) -> bool:
 
 def _model_allowed(model: str, items: Sequence[str]) -> bool:
     return matches(model, items) or model.partition("@")[0] in items
+
+
+def _host_allowed(asked: str, items: Sequence[str]) -> bool:
+    """Whether a rule that a job asks for lies within one that the caveat names, where the port may be left out."""
+    if matches(asked, items):
+        return True
+    try:
+        wanted = parse_rule(asked, any_port=True)
+    except ValueError:
+        return False
+    return any(granted.covers(wanted) for granted in map(_granted_rule, items) if granted is not None)
+
+
+def _granted_rule(text: str) -> Rule | None:
+    try:
+        return parse_rule(text, any_port=True)
+    except ValueError:
+        return None
 
 
 def _path_allowed(asked: str, grants: Sequence[str]) -> bool:

@@ -40,6 +40,8 @@ class Question:
     model: str | None = None
     labels: tuple[str, ...] = ()
     id: str | None = None
+    hosts: tuple[str, ...] | None = None
+    """What a job wants to reach; only `job.network` asks about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +104,21 @@ class Policy:
         return decision
 
     def _decide(self, principal: Principal, role: str, question: Question) -> Decision:
+        context: dict[str, Any] = {
+            "id": question.id or "",
+            "kind": question.kind,
+            "labels": question.labels,
+            "model": question.model or "",
+            "op": question.op or "",
+            "tenant": principal.tenant_id,
+        }
+        if question.hosts is not None:
+            context["hosts"] = question.hosts
         request = {
             "principal": {"type": "Principal", "id": principal.name},
             "action": {"type": "Action", "id": question.operation},
             "resource": {"type": "Resource", "id": question.kind},
-            "context": {
-                "id": question.id or "",
-                "kind": question.kind,
-                "labels": question.labels,
-                "model": question.model or "",
-                "op": question.op or "",
-                "tenant": principal.tenant_id,
-            },
+            "context": context,
         }
         try:
             result = cedarpy.is_authorized(request, self._set, self._entities_of(principal, role))

@@ -119,3 +119,35 @@ def test_a_replaced_policy_counts_at_once() -> None:
     kit.admit(1001)
     kit.access.policy = Policy.load("")
     assert kit.refused(1001).code == "POLICY_DENIED"
+
+
+def reaching(*hosts: str, credentials: tuple[str, ...] = (), labels: tuple[str, ...] = ()) -> Resource:
+    return Resource(kind="command", op="run", hosts=hosts, credentials=credentials, labels=labels)
+
+
+def test_a_network_is_a_question_of_its_own() -> None:
+    kit = Kit()
+    admission = kit.admit(1001, resource=reaching("a.test:443"))
+    assert admission.policy.determining == ("user-network", "user-submit")
+    secret = ("a.test:443 file:/etc/key",)
+    assert kit.refused(1001, resource=reaching("*:*")).code == "POLICY_DENIED"
+    assert "job.credential" in kit.refused(1001, resource=reaching("a.test:443", credentials=secret)).message
+    assert kit.admit(1000, resource=reaching("*:*", credentials=secret)).policy.determining == ("operator",)
+    stays = kit.refused(1000, resource=reaching("a.test:443", labels=("local-only",)))
+    assert stays.details["policies"] == "local-only-has-no-network"
+
+
+def test_a_ticket_narrows_hosts_and_a_policy_may_read_them() -> None:
+    kit = Kit()
+    ticket = kit.ticket(c.role("queen"), c.hosts("*.a.test:443"))
+    kit.admit(5, resource=reaching("x.a.test:443"), ticket=ticket)
+    kit.admit(5, ticket=ticket)
+    for host in ("x.a.test:80", "b.test:443", "*:*", "*.test:443"):
+        assert kit.refused(5, resource=reaching(host), ticket=ticket).code == "TICKET_DENIED"
+    text = POLICY.text + '@id("no-b")forbid(principal, action == Action::"job.network", resource)'
+    text += 'when{context.hosts.contains("b.test:443")};'
+    text += '@id("lent")permit(principal in Role::"user", action == Action::"job.credential", resource)'
+    kit.access.policy = Policy.load(text + 'when{context.id == "a.test:443 env:KEY"};')
+    assert kit.refused(1000, resource=reaching("a.test:443", "b.test:443")).details["policies"] == "no-b"
+    kit.admit(1001, resource=reaching("a.test:443", credentials=("a.test:443 env:KEY",)))
+    assert kit.refused(1001, resource=reaching("b.test:443", credentials=("evil.test:443 env:KEY",)))
