@@ -71,6 +71,7 @@ KINDS: Final[Mapping[str, ErrorKind]] = {
     "NO_SUCH_CELL": ErrorKind(404, EXIT_FAILED, "the cell ended; see the job's receipt"),
     "NAME_TAKEN": ErrorKind(409, EXIT_FAILED, "use another name, or free or stop what has it"),
     "CELL_FROZEN": ErrorKind(409, EXIT_FAILED, "thaw the cell with `aether cell thaw`"),
+    "LIMIT_REFUSED": ErrorKind(409, EXIT_FAILED, "choose a limit above what is used and within the cell around it"),
     "CELL_LIMIT": ErrorKind(429, EXIT_FAILED, "stop cells or wait until some end"),
     # jobs
     "JOB_FAILED": ErrorKind(200, EXIT_FAILED, "read the job's logs"),
@@ -89,6 +90,10 @@ KINDS: Final[Mapping[str, ErrorKind]] = {
     "DT_OUT_OF_RANGE": ErrorKind(422, EXIT_USAGE, "keep time steps within the model's dt_min and dt_max"),
     "STATE_MODEL_MISMATCH": ErrorKind(422, EXIT_USAGE, "use the state only with the model that made it"),
     "BAD_PACKAGE": ErrorKind(422, EXIT_FAILED, "install a package whose hashes and signature verify"),
+    # images
+    "BAD_IMAGE": ErrorKind(
+        422, EXIT_FAILED, "save the image again as an OCI image layout: skopeo copy ... oci-archive:"
+    ),
     # verification
     "VERIFY_FAILED": ErrorKind(422, EXIT_VERIFY, "the evidence was changed or belongs to another key"),
     "LOG_CORRUPT": ErrorKind(500, EXIT_VERIFY, "restore the audit log from a copy; do not start on it"),

@@ -1,0 +1,89 @@
+"""Images: directory trees for the roots of cells, named by the digest of their OCI manifest.
+
+An image belongs to the tenants that imported it; a name is a tenant's own and can be moved. Jobs name images by
+digest alone, so that the input hash of a job says what it ran in.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import msgspec
+
+from aether.contract.errors import AetherError
+
+LAYER_TYPE: Final = "application/vnd.oci.image.layer.v1.tar"
+"""Media type of a layer kept as an artifact: the changes of a cell's root."""
+LISTING_TYPE: Final = "application/vnd.aether.diff+json"
+NAME: Final = re.compile(r"[a-z0-9]+([._/-][a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,63})?")
+NAME_CHARS_MAX: Final = 128
+
+
+class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What of an image's configuration is honoured. `uid` and `gid` are those of `user`, null for root and none."""
+
+    env: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    working_dir: str = "/"
+    user: str = ""
+    uid: int | None = None
+    gid: int | None = None
+
+
+class ImageInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """An image of a tenant. `size_bytes` and `entries` are of the unpacked tree; `layers` digests, lowest first;
+    `skipped` counts entries that no image of ours holds (devices, FIFOs)."""
+
+    digest: str
+    names: tuple[str, ...]
+    tenant_id: str
+    created_at: str
+    size_bytes: int
+    entries: int
+    skipped: int
+    layers: tuple[str, ...]
+    config: ImageConfig
+
+
+class ImageList(msgspec.Struct, frozen=True, kw_only=True):
+    images: tuple[ImageInfo, ...]
+
+
+class ImageImport(msgspec.Struct, frozen=True, kw_only=True):
+    """`image.import`: unpack the tar of an OCI image layout behind descriptor `token`."""
+
+    token: int
+    size_bytes: int
+    tenant_id: str
+    name: str | None = None
+
+
+class ImageKey(msgspec.Struct, frozen=True, kw_only=True):
+    """`image.show`, `image.remove`: a name or a digest, as far as the tenant has it."""
+
+    ref: str
+    tenant_id: str
+
+
+class ImageQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """`image.list`."""
+
+    tenant_id: str
+
+
+class ImageCommit(msgspec.Struct, frozen=True, kw_only=True):
+    """`image.commit`: the image `base` with the artifact `layer` on top, as one more image."""
+
+    base: str
+    layer: str
+    tenant_id: str
+    name: str | None = None
+
+
+def check_name(name: str) -> str:
+    """`name` if it can name an image (the grammar of OCI references, lower case); raises BAD_FIELD."""
+    if len(name) > NAME_CHARS_MAX or NAME.fullmatch(name) is None or name.startswith("sha256:"):
+        raise AetherError("BAD_FIELD", f"cannot name an image {name[:80]!r}: it must match {NAME.pattern}")
+    return name
