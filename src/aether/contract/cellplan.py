@@ -39,7 +39,9 @@ EXEC_BYTES_MAX: Final = 96 * 1024
 EXTRA_FDS_MAX: Final = 16
 UID_MAX: Final = (1 << 32) - 2
 
-LEVELS: Final = ("cell", "process")
+LEVELS: Final = ("cell", "process", "gvisor")
+DRIVERS: Final = ("native", "runc", "crun", "runsc")
+"""Who builds a cell: our own init, or an installed OCI runtime. runsc is gVisor."""
 NAMESPACES: Final = ("user", "pid", "mnt", "net", "ipc", "uts", "cgroup")
 SECCOMP_PROFILES: Final = ("cell", "offline")
 STDIO_KINDS: Final = ("null", "fd")
@@ -227,6 +229,7 @@ class Plan:
     seccomp_profile: str
     landlock: Landlock | None
     rlimits: tuple[Rlimit, ...] = ()
+    driver: str = "native"
     version: int = PLAN_VERSION
 
 
@@ -376,6 +379,7 @@ def parse_plan(obj: object, *, source_roots: Sequence[str], devices: Collection[
         seccomp_profile=pf.choice(top["seccomp_profile"], "plan.seccomp_profile", SECCOMP_PROFILES),
         landlock=_parse_landlock(top["landlock"], "plan.landlock"),
         rlimits=_parse_rlimits(top.get("rlimits", []), "plan.rlimits"),
+        driver=pf.choice(top.get("driver", "native"), "plan.driver", DRIVERS),
     )
     _check_whole(plan)
     return plan
@@ -388,7 +392,11 @@ def _check_whole(plan: Plan) -> None:
         CONTENT_BYTES_MAX
     ):
         pf.refuse("plan.steps", f"literal files must total at most {CONTENT_BYTES_MAX} bytes")
+    if (plan.level == "gvisor") != (plan.driver == "runsc"):
+        pf.refuse("plan.driver", "runsc gives level gvisor, and no other driver does")
     if plan.level == "process":
+        if plan.driver != "native":
+            pf.refuse("plan.driver", "only native gives level process")
         if plan.namespaces or plan.steps:
             pf.refuse("plan.level", "a process-level plan has no namespaces and no steps")
         return
@@ -492,7 +500,7 @@ def describe(plan: Plan) -> list[str]:
     """The plan as readable lines, in the order in which it is carried out."""
     ids = plan.id_map
     lines = [
-        f"cell {plan.cell_id}, level {plan.level}, plan version {plan.version}",
+        f"cell {plan.cell_id}, level {plan.level}, driver {plan.driver}, plan version {plan.version}",
         f"new namespaces: {', '.join(plan.namespaces) or 'none'}",
     ]
     if ids.count == 1:

@@ -7,9 +7,10 @@ from typing import Any, Final, Literal, get_args
 import msgspec
 
 from aether.contract import limits
+from aether.contract.cellplan import DRIVERS
 from aether.contract.network import Network
 
-Level = Literal["process", "cell"]
+Level = Literal["process", "cell", "gvisor"]
 RUNGS: Final = ("process", "cell", "wasm", "gvisor", "microvm", "pod")
 """Kinds of isolation by name; a rung without a driver on this node cannot be required."""
 Requirement = Literal[
@@ -17,8 +18,8 @@ Requirement = Literal[
     "cgroup-pids",
 ]  # fmt: skip
 
-REQUIREMENTS: Final = frozenset(RUNGS) | frozenset(get_args(Requirement))
-"""What `require` may name: a rung, or a mechanism."""
+REQUIREMENTS: Final = frozenset(RUNGS) | frozenset(DRIVERS) | frozenset(get_args(Requirement))
+"""What `require` may name: a rung, a mechanism, or the driver that is to build the cell."""
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

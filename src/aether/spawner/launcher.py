@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from aether.contract.cellplan import NAMESPACES, ExecSpec, Plan, PlanError
 from aether.spawner.linux import initwire
 from aether.spawner.linux.executor import Attach, Executor, LaunchError
 from aether.spawner.linux.remedies import explain_exec, explain_step
+
+SECCOMP_FILTER = 2
+"""Of /proc/pid/status, proc(5)."""
 
 
 class LaunchFailedError(Exception):
@@ -23,7 +28,8 @@ class LaunchFailedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class InitEvent:
-    """One message of PID 1: `kind` is ready, step_failed, started, exec_failed or exited."""
+    """One message of PID 1: `kind` is ready, step_failed, started, exec_failed or exited; `container`, before them,
+    names the process in which an OCI runtime's container lives."""
 
     kind: str
     exec_id: str = ""
@@ -42,7 +48,10 @@ class Running:
     def __init__(self, pid: int, pidfd: int, control: socket.socket, plan: Plan, executor: str) -> None:
         self.pid = pid
         self.pidfd = pidfd
+        self.inside = pid
+        """A process in the cell's namespaces: PID 1 itself, or behind a shim that of its container."""
         self.closed = False
+        self._container: initwire.Container | None = None
         self._control = control
         self._plan = plan
         self._executor = executor
@@ -69,17 +78,13 @@ class Running:
     def _read(self, event: initwire.Event) -> InitEvent:
         match event:
             case initwire.Ready():
-                seen = {name: event.namespaces.get(name) or None for name in NAMESPACES}
-                new = {name: seen[name] for name in NAMESPACES if seen[name] and seen[name] != _HOST[name]}
-                report = {
-                    "executor": self._executor,
-                    "level": self._plan.level,
-                    "namespaces": new,
-                    "landlock_abi": event.landlock_abi if self._plan.landlock is not None else 0,
-                    "setup_us": event.setup_us,
-                    "seccomp_profile": self._plan.seccomp_profile,
-                }
-                return InitEvent("ready", report=report)
+                return InitEvent("ready", report=self._report(event))
+            case initwire.Container():
+                self.inside, self._container = event.pid, event
+                return InitEvent("container", pid=event.pid)
+            case initwire.RuntimeRefused():
+                why = f"cannot start cell: {event.why}"
+                return InitEvent("step_failed", why=why, remedy="see `aether doctor`, or use the native driver")
             case initwire.StepFailed():
                 why, remedy = explain_step(self._plan, event)
                 return InitEvent("step_failed", why=why, remedy=remedy)
@@ -92,6 +97,25 @@ class Running:
                 rusage = {"utime_us": event.utime_us, "stime_us": event.stime_us, "maxrss_kb": event.maxrss_kb}
                 return InitEvent("exited", event.exec_id, code=event.code, signal=event.signal, rusage=rusage)
 
+    def _report(self, event: initwire.Ready) -> dict[str, Any]:
+        """What PID 1 found. Of a container its namespaces are told as seen from outside."""
+        outside = self._container
+        shown = event.namespaces if outside is None else outside.namespaces
+        seen = {name: shown.get(name) or None for name in NAMESPACES}
+        report = {
+            "executor": self._executor,
+            "driver": self._plan.driver,
+            "level": self._plan.level,
+            "namespaces": {name: seen[name] for name in NAMESPACES if seen[name] and seen[name] != _HOST[name]},
+            "landlock_abi": event.landlock_abi if self._plan.landlock is not None else 0,
+            "setup_us": event.setup_us if outside is None else outside.setup_us,
+            "seccomp_profile": self._plan.seccomp_profile,
+        }
+        if self._plan.level == "gvisor" and outside is not None:
+            own = [name for name in NAMESPACES if event.namespaces.get(name)]
+            report["sandbox"] = {"seccomp": outside.seccomp_mode == SECCOMP_FILTER, "namespaces": own}
+        return report
+
     def start(self, spec: ExecSpec, fds: tuple[int, ...]) -> None:
         initwire.send_exec(self._control, spec, fds)
 
@@ -103,10 +127,11 @@ class Running:
 
 
 class Launcher:
-    """An executor, and what the host's own namespaces are, so that a report can tell new from shared."""
+    """The executors, by the driver that a plan names."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, others: Mapping[str, Executor] = MappingProxyType({})) -> None:
         self._executor = executor
+        self._others = others
 
     @property
     def name(self) -> str:
@@ -116,22 +141,27 @@ class Launcher:
         self, plan: Plan, attach_fds: tuple[int, ...], v2_fd: int | None, spec: ExecSpec | None, fds: tuple[int, ...]
     ) -> Running:
         """Raises LaunchFailedError."""
+        executor = self._executor if plan.driver == "native" else self._others.get(plan.driver)
+        if executor is None:
+            why = f"cannot start the cell: there is no {plan.driver} here"
+            raise LaunchFailedError(why, "see `aether doctor` for the drivers of this host")
         try:
-            launched = self._executor.launch(plan, Attach(attach_fds, v2_fd), spec, fds)
+            launched = executor.launch(plan, Attach(attach_fds, v2_fd), spec, fds)
         except LaunchError as error:
             raise LaunchFailedError(str(error), error.remedy) from error
         except OSError as error:
             raise LaunchFailedError(f"cannot start the cell: {error.strerror}", "") from error
         except PlanError as error:
             raise LaunchFailedError(str(error), "see `aether doctor` for what this host can enforce") from error
-        return Running(launched.pid, launched.pidfd, launched.control, plan, self._executor.name)
+        return Running(launched.pid, launched.pidfd, launched.control, plan, executor.name)
 
     def pids(self) -> frozenset[int]:
         """Children of this process that are the executor's own."""
         return self._executor.pids()
 
     def close(self) -> None:
-        self._executor.close()
+        for executor in (self._executor, *self._others.values()):
+            executor.close()
 
 
 def _own_namespaces() -> dict[str, int]:
