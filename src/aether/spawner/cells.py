@@ -15,6 +15,8 @@ from aether.contract import limits
 from aether.spawner.linux.cgroup import CgroupHandle, CgroupUsage
 from aether.spawner.linux.sched import Sched
 from aether.spawner.loop import Timer
+from aether.spawner.proctree import Identity
+from aether.spawner.terminal import Line
 from aether.spawner.workdir import Owner
 
 
@@ -40,6 +42,9 @@ class Exec:
     oom: bool = False
     usage: dict[str, Any] | None = None
     acked: bool = False
+    line: Line | None = None
+    stop: tuple[int | None, frozenset[Identity]] | None = None
+    """Its session and what was seen of it when it was stopped, until what it leaves is killed."""
     waiting: list[Any] = field(default_factory=list)
     timers: list[Timer] = field(default_factory=list)
 
@@ -47,6 +52,12 @@ class Exec:
         for timer in self.timers:
             timer.cancel()
         self.timers.clear()
+
+    def close(self) -> None:
+        """It is forgotten: its terminal hangs up."""
+        self.cancel_timers()
+        if self.line is not None:
+            self.line.close()
 
     def view(self) -> dict[str, Any]:
         """The executable as `cell.list`, replies and `exec.exited` show it."""
@@ -129,6 +140,13 @@ class Cell:
             "usage": self.usage,
             "execs": [each.view() for each in self.execs.values() if not each.acked],
         }
+
+
+def guest_usage(counted: CgroupUsage) -> CgroupUsage:
+    """What a cell that outlives its executables counted, as far as it says something of one of them: the peaks of
+    them all, and nothing of what adds up over them."""
+    shared = {"memory_peak_bytes": "cell", "pids_peak": "cell"}
+    return CgroupUsage(memory_peak_bytes=counted.memory_peak_bytes, pids_peak=counted.pids_peak, sources=shared)
 
 
 def usage_view(

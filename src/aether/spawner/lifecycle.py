@@ -5,12 +5,15 @@ before the exit lie in the pipe, so one flush answers for them), or after OUTPUT
 reaped: the kernel then has killed and reaped everything in its pid namespace (pid_namespaces(7)); the cgroup is
 checked on top and killed again until it is empty. Executables that PID 1 did not report end with SIGKILL.
 
+A cell inside another ends with it: the inner ones first, so that the outer cgroup can go.
+
 Deadlines are kept here and hold while aetherd is dead: SIGTERM, grace, then the whole cell is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from collections import OrderedDict
@@ -19,16 +22,19 @@ from typing import Any, Protocol
 
 from aether.contract import limits
 from aether.contract.cellplan import Plan
-from aether.spawner.cells import Cell, Exec, now_wall_us, proc_io, usage_view
+from aether.spawner.cells import Cell, Exec, guest_usage, now_wall_us, proc_io, usage_view
 from aether.spawner.keeperlink import KeeperLink
-from aether.spawner.launcher import InitEvent, Launcher, LaunchFailedError
+from aether.spawner.launcher import InitEvent, Launcher, LaunchFailedError, Running
 from aether.spawner.linux.cgroup import CgroupDriver
 from aether.spawner.linux.cgroup_limits import CgroupLimits
+from aether.spawner.linux.sched import Sched
 from aether.spawner.loop import Loop
 from aether.spawner.observerlink import ObserverLink
 from aether.spawner.orphans import Orphans
+from aether.spawner.placing import check_parent, read_sched, schedule, schedule_started
 from aether.spawner.protocol import RefusedError
 from aether.spawner.rules import owner_of
+from aether.spawner.stopping import Stopping
 from aether.spawner.wiring import Wired
 
 OUTPUT_WAIT_S = 2.0
@@ -62,6 +68,7 @@ class Lifecycle:
         self.keeper: KeeperLink | None = None
         self.observer: ObserverLink | None = None
         self.orphans: Orphans | None = None
+        self.stopping = Stopping(loop, cgroups)
         self._loop = loop
         self._cgroups = cgroups
         self._launcher = launcher
@@ -130,25 +137,36 @@ class Lifecycle:
             self.abandon(cell, wired, RefusedError("CELL_FAILED", f"cannot start the cell: {cell.reason} meanwhile"))
             return
         self._set_cell_timers(cell, args["wall_ms_max"])
-        if wired is None:
-            self._cell_started(cell)
-            return
-        executable = self._register(cell, cell.key, args["exec"], wired)
+        executable = self._register(cell, cell.key, args["exec"], wired) if wired is not None else None
         try:
+            sched = read_sched(args["sched"])
+            if sched is not None:
+                schedule(cell, sched, self._cgroups)
+            if wired is None or executable is None:
+                self._cell_started(cell)
+                return
             cell.launched.start(wired.spec, wired.fds)
             self._keep_output(cell, executable.exec_id, args["exec"], wired)
         except OSError as error:
             why = f"cannot start the cell: its PID 1 is gone: {error.strerror}"
             self.abandon(cell, None, RefusedError("CELL_FAILED", why))
             return
+        except RefusedError as refused:
+            self.abandon(cell, None, refused)
+            return
         finally:
-            wired.close()
+            if wired is not None:
+                wired.close()
         self._set_deadline(cell, executable, args["exec"])
 
     def admit(self, plan: Plan, key: str, args: dict[str, Any], wired: Wired | None, reply: Reply) -> Cell:
         """Make room for a cell: its id, its block of uids, its cgroup. `reply` is answered by what follows."""
         self.check_free(wired)
-        cell = self._admit(plan, key, args["limits"], reply)
+        read_sched(args["sched"])
+        parent = self.find(args["parent"]) if args["parent"] is not None else None
+        if parent is not None:
+            check_parent(parent, self._cgroups)
+        cell = self._admit(plan, key, args["limits"], reply, parent, args["nestable"])
         cell.once, cell.grace_ms = args["once"], args["grace_ms"]
         cell.has_work = args["work"] or bool(args["files"])
         if self.observer is not None:
@@ -160,7 +178,15 @@ class Lifecycle:
         if wired is not None and wired.spec.exec_id in self._of_exec:
             raise RefusedError("IDEMPOTENCY_CONFLICT", f"cannot start {wired.spec.exec_id}: the id is in use")
 
-    def _admit(self, plan: Plan, key: str, asked: dict[str, Any], reply: Reply) -> Cell:
+    def _admit(
+        self,
+        plan: Plan,
+        key: str,
+        asked: dict[str, Any],
+        reply: Reply,
+        parent: Cell | None = None,
+        nestable: bool = False,
+    ) -> Cell:
         if len(self.cells) >= limits.CELLS_LIVE_MAX:
             raise RefusedError("CELL_LIMIT", f"cannot create a cell: {limits.CELLS_LIVE_MAX} exist")
         ids = plan.id_map
@@ -168,9 +194,11 @@ class Lifecycle:
         if ids.count > 1 and holder is not None:
             raise RefusedError("BAD_PLAN", f"cannot use the uid block {ids.host_uid}: cell {holder} holds it")
         try:
-            cgroup = self._cgroups.create(plan.cell_id, CgroupLimits(**asked))
+            above = parent.cgroup if parent is not None else None
+            cgroup = self._cgroups.create(plan.cell_id, CgroupLimits(**asked), parent=above, nestable=nestable)
         except OSError as error:
-            raise RefusedError("CELL_FAILED", f"cannot make the cell's cgroup: {error.strerror}") from error
+            code = "LIMIT_REFUSED" if error.errno in (errno.EINVAL, errno.EBUSY) else "CELL_FAILED"
+            raise RefusedError(code, f"cannot make the cell's cgroup: {error.strerror}") from error
         cell = Cell(
             plan.cell_id,
             plan.cell_id,
@@ -182,6 +210,9 @@ class Lifecycle:
             self._now_ns(),
             now_wall_us(),
         )
+        if parent is not None:
+            cell.parent = parent
+            parent.children.append(cell)
         cell.waiting_start.append(reply)
         self.cells[cell.cell_id] = cell
         if ids.count > 1:
@@ -194,29 +225,49 @@ class Lifecycle:
             self.abandon(cell, wired, RefusedError("CELL_FAILED", f"cannot start the cell: {cell.reason} meanwhile"))
             return
         executable = self._register(cell, cell.key, args["exec"], wired) if args and wired else None
+        sched = read_sched(args["sched"]) if args else None
+        at_once = wired if sched is None else None
         try:
             launched = self._launcher.launch(
                 plan,
                 cell.cgroup.attach_fds,
                 cell.cgroup.v2_fd,
-                wired.spec if wired else None,
-                wired.fds if wired else (),
+                at_once.spec if at_once else None,
+                at_once.fds if at_once else (),
             )
+            self._watch(cell, launched)
+            if sched is not None:
+                self._start_scheduled(cell, sched, wired)
             if args and wired and executable is not None:
                 self._keep_output(cell, executable.exec_id, args["exec"], wired)
         except LaunchFailedError as failure:
             self.abandon(cell, None, RefusedError("CELL_FAILED", str(failure), failure.remedy))
             return
+        except RefusedError as refused:
+            self.abandon(cell, None, refused)
+            return
         finally:
             if wired:
                 wired.close()
             cell.cgroup.close_attach()
-        cell.launched, cell.pid, cell.pidfd = launched, launched.pid, launched.pidfd
-        self._loop.add(launched.fileno(), lambda _: self._on_init(cell))
-        self._loop.add(launched.pidfd, lambda _: self._on_pid1_end(cell))
         self._set_cell_timers(cell, args["wall_ms_max"] if args else None)
         if args and executable is not None:
             self._set_deadline(cell, executable, args["exec"])
+
+    def _watch(self, cell: Cell, launched: Running) -> None:
+        cell.launched, cell.pid, cell.pidfd = launched, launched.pid, launched.pidfd
+        self._loop.add(launched.fileno(), lambda _: self._on_init(cell))
+        self._loop.add(launched.pidfd, lambda _: self._on_pid1_end(cell))
+
+    def _start_scheduled(self, cell: Cell, sched: Sched, wired: Wired | None) -> None:
+        """PID 1's class first: what it starts inherits it. Raises RefusedError."""
+        schedule(cell, sched, self._cgroups)
+        if wired is not None:
+            try:
+                cell.launched.start(wired.spec, wired.fds)
+            except OSError as error:
+                why = f"cannot start the cell: its PID 1 is gone: {error.strerror}"
+                raise RefusedError("CELL_FAILED", why) from error
 
     def _set_cell_timers(self, cell: Cell, wall_ms_max: int | None) -> None:
         """The first is that of the start, which `_cell_started` cancels."""
@@ -259,7 +310,9 @@ class Lifecycle:
     def _register(self, cell: Cell, key: str, args: dict[str, Any], wired: Wired) -> Exec:
         exec_id = wired.spec.exec_id
         executable = Exec(exec_id, key, args["grace_ms"], bool(wired.logs), self._now_ns(), now_wall_us())
-        executable.oom_kills_before = self._cgroups.usage(cell.cgroup).oom_kills or 0 if cell.execs else 0
+        executable.line = wired.take_line()
+        if cell.execs or not cell.once:
+            executable.oom_kills_before = self._cgroups.usage(cell.cgroup).oom_kills or 0
         cell.execs[exec_id] = executable
         self._of_exec[exec_id] = cell
         return executable
@@ -301,6 +354,8 @@ class Lifecycle:
             return
         elif event.kind == "started":
             executable.state, executable.pid = "running", event.pid
+            if cell.sched is not None and not self._scheduled(cell, executable):
+                return
             if self.observer is not None:
                 self.observer.started(cell, executable)
             cell.report.setdefault("process", event.report)
@@ -313,6 +368,15 @@ class Lifecycle:
         elif event.kind == "exited":
             executable.rusage = event.rusage
             self._end(cell, executable, event.code, event.signal, None)
+
+    def _scheduled(self, cell: Cell, executable: Exec) -> bool:
+        try:
+            cell.report["sched"] = schedule_started(cell, executable.pid or 0)
+        except RefusedError as refused:
+            self.signal(cell, executable, signal.SIGKILL)
+            self._exec_failed(cell, executable, InitEvent("exec_failed", why=refused.message, remedy=refused.remedy))
+            return False
+        return True
 
     def _cell_started(self, cell: Cell) -> None:
         if cell.state == "starting":
@@ -333,7 +397,7 @@ class Lifecycle:
             self._forget_exec(cell, executable)
 
     def _forget_exec(self, cell: Cell, executable: Exec) -> None:
-        executable.cancel_timers()
+        executable.close()
         cell.execs.pop(executable.exec_id, None)
         self._of_exec.pop(executable.exec_id, None)
 
@@ -366,6 +430,9 @@ class Lifecycle:
         executable.oom = (counted.oom_kills or 0) > executable.oom_kills_before
         if signo is not None and reason is None:
             reason = cell.reason
+        if not cell.once:
+            counted = guest_usage(counted)
+            self.stopping.ended(cell, executable)
         executable.exit = {"code": code, "signal": signo, "reason": reason}
         executable.usage = usage_view(counted, wall_us=executable.wall_us, io=cell.io, rusage=executable.rusage)
         if cell.once and cell.pidfd >= 0:
@@ -426,7 +493,9 @@ class Lifecycle:
         until_s = until_s or self._loop.clock_s() + EMPTY_WAIT_S
         cell.cancel_timers()
         left = self.orphans.kill() if self.orphans is not None and not cell.has_pid_namespace else 0
-        if (left or self._cgroups.procs(cell.cgroup)) and self._loop.clock_s() < until_s:
+        for child in tuple(cell.children):
+            self.kill(child, "parent-ended")
+        if (left or cell.children or self._cgroups.procs(cell.cgroup)) and self._loop.clock_s() < until_s:
             self._cgroups.kill(cell.cgroup)
             self._loop.after(EMPTY_POLL_S, lambda: self._settle(cell, until_s))
             return
@@ -444,6 +513,8 @@ class Lifecycle:
             return
         self._remove_cgroup(cell)
         cell.state = "gone"
+        if cell.parent is not None:
+            cell.parent.children.remove(cell)
         failed = cell.reason == "launch-failed" and not cell.execs
         if self.observer is not None:
             self.observer.end(cell.cell_id, started=not failed)
@@ -462,7 +533,8 @@ class Lifecycle:
 
     def _forget(self, cell: Cell) -> None:
         self.cells.pop(cell.cell_id, None)
-        for exec_id in cell.execs:
+        for exec_id, executable in cell.execs.items():
+            executable.close()
             self._of_exec.pop(exec_id, None)
         if self._blocks.get(cell.uid_block.start) == cell.cell_id:
             del self._blocks[cell.uid_block.start]
@@ -481,6 +553,8 @@ class Lifecycle:
         cell.reason = cell.reason or reason
         if cell.frozen:  # a task that the v1 freezer holds does not even die
             self.freeze(cell, False)
+        for child in tuple(cell.children):
+            self.kill(child, "parent-ended")
         if cell.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(cell.pidfd, signal.SIGKILL)
@@ -492,6 +566,8 @@ class Lifecycle:
         if cell.state in ("gone", "emptied"):
             return
         cell.reason = cell.reason or reason
+        for child in tuple(cell.children):
+            self.stop(child, "parent-ended", grace_ms)
         for executable in cell.running():
             self.signal(cell, executable, signal.SIGTERM)
         cell.timers.append(self._loop.after(grace_ms / 1000, lambda: self.kill(cell, reason)))
@@ -513,6 +589,9 @@ class Lifecycle:
 
     def _exec_expired(self, cell: Cell, executable: Exec) -> None:
         executable.timed_out = True
+        if not cell.once:
+            self.stopping.stop(cell, executable, executable.grace_ms)
+            return
         self.signal(cell, executable, signal.SIGTERM)
         grace_s = executable.grace_ms / 1000
         executable.timers.append(self._loop.after(grace_s, lambda: self.kill(cell, "timed-out")))
@@ -528,17 +607,20 @@ class Lifecycle:
         )
 
     def usage(self, cell: Cell) -> dict[str, Any]:
-        """Counters now; the last ones of a cell that is gone."""
+        """Counters now, with what it waited for; the last ones of a cell that is gone."""
         if cell.usage is not None:
             return cell.usage
         cell.io = proc_io(cell.pid) or cell.io
         wall_us = (self._now_ns() - cell.started_ns) // 1000
-        return usage_view(self._cgroups.usage(cell.cgroup), wall_us=wall_us, io=cell.io, rusage=None)
+        counted = self._cgroups.usage(cell.cgroup, pressure=True)
+        return usage_view(counted, wall_us=wall_us, io=cell.io, rusage=None)
 
     def acknowledge(self, cell: Cell, exec_id: str) -> None:
         executable = cell.execs.get(exec_id)
         if executable is not None and executable.state == "ended":
             executable.acked = True
+            if not cell.once and cell.state == "running":
+                self._forget_exec(cell, executable)
 
     def free(self, cell: Cell) -> None:
         """Forget a cell that is gone; its id is not used again."""

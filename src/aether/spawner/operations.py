@@ -8,7 +8,7 @@ from typing import Any
 
 from aether.contract import limits
 from aether.spawner.beneath import safe_path
-from aether.spawner.cells import Cell
+from aether.spawner.cells import Cell, Exec
 from aether.spawner.channel import Message
 from aether.spawner.lifecycle import Lifecycle
 from aether.spawner.linux.cgroup import CgroupDriver
@@ -18,6 +18,7 @@ from aether.spawner.offload import json_memfd
 from aether.spawner.protocol import PROTOCOL_VERSION, RefusedError, Request
 from aether.spawner.rules import Rules, check_owner, exec_spec
 from aether.spawner.server import Answer
+from aether.spawner.terminal import Line
 from aether.spawner.tracing import Tracer
 from aether.spawner.warm import Warm
 from aether.spawner.wiring import Wired
@@ -57,6 +58,9 @@ class Operations:
             "exec.start": self._start,
             "cell.listen": self._listen,
             "exec.signal": self._signal,
+            "exec.stop": self._stop_exec,
+            "exec.terminal": self._terminal,
+            "exec.window": self._window,
             "cell.stop": self._stop,
             "cell.kill": self._kill,
             "cell.freeze": self._freeze,
@@ -69,6 +73,8 @@ class Operations:
             "work.prepare": self._prepare,
             "work.collect": self._collect,
             "work.open": self._open,
+            "work.put": self._put,
+            "work.list": self._list_work,
         }
 
     def handle(self, request: Request, message: Message, answer: Answer) -> None:
@@ -88,7 +94,7 @@ class Operations:
     def _keep(self, request: Request, _: Message, answer: Answer) -> None:
         args = request.args
         plan = self._rules.plan(args["plan"])
-        if plan.level != "cell":
+        if plan.level == "process":
             raise RefusedError("BAD_PLAN", "cannot keep the plan: at this level it names the cell's own work directory")
         digest = self._warm.keep(plan, args["limits"], args["prepare"], args["plan"])
         answer.ok({"digest": digest})
@@ -132,7 +138,8 @@ class Operations:
         cell_id: str = given.cell_id if given is not None else args["blueprint"]["cell"]
 
         def draw(key: str, wired: Wired | None, answer: Answer) -> tuple[Cell, Callable[[], None]]:
-            cell = self._warm.take(kept) if kept is not None else None
+            nests = args["nestable"] or args["parent"] is not None
+            cell = self._warm.take(kept) if kept is not None and not nests else None
             if cell is not None:
                 self._lifecycle.take(cell, cell_id, key, args, answer)
                 return cell, lambda: self._lifecycle.begin(cell, args, wired)
@@ -177,13 +184,35 @@ class Operations:
             raise RefusedError("CELL_FAILED", why) from error
         answer.ok({"fd": 0}, (listener,))
 
-    def _signal(self, request: Request, _: Message, answer: Answer) -> None:
+    def _exec(self, request: Request) -> tuple[Cell, Exec]:
         cell, exec_id = self._cell(request), request.args["exec"]
         executable = cell.execs.get(exec_id)
         if executable is None:
-            raise RefusedError("NOT_FOUND", f"cannot signal {exec_id}: cell {cell.cell_id} has no such executable")
-        self._lifecycle.signal(cell, executable, request.args["signo"])
+            raise RefusedError("NOT_FOUND", f"cannot find {exec_id}: cell {cell.cell_id} has no such executable")
+        return cell, executable
+
+    def _signal(self, request: Request, _: Message, answer: Answer) -> None:
+        self._lifecycle.signal(*self._exec(request), request.args["signo"])
         answer.ok({})
+
+    def _stop_exec(self, request: Request, _: Message, answer: Answer) -> None:
+        self._lifecycle.stopping.stop(*self._exec(request), request.args["grace_ms"])
+        answer.ok({})
+
+    def _terminal(self, request: Request, _: Message, answer: Answer) -> None:
+        line = self._line(request)
+        answer.ok({"kind": line.kind, "fd": 0}, (line.hand_out(),))
+
+    def _window(self, request: Request, _: Message, answer: Answer) -> None:
+        self._line(request).resize(request.args["rows"], request.args["columns"])
+        answer.ok({})
+
+    def _line(self, request: Request) -> Line:
+        _, executable = self._exec(request)
+        if executable.line is None:
+            why = f"cannot attach to {executable.exec_id}: it has no terminal or standard input"
+            raise RefusedError("NOT_READY", why)
+        return executable.line
 
     def _stop(self, request: Request, _: Message, answer: Answer) -> None:
         self._lifecycle.stop(self._cell(request), "killed", request.args["grace_ms"])
@@ -198,9 +227,18 @@ class Operations:
         answer.ok({})
 
     def _limit(self, request: Request, _: Message, answer: Answer) -> None:
-        cell = self._cell(request)
-        self._cgroups.set_limits(cell.cgroup, CgroupLimits(**request.args["limits"]))
-        answer.ok({"limits": dict(cell.cgroup.enforced)})
+        """A live resize: every limit that is named changes, or none. What this host cannot hold is told."""
+        cell, wanted = self._cell(request), CgroupLimits(**request.args["limits"])
+        if cell.state != "running":
+            raise RefusedError("NO_SUCH_CELL", f"cannot resize cell {cell.cell_id}: it is {cell.state}")
+        try:
+            self._cgroups.set_limits(cell.cgroup, wanted)
+        except OSError as error:
+            why = f"cannot resize cell {cell.cell_id}: {error.strerror}"
+            raise RefusedError("LIMIT_REFUSED", why) from error
+        cell.report["limits"] = dict(cell.cgroup.enforced)
+        missing = {name: why for name, why in self._cgroups.probe()["missing"].items() if name in wanted.asked()}
+        answer.ok({"limits": dict(cell.cgroup.enforced), "missing": missing})
 
     def _trace(self, request: Request, _: Message, answer: Answer) -> None:
         """With `on` it answers when the trace is over and written."""
@@ -257,6 +295,19 @@ class Operations:
             message.close()
             raise
         self._work.fill(cell_id, owner, message.fds, args["files"], lambda: answer.ok({}), answer.refuse)
+
+    def _put(self, request: Request, message: Message, answer: Answer) -> None:
+        try:
+            cell = self._cell(request)
+            if len(message.fds) != 1 or not cell.has_work:
+                raise RefusedError("PROTOCOL", "cannot put a file: it takes one descriptor, and a work directory")
+        except RefusedError:
+            message.close()
+            raise
+        self._work.put(cell.place, cell.owner, message.fds[0], request.args, answer)
+
+    def _list_work(self, request: Request, _: Message, answer: Answer) -> None:
+        self._work.list(self._cell(request).place, request.args["path"], answer)
 
     def _collect(self, request: Request, _: Message, answer: Answer) -> None:
         cell, args = self._cell(request), request.args

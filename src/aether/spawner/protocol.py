@@ -131,14 +131,38 @@ _LOG = record(
     head=(integer(0, 1 << 40), limits.LOG_HEAD_BYTES_MAX),
     tail=(integer(0, 1 << 40), limits.LOG_TAIL_BYTES_MAX),
 )
+_BYTES = optional(integer(0, 1 << 50))
+_WEIGHT = optional(integer(1, limits.WEIGHT_MAX))
+_RATE = optional(integer(1, 1 << 50))
+_CPU_LIST = optional(text(limits.CPU_LIST_CHARS_MAX))
 _LIMITS = record(
     {},
     memory_bytes=(optional(integer(1 << 20, 1 << 50)), None),
-    swap_bytes=(optional(integer(0, 1 << 50)), None),
+    memory_min_bytes=(_BYTES, None),
+    memory_low_bytes=(_BYTES, None),
+    memory_high_bytes=(_BYTES, None),
+    swap_bytes=(_BYTES, None),
     cpu_millis=(optional(integer(1, 1 << 20)), None),
-    cpu_weight=(optional(integer(1, 10_000)), None),
+    cpu_weight=(_WEIGHT, None),
+    cpuset_cpus=(_CPU_LIST, None),
+    cpuset_mems=(_CPU_LIST, None),
     pids=(optional(integer(1, 1 << 22)), None),
-    io_weight=(optional(integer(1, 10_000)), None),
+    io_weight=(_WEIGHT, None),
+    io_read_bps=(_RATE, None),
+    io_write_bps=(_RATE, None),
+    io_read_iops=(_RATE, None),
+    io_write_iops=(_RATE, None),
+)
+_SCHED = record(
+    {},
+    policy=(choice("other", "batch", "idle", "fifo", "rr", "deadline"), "other"),
+    priority=(integer(0, 99), 0),
+    runtime_us=(integer(0, limits.SCHED_PERIOD_US_MAX), 0),
+    deadline_us=(integer(0, limits.SCHED_PERIOD_US_MAX), 0),
+    period_us=(integer(0, limits.SCHED_PERIOD_US_MAX), 0),
+    nice=(integer(-20, 19), 0),
+    io_class=(choice("none", "realtime", "best-effort", "idle"), "none"),
+    io_priority=(integer(0, 7), 4),
 )
 _FILES = array(record({"path": text(limits.PATH_BYTES_MAX), "mode": integer(0, 0o777)}), FILES_PER_MESSAGE_MAX)
 _OWNER = record(
@@ -150,12 +174,13 @@ _OWNER = record(
     }
 )
 _EXEC = record(
-    {"spec": anything, "stdio": array(choice("null", "fd", "log"), 3, 3)},
+    {"spec": anything, "stdio": array(choice("null", "fd", "log", "tty", "pipe"), 3, 3)},
     wall_ms_max=(_WALL, None),
     grace_ms=(_GRACE, limits.STOP_GRACE_MS_DEFAULT),
     log=(_LOG, _LOG({}, "log")),
 )
 _CELL = {"cell": identifier}
+_SIZE = integer(1, limits.TERMINAL_SIZE_MAX)
 
 OPERATIONS: Mapping[str, Reader] = {
     "hello": record({"protocol_version": integer(0, 1 << 16)}, events=(boolean, False)),
@@ -172,10 +197,16 @@ OPERATIONS: Mapping[str, Reader] = {
         once=(boolean, False),
         wall_ms_max=(_WALL, None),
         grace_ms=(_GRACE, limits.STOP_GRACE_MS_DEFAULT),
+        parent=(optional(identifier), None),
+        nestable=(boolean, False),
+        sched=(optional(_SCHED), None),
     ),
     "exec.start": record(_CELL | {"exec": _EXEC}),
     "exec.signal": record(_CELL | {"exec": identifier, "signo": integer(1, 64)}),
     "cell.listen": record(_CELL),
+    "exec.stop": record(_CELL | {"exec": identifier, "grace_ms": _GRACE}),
+    "exec.terminal": record(_CELL | {"exec": identifier}),
+    "exec.window": record(_CELL | {"exec": identifier, "rows": _SIZE, "columns": _SIZE}),
     "cell.stop": record(_CELL, grace_ms=(_GRACE, limits.STOP_GRACE_MS_DEFAULT)),
     "cell.kill": record(_CELL),
     "cell.freeze": record(_CELL | {"frozen": boolean}),
@@ -193,6 +224,8 @@ OPERATIONS: Mapping[str, Reader] = {
         files_max=(integer(0, limits.OUTPUT_FILES_MAX), limits.OUTPUT_FILES_MAX),
         bytes_max=(integer(0, limits.OUTPUT_BYTES_MAX), limits.OUTPUT_BYTES_MAX),
     ),
+    "work.put": record(_CELL | {"path": text(limits.PATH_BYTES_MAX), "mode": integer(0, 0o777)}),
+    "work.list": record(_CELL | {"path": text(limits.PATH_BYTES_MAX)}),
     "work.open": record(_CELL | {"path": text(limits.PATH_BYTES_MAX)}),
 }
 KEYED = frozenset({"cell.create", "exec.start"})

@@ -96,11 +96,17 @@ class Rules:
 
 
 def exec_spec(value: Any, stdio: list[str]) -> ExecSpec:
-    """The executable of a request, `log` shown as the descriptor it becomes; raises RefusedError BAD_PLAN."""
+    """The executable of a request, its stdio shown as the descriptors that it becomes; raises RefusedError BAD_PLAN.
+
+    A terminal is all three streams; a pipe that we make is the standard input.
+    """
     if not isinstance(value, dict) or "stdio" in value or stdio[0] == "log":
         raise RefusedError("BAD_PLAN", "cannot use the executable: stdio is given beside it, and stdin is no log")
+    if stdio.count("tty") not in (0, 3) or "pipe" in stdio[1:]:
+        raise RefusedError("BAD_PLAN", "cannot use the executable: a terminal is all of stdio, a pipe is stdin")
+    shown = ["null" if kind == "null" else "fd" for kind in stdio]
     try:
-        return parse_exec({**value, "stdio": ["null" if kind == "null" else "fd" for kind in stdio]})
+        return parse_exec({**value, "stdio": shown, "tty": stdio[0] == "tty"})
     except PlanError as error:
         raise RefusedError("BAD_PLAN", str(error)) from error
 

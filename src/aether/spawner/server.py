@@ -19,7 +19,7 @@ from aether.spawner.loop import WRITE, Loop
 from aether.spawner.protocol import RefusedError, Request, encode_error, encode_event, encode_ok, parse_request
 
 CONNECTIONS_MAX = 64
-TAKE_FDS = frozenset({"cell.create", "exec.start", "work.prepare"})
+TAKE_FDS = frozenset({"cell.create", "exec.start", "work.prepare", "work.put"})
 
 
 @dataclass(slots=True, eq=False)

@@ -116,7 +116,7 @@ def place(directory: int, path: str, source: int, *, mode: int, owner: Owner, by
         raise WorkError(f"the source of {path!r} is not a regular file")
     if about.st_size > bytes_max:
         raise WorkError(f"{path!r} has {about.st_size} bytes, more than the {bytes_max} left")
-    parent, name = _make_parents(directory, path, owner)
+    parent, name = make_parents(directory, path, owner)
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         target = open_beneath(parent, name, flags, mode)
@@ -132,7 +132,8 @@ def place(directory: int, path: str, source: int, *, mode: int, owner: Owner, by
     return copied
 
 
-def _make_parents(directory: int, path: str, owner: Owner) -> tuple[int, str]:
+def make_parents(directory: int, path: str, owner: Owner) -> tuple[int, str]:
+    """A descriptor of the directory that `path` lies in, made where missing, and the name in it; raises OSError."""
     *parents, name = path.split("/")
     here = os.dup(directory)
     for part in parents:

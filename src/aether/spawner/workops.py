@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from aether.contract import limits
-from aether.spawner import workdir
+from aether.spawner import workdir, workfiles
 from aether.spawner.loop import Loop
-from aether.spawner.offload import offload
+from aether.spawner.offload import json_memfd, offload
 from aether.spawner.protocol import RefusedError
 from aether.spawner.server import Answer
 from aether.spawner.workdir import Owner, WorkError, WorkRoot
@@ -125,6 +125,49 @@ class WorkOps:
             raise RefusedError("OUTPUT_REFUSED", f"cannot open an output: {error}") from error
         finally:
             os.close(directory)
+
+    def put(self, place: str, owner: Owner, source: int, args: dict[str, Any], answer: Answer) -> None:
+        """Replace one file by the copy of `source`, which is closed."""
+        try:
+            directory = self._directory(place)
+        except RefusedError:
+            os.close(source)
+            raise
+
+        def copy() -> dict[str, Any]:
+            path, mode = args["path"], args["mode"]
+            size = workfiles.replace_file(
+                directory, path, source, mode=mode, owner=owner, bytes_max=limits.UPLOAD_BYTES_MAX
+            )
+            return {"size_bytes": size}
+
+        def done(answer_fd: int, error: str) -> None:
+            os.close(answer_fd)
+            if error:
+                answer.refuse(RefusedError("OUTPUT_REFUSED", f"cannot put the file: {error}"))
+            else:
+                answer.ok({})
+
+        try:
+            if os.fstat(source).st_size > INLINE_COPY_BYTES_MAX:
+                self._offload(place, copy, (source, directory), done)
+            else:
+                answer.ok(copy())
+        except (OSError, WorkError) as error:
+            raise RefusedError("OUTPUT_REFUSED", f"cannot put the file: {error}") from error
+        finally:
+            close_all((source, directory))
+
+    def list(self, place: str, path: str, answer: Answer) -> None:
+        """Answers with a memfd of the listing."""
+        directory = self._directory(place)
+        try:
+            listing = workfiles.list_directory(directory, path)
+        except WorkError as error:
+            raise RefusedError("NOT_FOUND", f"cannot list: {error}") from error
+        finally:
+            os.close(directory)
+        answer.ok({"fd": 0}, (json_memfd(listing),))
 
     def _directory(self, cell_id: str) -> int:
         try:

@@ -30,6 +30,11 @@ GOOD: dict[str, dict[str, Any]] = {
     "work.prepare": {"cell": "c", "owner": {"uid": 1, "gid": 1, "uid_first": 1, "uid_count": 1}, "files": []},
     "work.collect": {"cell": "c", "globs": ["*"]},
     "work.open": {"cell": "c", "path": "a"},
+    "work.put": {"cell": "c", "path": "a", "mode": 0o644},
+    "work.list": {"cell": "c", "path": ""},
+    "exec.stop": {"cell": "c", "exec": "e", "grace_ms": 100},
+    "exec.terminal": {"cell": "c", "exec": "e"},
+    "exec.window": {"cell": "c", "exec": "e", "rows": 24, "columns": 80},
 }
 
 
