@@ -72,6 +72,13 @@ PIDS_MAX: Final = 32_768
 NOFILE_DEFAULT: Final = 1_024
 FILE_BYTES_DEFAULT: Final = 4 * GIB
 TMP_BYTES_DEFAULT: Final = 64 * MIB
+WEIGHT_MAX: Final = 10_000
+"""Of CPU and I/O; 100 is everybody's default (cgroup-v2.rst, "Weights")."""
+CPU_LIST_CHARS_MAX: Final = 256
+CPU_LIST_PATTERN: Final = r"^[0-9]{1,5}(-[0-9]{1,5})?(,[0-9]{1,5}(-[0-9]{1,5})?)*$"
+"""CPUs or memory nodes, such as 0-3,6 (cpuset(7), "List format")."""
+SCHED_PERIOD_US_MAX: Final = 4_194_304
+"""The longest period of SCHED_DEADLINE that the kernel takes (sched_deadline_period_max_us)."""
 CELLS_LIVE_MAX: Final = 2_000
 EXECUTABLES_PER_CELL_MAX: Final = 64
 CELLS_ALLOCATED_MAX: Final = 1_000

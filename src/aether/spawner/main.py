@@ -35,6 +35,7 @@ from aether.spawner.linux.cgroup_host import open_driver
 from aether.spawner.linux.executors import best_executor
 from aether.spawner.linux.probe import probe as probe_host
 from aether.spawner.loop import Loop
+from aether.spawner.linux.sched import missing as sched_missing
 from aether.spawner.observerlink import ObserverLink
 from aether.spawner.offload import offload
 from aether.spawner.operations import Operations
@@ -43,6 +44,7 @@ from aether.spawner.rules import Rules, host_devices
 from aether.spawner.server import Server
 from aether.spawner.tracing import Tracer
 from aether.spawner.warm import Warm
+from aether.spawner.upkeep import Upkeep
 from aether.spawner.workdir import WorkRoot, remove_tree
 from aether.spawner.workops import WorkOps
 
@@ -91,7 +93,7 @@ class Spawner:
         self.loop = Loop()
         self.launcher = Launcher(best_executor((*rules.roots, rules.work), options.executor))
         self.work = WorkRoot(rules.work)
-        self.cgroups = open_driver(self.instance, options.cgroup_base)
+        self.cgroups = open_driver(self.instance, options.cgroup_base, str(self._state))
         for left in old:
             self.cgroups.sweep(left)
         self.server = Server(self.loop, frozenset({os.geteuid(), 0, options.peer_uid} - {-1}))
@@ -108,6 +110,7 @@ class Spawner:
         self.lifecycle.orphans = Orphans(self._children)
         warm = Warm(self.loop, self.lifecycle, work_ops, rules.work)
         operations = Operations(self.lifecycle, self.cgroups, work_ops, warm, rules, self._facts, self._probe)
+        Upkeep(self.loop, self.cgroups, self.lifecycle.cells, self.server.emit).start()
         operations.tracer = self.tracer
         self.server.handle = operations.handle
         self._started_wall_us = now_wall_us()
@@ -226,6 +229,7 @@ class Spawner:
         }
 
     def _probe(self) -> dict[str, Any]:
+            "sched": {"missing": sched_missing()},
         return {**probe_host(), "cgroup_driver": self.cgroups.probe()}
 
     def run(self) -> None:
