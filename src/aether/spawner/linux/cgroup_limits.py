@@ -11,12 +11,13 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
+from aether.contract import limits
+
 CPU_PERIOD_US: Final = 100_000
 IO_LIMITS: Final = ("io_read_bps", "io_write_bps", "io_read_iops", "io_write_iops")
 _BOUNDED: Final = ("memory_bytes", "cpu_millis", "pids", *IO_LIMITS)
 _SETS: Final = ("cpuset_cpus", "cpuset_mems")
-_LIST: Final = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?(,[0-9]{1,5}(-[0-9]{1,5})?)*")
-LIST_CHARS_MAX: Final = 256
+_LIST: Final = re.compile(limits.CPU_LIST_PATTERN)
 NUMBER_MAX: Final = 8191
 """Above the largest NR_CPUS that Linux can be built for (8192)."""
 
@@ -61,7 +62,7 @@ NO_LIMITS: Final = CgroupLimits()
 
 def parse_list(text: str) -> frozenset[int]:
     """The numbers of a list in the kernel's syntax (cpuset(7), "List format"); raises ValueError."""
-    if len(text) > LIST_CHARS_MAX or not _LIST.fullmatch(text):
+    if len(text) > limits.CPU_LIST_CHARS_MAX or not _LIST.fullmatch(text):
         raise ValueError(f"{text[:80]!r} is no list such as 0-3,6")
     found: set[int] = set()
     for part in text.split(","):

@@ -92,14 +92,14 @@ def apply(pid: int, sched: Sched) -> None:
         _set(sched.describe(), "sched_setattr", pid, _ATTR.pack(*attr), 0)
 
 
-def apply_deadline(init_pid: int, inner_pid: int, sched: Sched) -> None:
-    """SCHED_DEADLINE for the child of PID 1 whose pid in the cell is `inner_pid`. Raises SchedError."""
+def apply_deadline(init_pid: int, inner_pid: int, sched: Sched) -> int:
+    """SCHED_DEADLINE for the child of PID 1 whose pid in the cell is `inner_pid`; its pid here. Raises SchedError."""
     times = (sched.runtime_us * 1000, sched.deadline_us * 1000, sched.period_us * 1000)
     attr = _ATTR.pack(_ATTR.size, POLICIES["deadline"], _RESET_ON_FORK, 0, 0, *times)
     for pid in children(init_pid):
         if inner_number(pid) == inner_pid:
             _set(sched.describe(), "sched_setattr", pid, attr, 0)
-            return
+            return pid
     raise SchedError(f"cannot schedule as {sched.describe()}: the executable has ended", "")
 
 
