@@ -1,0 +1,1 @@
+"""Images: root trees of cells, unpacked once from OCI layouts."""
