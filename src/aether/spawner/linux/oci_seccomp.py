@@ -49,7 +49,7 @@ _REVIEWED: Final = """
     sched_setattr sched_getattr renameat2 seccomp getrandom memfd_create execveat membarrier mlock2 copy_file_range
     preadv2 pwritev2 pkey_mprotect pkey_alloc pkey_free statx io_pgetevents rseq uretprobe uprobe pidfd_send_signal
     pidfd_open close_range openat2 faccessat2 process_madvise epoll_pwait2 landlock_create_ruleset landlock_add_rule
-    landlock_restrict_self memfd_secret process_mrelease futex_waitv set_mempolicy_home_node cachestat fchmodat2
+    landlock_restrict_self process_mrelease futex_waitv set_mempolicy_home_node cachestat fchmodat2
     map_shadow_stack futex_wake futex_wait futex_requeue lsm_get_self_attr lsm_list_modules mseal setxattrat
     getxattrat listxattrat removexattrat file_getattr file_setattr
 """.split()  # noqa: SIM905 - a table
@@ -90,17 +90,30 @@ def _flags(name: str, refused: int) -> list[Any]:
     return [*rules, {"names": [name], **_ALLOW, "args": [_masked(0, refused, 0)]}]
 
 
-def _socket(families: tuple[int, ...], route_reads: bool) -> list[Any]:
-    """AF_NETLINK (16) only with NETLINK_ROUTE (0) as the third argument."""
+def _socket_rule(answer: dict[str, Any], *args: dict[str, Any]) -> dict[str, Any]:
+    return {"names": ["socket"], **answer, "args": list(args)}
+
+
+def _ip_socket(family: int) -> list[Any]:
+    """Stream and datagram sockets of these protocols; of any other type or protocol EPROTONOSUPPORT."""
+    is_ip, other = _masked(0, _LOW, family), _errno(errno.EPROTONOSUPPORT)
+    rules = [_socket_rule(other, is_ip, _masked(1, bit, bit)) for bit in (4, 8)]
+    rules += [_socket_rule(_ALLOW, is_ip, _masked(1, 12, 0), _masked(2, _LOW, p)) for p in seccomp.IP_PROTOCOLS]
+    return rules + [_socket_rule(other, is_ip, _masked(2, *block)) for block in complement(seccomp.IP_PROTOCOLS)]
+
+
+def _socket(with_ip: bool) -> list[Any]:
+    """AF_NETLINK only with NETLINK_ROUTE (0) as the third argument."""
     other = _errno(errno.EAFNOSUPPORT)
-    known = (*families, 16) if route_reads else families
-    rules = [rule for rule in _values("socket", 0, known, _ALLOW, other) if rule["args"][0]["valueTwo"] != 16]
-    if route_reads:
-        is_netlink = _masked(0, _LOW, 16)
-        rules.append({"names": ["socket"], **_ALLOW, "args": [is_netlink, _masked(2, _LOW, 0)]})
-        for mask, value in complement((0,)):
-            rules.append({"names": ["socket"], **other, "args": [is_netlink, _masked(2, mask, value)]})
-    return rules
+    if not with_ip:
+        return _values("socket", 0, (seccomp.AF_UNIX,), _ALLOW, other)
+    known = (seccomp.AF_UNIX, seccomp.AF_INET, seccomp.AF_INET6, seccomp.AF_NETLINK)
+    rules = [_socket_rule(other, _masked(0, *block)) for block in complement(known)]
+    rules.append(_socket_rule(_ALLOW, _masked(0, _LOW, seccomp.AF_UNIX)))
+    rules += [*_ip_socket(seccomp.AF_INET), *_ip_socket(seccomp.AF_INET6)]
+    is_netlink = _masked(0, _LOW, seccomp.AF_NETLINK)
+    rules.append(_socket_rule(_ALLOW, is_netlink, _masked(2, _LOW, 0)))
+    return rules + [_socket_rule(other, is_netlink, _masked(2, *block)) for block in complement((0,))]
 
 
 def oci_seccomp(profile: str, arch: str = kernel.ARCH) -> dict[str, Any]:
@@ -110,7 +123,6 @@ def oci_seccomp(profile: str, arch: str = kernel.ARCH) -> dict[str, Any]:
     for name, call in seccomp.REFUSED.items():
         if getattr(call, arch) is not None:
             refused.setdefault(call.errno, []).append(name)
-    families = (1, 2, 10) if profile == "cell" else (1,)
     allowed = [name for name in _REVIEWED if name not in seccomp.REFUSED and name not in seccomp.CHECKED]
     rules: list[Any] = [{"names": allowed, **_ALLOW}]
     rules += [{"names": names, **_errno(code)} for code, names in sorted(refused.items())]
@@ -119,6 +131,6 @@ def oci_seccomp(profile: str, arch: str = kernel.ARCH) -> dict[str, Any]:
     rules += _values("ioctl", 1, (0x5412, 0x541C, 0x5423), eperm, _ALLOW)
     rules += _values("prlimit64", 0, (0,), _ALLOW, eperm)
     rules += _values("personality", 0, (0, _LOW), _ALLOW, eperm)
-    rules += _socket(families, route_reads=profile == "cell")
+    rules += _socket(with_ip=profile == "cell")
     default = {"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": errno.ENOSYS}
     return {**default, "architectures": [ARCHITECTURES[arch]], "syscalls": rules}

@@ -79,6 +79,7 @@ REFUSED: Final[dict[str, Refused]] = {
     "keyctl": Refused(250, 219, "keyrings are not namespaced by cell"),
     "modify_ldt": Refused(154, None, "16-bit segments; a history of flaws"),
     "vhangup": Refused(153, 58, "terminal administration"),
+    "memfd_secret": Refused(447, 447, "memory that neither the host's tools nor a dump can see", errno.ENOSYS),
     "lsm_set_self_attr": Refused(460, 460, "changes security attributes"),
     # the machine
     "init_module": Refused(175, 105, "kernel modules"),
@@ -127,7 +128,7 @@ class Check(NamedTuple):
 CHECKED: Final[dict[str, Check]] = {
     "clone": Check(56, 220, "clone", "new namespaces are refused"),
     "unshare": Check(272, 97, "unshare", "new namespaces are refused; unsharing files is fine"),
-    "socket": Check(41, 198, "socket", "AF_UNIX, AF_INET, AF_INET6, and AF_NETLINK for route reads only"),
+    "socket": Check(41, 198, "socket", "AF_UNIX; TCP and UDP over IP; AF_NETLINK for route reads only"),
     "ioctl": Check(16, 29, "ioctl", "TIOCSTI and TIOCLINUX inject input; TIOCSETD loads line disciplines"),
     "prlimit64": Check(302, 261, "prlimit64", "limits of other processes, PID 1 among them"),
     "personality": Check(135, 92, "personality", "only the plain one and the query"),
@@ -135,6 +136,8 @@ CHECKED: Final[dict[str, Check]] = {
 
 LD_ABS, JEQ, JGT, JGE, JSET, RET = 0x20, 0x15, 0x25, 0x35, 0x45, 0x06
 ALLOW, KILL = 0x7FFF0000, 0x80000000
+AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
+IP_PROTOCOLS: Final = (0, 6, 17)  # the type's own, TCP, UDP
 _NR, _ARCH, _ARG0, _ARG1, _ARG2 = 0, 4, 16, 24, 32
 
 
@@ -148,6 +151,7 @@ _RETURNS: Final = {
     "eperm": _return_errno(errno.EPERM),
     "enosys": _return_errno(errno.ENOSYS),
     "eafnosupport": _return_errno(errno.EAFNOSUPPORT),
+    "eprotonosupport": _return_errno(errno.EPROTONOSUPPORT),
 }
 
 
@@ -220,7 +224,7 @@ def _any_of(asm: _Assembler, values: Iterable[int], hit: str, miss: str) -> None
     asm.jump(JEQ, items[-1], hit, miss)
 
 
-def _argument_blocks(asm: _Assembler, families: tuple[int, ...], route_reads: bool) -> None:
+def _argument_blocks(asm: _Assembler, with_ip: bool) -> None:
     asm.label("clone")
     asm.load(_ARG0)
     asm.jump(JSET, NAMESPACE_MASK, "eperm", "allow")
@@ -238,14 +242,24 @@ def _argument_blocks(asm: _Assembler, families: tuple[int, ...], route_reads: bo
     _any_of(asm, (0, 0xFFFFFFFF), "allow", "eperm")
     asm.label("socket")
     asm.load(_ARG0)
-    _any_of(asm, families, "allow", "netlink" if route_reads else "eafnosupport")
-    if route_reads:
-        # getifaddrs (node, libuv, psutil) reads NETLINK_ROUTE; without capabilities it can only read, and the
-        # cell's network namespace holds nothing but the loopback. Every other netlink family is kernel surface.
-        asm.label("netlink")
-        asm.jump(JEQ, 16, None, "eafnosupport")
-        asm.load(_ARG2)
-        asm.jump(JEQ, 0, "allow", "eafnosupport")
+    if not with_ip:
+        asm.jump(JEQ, AF_UNIX, "allow", "eafnosupport")
+        return
+    asm.jump(JEQ, AF_UNIX, "allow", None)
+    _any_of(asm, (AF_INET, AF_INET6), "ip", "netlink")
+    asm.label("ip")
+    # Other protocols and types (SCTP, DCCP, UDP-Lite, MPTCP, ping) are loaded as modules by the first socket that asks
+    # for them, have a history of flaws, and are past Landlock, which knows TCP alone. Raw is left to capabilities.
+    asm.load(_ARG1)
+    asm.jump(JSET, 0xC, "eprotonosupport", None)  # base types from 4 up; the flags of a type lie above 0xf
+    asm.load(_ARG2)
+    _any_of(asm, IP_PROTOCOLS, "allow", "eprotonosupport")
+    # getifaddrs (node, libuv, psutil) reads NETLINK_ROUTE; without capabilities it can only read, and the cell's
+    # network namespace holds nothing but the loopback. Every other netlink family is kernel surface.
+    asm.label("netlink")
+    asm.jump(JEQ, AF_NETLINK, None, "eafnosupport")
+    asm.load(_ARG2)
+    asm.jump(JEQ, 0, "allow", "eafnosupport")
 
 
 @cache
@@ -261,8 +275,7 @@ def filter_program(profile: str, arch: str = kernel.ARCH) -> bytes:
     if arch == "x86_64":
         asm.jump(JGE, X32_BIT, "kill", None)
     _tree(asm, _segments(arch))
-    families = (1, 2, 10) if profile == "cell" else (1,)
-    _argument_blocks(asm, families, route_reads=profile == "cell")
+    _argument_blocks(asm, with_ip=profile == "cell")
     for name, value in _RETURNS.items():
         asm.label(name)
         asm.ret(value)

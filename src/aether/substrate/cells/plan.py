@@ -207,7 +207,9 @@ def _landlock(spec: CellSpec, facts: Facts, work: str) -> Landlock | None:
 
 def _rlimits(spec: CellSpec, facts: Facts) -> tuple[Rlimit, ...]:
     asked = spec.limits
-    wanted = {"core": 0, "nofile": asked.nofile, "fsize": asked.file_bytes}
+    # One byte: no file, as with 0, and none for a host's handler either, which runs as root outside and which 0
+    # does not stop (core(5), "Piping core dumps to a program"; 1 is the kernel's own guard against recursion).
+    wanted = {"core": 1, "nofile": asked.nofile, "fsize": asked.file_bytes}
     if "cgroup-memory" in facts.missing:
         wanted["data"] = asked.memory_bytes
     if "cgroup-pids" in facts.missing:

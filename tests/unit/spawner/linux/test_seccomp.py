@@ -74,7 +74,14 @@ def test_arguments(arch: str) -> None:
     assert [call("ioctl", 0, request) for request in (0x5412, 0x541C, 0x5423)] == [eperm] * 3
     assert call("ioctl", 0, 0xFFFFFFFF00005412) == eperm  # the kernel reads 32 bits
     assert call("ioctl", 0, 0x5401) == ALLOW
-    assert [call("socket", family) for family in (1, 2, 10)] == [ALLOW] * 3
+    assert [call("socket", family, 1, protocol) for family in (2, 10) for protocol in (0, 6)] == [ALLOW] * 4
+    assert [call("socket", family, 2 | 0o2004000, protocol) for family in (2, 10) for protocol in (0, 17)] == [
+        ALLOW
+    ] * 4
+    assert call("socket", 1, 5, 0) == ALLOW
+    others = [call("socket", 2, 1, protocol) for protocol in (1, 33, 58, 132, 136, 262, 1 << 31)]
+    others += [call("socket", 10, kind | 0o2000000, 0) for kind in (4, 5, 6, 10, 15)]
+    assert set(others) == {refused(errno.EPROTONOSUPPORT)}
     assert call("socket", 16, 3, 0) == ALLOW
     assert call("socket", 16, 3, 9) == call("socket", 17) == call("socket", 38) == refused(errno.EAFNOSUPPORT)
 

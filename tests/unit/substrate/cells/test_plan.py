@@ -59,7 +59,7 @@ def test_defaults(facts: Facts) -> None:
     assert plan.id_map.host_uid == limits.CELL_UID_BASE + 5 * limits.CELL_UID_BLOCK and plan.id_map.count == 65536
     assert Tmpfs("/tmp", limits.TMP_BYTES_DEFAULT) in plan.steps
     assert BindRw("/work", "/state/cells/abcd1234/cell_a") in plan.steps
-    assert Rlimit("core", 0, 0) in plan.rlimits and Rlimit("nofile", 1024, 1024) in plan.rlimits
+    assert Rlimit("core", 1, 1) in plan.rlimits and Rlimit("nofile", 1024, 1024) in plan.rlimits
     assert not {"data", "nproc"} & {limit.name for limit in plan.rlimits}
     assert planned.limits == {
         "memory_bytes": limits.MEMORY_BYTES_DEFAULT,
