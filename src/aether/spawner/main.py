@@ -32,7 +32,8 @@ from aether.spawner.keeperlink import KeeperLink
 from aether.spawner.launcher import Launcher
 from aether.spawner.lifecycle import Lifecycle
 from aether.spawner.linux.cgroup_host import open_driver
-from aether.spawner.linux.executors import best_executor
+from aether.spawner.linux.executors import best_executor, oci_executors
+from aether.spawner.linux.oci import drivers_here
 from aether.spawner.linux.probe import probe as probe_host
 from aether.spawner.loop import Loop
 from aether.spawner.linux.sched import missing as sched_missing
@@ -83,6 +84,7 @@ class Spawner:
         self.instance = os.urandom(4).hex()
         old = self._note_instance()
         self._host = probe_host()
+        self._drivers = drivers_here(os.environ)
         asked = [str(Path(root).resolve()) for root in options.root]
         rules = Rules(
             tuple(dict.fromkeys((*self._host["source_roots"], *asked))),
@@ -91,7 +93,8 @@ class Spawner:
             host_devices(),
         ).with_base(self._host["root_steps"])
         self.loop = Loop()
-        self.launcher = Launcher(best_executor((*rules.roots, rules.work), options.executor))
+        roots = (*rules.roots, rules.work)
+        self.launcher = Launcher(best_executor(roots, options.executor), oci_executors(roots))
         self.work = WorkRoot(rules.work)
         self.cgroups = open_driver(self.instance, options.cgroup_base, str(self._state))
         for left in old:
@@ -207,7 +210,7 @@ class Spawner:
 
     def _children(self) -> set[int]:
         """The children that are no orphans of cells."""
-        inits = {cell.pid for cell in self.lifecycle.cells.values() if cell.pidfd >= 0}
+        inits = {cell.launched.pid for cell in self.lifecycle.cells.values() if cell.pidfd >= 0}
         return (
             inits | self._work_ops.children | self.launcher.pids() | {self.keeper.pid, self.observer.pid, self._sweeper}
         )
@@ -222,6 +225,7 @@ class Spawner:
             "work_root": self.work.path,
             "logs": str(self._state / "logs/jobs"),
             "executor": self.launcher.name,
+            "drivers": self._drivers,
             "python": sys.executable,
             "host": {name: self._host[name] for name in HOST_FACTS},
             "cgroup": self.cgroups.probe(),
