@@ -16,9 +16,8 @@ import contextlib
 import errno
 import os
 import signal
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from aether.contract import limits
 from aether.contract.cellplan import Plan
@@ -33,6 +32,7 @@ from aether.spawner.observerlink import ObserverLink
 from aether.spawner.orphans import Orphans
 from aether.spawner.placing import check_parent, read_sched, schedule, schedule_started
 from aether.spawner.protocol import RefusedError
+from aether.spawner.roster import Reply, Roster
 from aether.spawner.rules import owner_of
 from aether.spawner.stopping import Stopping
 from aether.spawner.wiring import Wired
@@ -42,15 +42,6 @@ EMPTY_WAIT_S = 5.0
 EMPTY_POLL_S = 0.002
 START_WAIT_S = 10.0
 """PID 1 answers within this time or the cell is killed."""
-FREED_KEPT_MAX = 4096
-
-
-class Reply(Protocol):
-    """Answers one request, once; a client that has gone is no error."""
-
-    def ok(self, value: dict[str, Any], fds: tuple[int, ...] = ()) -> None: ...
-
-    def refuse(self, refused: RefusedError) -> None: ...
 
 
 class Lifecycle:
@@ -64,7 +55,8 @@ class Lifecycle:
         emit: Callable[[str, dict[str, Any]], None],
         discard: Callable[[str, Callable[[], None]], None],
     ) -> None:
-        self.cells: dict[str, Cell] = {}
+        self.roster = Roster()
+        self.cells = self.roster.cells
         self.keeper: KeeperLink | None = None
         self.observer: ObserverLink | None = None
         self.orphans: Orphans | None = None
@@ -74,43 +66,9 @@ class Lifecycle:
         self._launcher = launcher
         self._emit = emit
         self._discard = discard
-        self._blocks: dict[int, str] = {}
         self._of_exec: dict[str, Cell] = {}
-        self._freed: OrderedDict[str, None] = OrderedDict()
 
     # ---- starting
-
-    def find(self, cell_id: str) -> Cell:
-        cell = self.cells.get(cell_id)
-        if cell is None or cell.warm:
-            raise RefusedError("NO_SUCH_CELL", f"cannot find cell {cell_id}")
-        return cell
-
-    def repeated(self, cell_id: str, key: str, reply: Reply) -> bool:
-        """Whether cell.create was seen before; then it is answered with what exists."""
-        if cell_id in self._freed:
-            raise RefusedError("GONE", f"cannot create cell {cell_id}: it existed and was freed")
-        cell = self.cells.get(cell_id)
-        if cell is None:
-            return False
-        if cell.key != key:
-            raise RefusedError("IDEMPOTENCY_CONFLICT", f"cannot create cell {cell_id}: it exists under another key")
-        if cell.state == "starting":
-            cell.waiting_start.append(reply)
-        else:
-            reply.ok({**cell.view(), "existing": True})
-        return True
-
-    def free_block(self) -> int:
-        """The first uid of the highest block that no cell holds (clients that choose take the lowest).
-
-        A block is free only when its cell is forgotten: nothing of it lives and its files are removed.
-        """
-        for slot in range(limits.CELL_UID_SLOTS - 1, -1, -1):
-            first = limits.CELL_UID_BASE + slot * limits.CELL_UID_BLOCK
-            if first not in self._blocks:
-                return first
-        raise RefusedError("CELL_LIMIT", "cannot create a cell: every block of uids is in use")
 
     def prepare(self, plan: Plan, asked: dict[str, Any], reply: Reply) -> Cell:
         """Make room for a cell of the pool; `launch` it without an executable, `take` it when it stands."""
@@ -120,14 +78,11 @@ class Lifecycle:
 
     def take(self, cell: Cell, cell_id: str, key: str, args: dict[str, Any], reply: Reply) -> None:
         """A prepared cell becomes the one that was asked for, as if it were created now; `begin` it next."""
-        del self.cells[cell.cell_id]
-        cell.cell_id, cell.key, cell.warm, cell.state = cell_id, key, False, "starting"
+        self.roster.rename(cell, cell_id)
+        cell.key, cell.warm, cell.state = key, False, "starting"
         cell.once, cell.grace_ms = args["once"], args["grace_ms"]
         cell.started_ns, cell.started_wall_us = self._now_ns(), now_wall_us()
         cell.waiting_start.append(reply)
-        self.cells[cell_id] = cell
-        if cell.uid_block.start in self._blocks:
-            self._blocks[cell.uid_block.start] = cell_id
         if self.observer is not None:
             self.observer.watch(cell)
 
@@ -163,7 +118,7 @@ class Lifecycle:
         """Make room for a cell: its id, its block of uids, its cgroup. `reply` is answered by what follows."""
         self.check_free(wired)
         read_sched(args["sched"])
-        parent = self.find(args["parent"]) if args["parent"] is not None else None
+        parent = self.roster.find(args["parent"]) if args["parent"] is not None else None
         if parent is not None:
             check_parent(parent, self._cgroups)
         cell = self._admit(plan, key, args["limits"], reply, parent, args["nestable"])
@@ -187,12 +142,8 @@ class Lifecycle:
         parent: Cell | None = None,
         nestable: bool = False,
     ) -> Cell:
-        if len(self.cells) >= limits.CELLS_LIVE_MAX:
-            raise RefusedError("CELL_LIMIT", f"cannot create a cell: {limits.CELLS_LIVE_MAX} exist")
         ids = plan.id_map
-        holder = self._blocks.get(ids.host_uid)
-        if ids.count > 1 and holder is not None:
-            raise RefusedError("BAD_PLAN", f"cannot use the uid block {ids.host_uid}: cell {holder} holds it")
+        self.roster.check_room(ids)
         try:
             above = parent.cgroup if parent is not None else None
             cgroup = self._cgroups.create(plan.cell_id, CgroupLimits(**asked), parent=above, nestable=nestable)
@@ -214,9 +165,7 @@ class Lifecycle:
             cell.parent = parent
             parent.children.append(cell)
         cell.waiting_start.append(reply)
-        self.cells[cell.cell_id] = cell
-        if ids.count > 1:
-            self._blocks[ids.host_uid] = cell.cell_id
+        self.roster.enter(cell)
         return cell
 
     def launch(self, cell: Cell, plan: Plan, args: dict[str, Any] | None, wired: Wired | None) -> None:
@@ -348,6 +297,8 @@ class Lifecycle:
             cell.report = {**event.report, "limits": dict(cell.cgroup.enforced)}
             if not cell.execs:
                 self._cell_started(cell)
+        elif event.kind == "container":
+            cell.pid = event.pid or cell.pid  # what counts as PID 1 for all but its parent
         elif event.kind == "step_failed":
             self.abandon(cell, None, RefusedError("CELL_FAILED", event.why, event.remedy))
         elif executable is None:
@@ -371,7 +322,7 @@ class Lifecycle:
 
     def _scheduled(self, cell: Cell, executable: Exec) -> bool:
         try:
-            cell.report["sched"] = schedule_started(cell, executable.pid or 0)
+            cell.report["sched"] = schedule_started(cell, executable.pid or 0, self._cgroups)
         except RefusedError as refused:
             self.signal(cell, executable, signal.SIGKILL)
             self._exec_failed(cell, executable, InitEvent("exec_failed", why=refused.message, remedy=refused.remedy))
@@ -532,12 +483,10 @@ class Lifecycle:
             self._loop.after(0.01, lambda: self._remove_cgroup(cell, tries - 1))
 
     def _forget(self, cell: Cell) -> None:
-        self.cells.pop(cell.cell_id, None)
+        self.roster.forget(cell)
         for exec_id, executable in cell.execs.items():
             executable.close()
             self._of_exec.pop(exec_id, None)
-        if self._blocks.get(cell.uid_block.start) == cell.cell_id:
-            del self._blocks[cell.uid_block.start]
 
     # ---- orders
 
@@ -625,9 +574,7 @@ class Lifecycle:
     def free(self, cell: Cell) -> None:
         """Forget a cell that is gone; its id is not used again."""
         self._forget(cell)
-        self._freed[cell.cell_id] = None
-        if len(self._freed) > FREED_KEPT_MAX:
-            self._freed.popitem(last=False)
+        self.roster.note_freed(cell.cell_id)
 
     def _now_ns(self) -> int:
         return int(self._loop.clock_s() * 1e9)

@@ -9,6 +9,7 @@ from aether.spawner.cells import Cell
 from aether.spawner.linux import sched as scheduling
 from aether.spawner.linux.cgroup import CgroupDriver
 from aether.spawner.linux.sched import Sched, SchedError
+from aether.spawner.proctree import leader
 from aether.spawner.protocol import RefusedError
 
 
@@ -35,6 +36,9 @@ def read_sched(asked: dict[str, Any] | None) -> Sched | None:
 
 def schedule(cell: Cell, sched: Sched, cgroups: CgroupDriver) -> None:
     """PID 1 gets its class, before it starts anything."""
+    if cell.report.get("level") == "gvisor":
+        why = f"cannot schedule cell {cell.cell_id}: gVisor runs its processes as threads of its own"
+        raise RefusedError("CELL_FAILED", why, "use the native driver, or a CPU quota or weight")
     try:
         if sched.realtime:
             cgroups.allow_realtime(cell.cgroup)
@@ -46,7 +50,7 @@ def schedule(cell: Cell, sched: Sched, cgroups: CgroupDriver) -> None:
     cell.sched = sched
 
 
-def schedule_started(cell: Cell, inner_pid: int) -> str:
+def schedule_started(cell: Cell, inner_pid: int, cgroups: CgroupDriver) -> str:
     """An executable of a cell with deadlines gets its own, which PID 1 cannot hand down; what the kernel says of
     it then, or of PID 1."""
     sched = cell.sched
@@ -54,7 +58,10 @@ def schedule_started(cell: Cell, inner_pid: int) -> str:
         return ""
     try:
         if sched.policy == "deadline":
-            pid = scheduling.apply_deadline(cell.pid, inner_pid, sched)
+            pid = leader(cgroups.procs(cell.cgroup), inner_pid)
+            if pid is None:
+                return sched.describe()  # it has ended meanwhile
+            scheduling.apply_deadline(pid, sched)
             return scheduling.seen(pid).describe()
         return scheduling.seen(cell.pid).describe()
     except SchedError as error:

@@ -25,6 +25,12 @@ def best_executor(source_roots: Sequence[str], choice: str = "auto") -> Executor
     return PortableExecutor(source_roots)
 
 
+def oci_executors(source_roots: Sequence[str]) -> dict[str, Executor]:
+    """One for each runtime that can be used here, by its kind; starts nothing."""
+    found = oci.find_runtimes(os.environ)
+    return {kind: oci.OciExecutor(each, source_roots) for kind, each in found.items() if not each.reason}
+
+
 def oci_executor(kind: str, source_roots: Sequence[str]) -> oci.OciExecutor:
     """Raises FileNotFoundError, with the reason, when the runtime cannot be used here."""
     found = oci.find_runtimes(os.environ)[kind]

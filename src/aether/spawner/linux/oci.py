@@ -59,6 +59,12 @@ def find_runtimes(env: Mapping[str, str]) -> dict[str, Found]:
     return found
 
 
+def drivers_here(env: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """`find_runtimes` as JSON: {kind: {path, reason, remedy}}."""
+    found = find_runtimes(env)
+    return {kind: {"path": each.path, "reason": each.reason, "remedy": each.remedy} for kind, each in found.items()}
+
+
 def _found(kind: str, path: str | None) -> Found:
     lack = f"install it ({_INSTALL[kind]}), or name it by {SETTING}=/path"
     if os.geteuid() != 0:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from aether.contract.cellplan import NAMESPACES, to_plain
-from aether.spawner.linux import kernel, landlock, native, rootfs
+from aether.spawner.linux import kernel, landlock, native, oci, rootfs
 
 WORDS: Final = {
     "user": "userns", "pid": "pidns", "mnt": "mountns", "net": "netns", "ipc": "ipcns", "uts": "utsns",
@@ -176,7 +176,13 @@ def checks() -> list[dict[str, Any]]:
     built = os.access(native.BINARY, os.X_OK)
     why = ("aether-init is not built; the portable executor is slower", "make -C src/aether/spawner/native")
     table.append(_check("native-init", built, "built" if built else "absent", *why))
-    return table
+    return [*table, *(_driver_check(each) for each in oci.find_runtimes(os.environ).values())]
+
+
+def _driver_check(found: oci.Found) -> dict[str, Any]:
+    """A runtime that is not there is no fault of the host."""
+    what = {"reason": found.reason or None, "remedy": found.remedy or None}
+    return {"name": f"driver {found.kind}", "ok": True, "value": found.path or "absent", **what}
 
 
 def _cell_lack(by_name: dict[str, dict[str, Any]]) -> dict[str, str] | None:
