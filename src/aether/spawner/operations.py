@@ -81,7 +81,7 @@ class Operations:
         self._handlers[request.op](request, message, answer)
 
     def _cell(self, request: Request) -> Cell:
-        return self._lifecycle.find(request.args["cell"])
+        return self._lifecycle.roster.find(request.args["cell"])
 
     def _hello(self, request: Request, _: Message, answer: Answer) -> None:
         theirs = request.args["protocol_version"]
@@ -104,7 +104,7 @@ class Operations:
         wired: Wired | None = None
         try:
             cell_id, draw = self._drawn(args)
-            if self._lifecycle.repeated(cell_id, request.key, answer):
+            if self._lifecycle.roster.repeated(cell_id, request.key, answer):
                 message.close()
                 return
             if args["exec"] is not None:

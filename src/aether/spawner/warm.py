@@ -111,7 +111,7 @@ class Warm:
 
     def plan(self, kept: Blueprint, cell_id: str) -> Plan:
         """The plan of a cell that is launched cold; raises RefusedError CELL_LIMIT."""
-        block = self._lifecycle.free_block() if kept.plan.id_map.count > 1 else None
+        block = self._lifecycle.roster.free_block() if kept.plan.id_map.count > 1 else None
         return kept.fill(cell_id, f"{self._work}/{cell_id}", block)
 
     def take(self, kept: Blueprint) -> Cell | None:

@@ -5,14 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def children(pid: int) -> tuple[int, ...]:
-    """Of the one thread of `pid` (proc(5)); empty when it is gone."""
-    try:
-        return tuple(int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    except (OSError, ValueError):
-        return ()
-
-
 def family(pid: int) -> tuple[int, ...]:
     """`pid` and its descendants, those of every thread."""
     found, wanted = [], [pid]
@@ -29,14 +21,3 @@ def family(pid: int) -> tuple[int, ...]:
             except (OSError, ValueError):
                 continue
     return tuple(found)
-
-
-def inner_number(pid: int) -> int:
-    """Its number in the innermost pid namespace it is in."""
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("NSpid:"):
-                return int(line.split()[-1])
-    except (OSError, ValueError):
-        pass
-    return 0

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Final
 
 from aether.spawner.linux import kernel
-from aether.spawner.linux.family import children, inner_number
 
 POLICIES: Final = {"other": 0, "fifo": 1, "rr": 2, "batch": 3, "idle": 5, "deadline": 6}
 IO_CLASSES: Final = {"none": 0, "realtime": 1, "best-effort": 2, "idle": 3}
@@ -92,15 +91,11 @@ def apply(pid: int, sched: Sched) -> None:
         _set(sched.describe(), "sched_setattr", pid, _ATTR.pack(*attr), 0)
 
 
-def apply_deadline(init_pid: int, inner_pid: int, sched: Sched) -> int:
-    """SCHED_DEADLINE for the child of PID 1 whose pid in the cell is `inner_pid`; its pid here. Raises SchedError."""
+def apply_deadline(pid: int, sched: Sched) -> None:
+    """SCHED_DEADLINE for one executable; what it forks is back at `other`. Raises SchedError."""
     times = (sched.runtime_us * 1000, sched.deadline_us * 1000, sched.period_us * 1000)
     attr = _ATTR.pack(_ATTR.size, POLICIES["deadline"], _RESET_ON_FORK, 0, 0, *times)
-    for pid in children(init_pid):
-        if inner_number(pid) == inner_pid:
-            _set(sched.describe(), "sched_setattr", pid, attr, 0)
-            return pid
-    raise SchedError(f"cannot schedule as {sched.describe()}: the executable has ended", "")
+    _set(sched.describe(), "sched_setattr", pid, attr, 0)
 
 
 def _set(what: str, call: str, *args: int | bytes) -> None:
