@@ -44,6 +44,7 @@ DRIVERS: Final = ("native", "runc", "crun", "runsc")
 """Who builds a cell: our own init, or an installed OCI runtime. runsc is gVisor."""
 NAMESPACES: Final = ("user", "pid", "mnt", "net", "ipc", "uts", "cgroup")
 SECCOMP_PROFILES: Final = ("cell", "offline")
+SHARED: Final = ("network",)
 STDIO_KINDS: Final = ("null", "fd")
 LANDLOCK_ACCESS: Final = ("read", "execute", "write", "device")
 RLIMIT_NAMES: Final = (
@@ -217,7 +218,7 @@ class Plan:
     """One cell. At level `process` there are no namespaces and no steps.
 
     Seccomp profile `cell` allows sockets of the cell's own network namespace; `offline` allows AF_UNIX alone and
-    is the only one where the host's network would be in reach.
+    is the only one where the host's network would be in reach, unless `shared` names it: on purpose, by permission.
     """
 
     cell_id: str
@@ -230,6 +231,7 @@ class Plan:
     landlock: Landlock | None
     rlimits: tuple[Rlimit, ...] = ()
     driver: str = "native"
+    shared: tuple[str, ...] = ()
     version: int = PLAN_VERSION
 
 
@@ -380,13 +382,16 @@ def parse_plan(obj: object, *, source_roots: Sequence[str], devices: Collection[
         landlock=_parse_landlock(top["landlock"], "plan.landlock"),
         rlimits=_parse_rlimits(top.get("rlimits", []), "plan.rlimits"),
         driver=pf.choice(top.get("driver", "native"), "plan.driver", DRIVERS),
+        shared=tuple(pf.choice(n, "plan.shared", SHARED) for n in pf.list_of(top.get("shared", []), "plan.shared", 1)),
     )
     _check_whole(plan)
     return plan
 
 
 def _check_whole(plan: Plan) -> None:
-    if "net" not in plan.namespaces and plan.seccomp_profile != "offline":
+    if ("network" in plan.shared) == ("net" in plan.namespaces) and plan.shared:
+        pf.refuse("plan.shared", "a network namespace of its own is not shared")
+    if "net" not in plan.namespaces and plan.seccomp_profile != "offline" and "network" not in plan.shared:
         pf.refuse("plan.seccomp_profile", "without a network namespace it must be offline")
     if sum(len(s.content.encode("utf-8", "surrogateescape")) for s in plan.steps if isinstance(s, File)) > (
         CONTENT_BYTES_MAX

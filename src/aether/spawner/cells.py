@@ -130,6 +130,7 @@ class Cell:
         return {
             "cell": self.cell_id,
             "state": self.state,
+            "once": self.once,
             "uid_first": self.uid_block.start,
             "started_wall_us": self.started_wall_us,
             "reason": self.reason,

@@ -29,7 +29,7 @@ from aether.contract.cellplan import (
     exec_to_obj,
     to_obj,
 )
-from aether.contract.cells import REQUIREMENTS, RUNGS, CellSpec
+from aether.contract.cells import REQUIREMENTS, RUNGS, CellSpec, Limits
 from aether.contract.errors import AetherError
 from aether.substrate.cells.facts import Facts
 
@@ -76,7 +76,8 @@ class Planned:
     def lines(self) -> tuple[str, ...]:
         asked = [f"cgroup limit {name}: {value}" for name, value in self.limits.items()]
         lacks = [f"not enforced here: {name}: {reason}" for name, reason in self.missing.items()]
-        return (*describe(self.plan), *asked, *lacks, f"run {' '.join(self.executable.argv)} in {self.executable.cwd}")
+        run = [f"run {' '.join(self.executable.argv)} in {self.executable.cwd}"] if self.executable.argv else []
+        return (*describe(self.plan), *asked, *lacks, *run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,27 +130,44 @@ def require(words: Sequence[str], facts: Facts) -> None:
 def plan_cell(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts, slot: int) -> Planned:
     """The plan of `spec` on this host. `slot` chooses the block of uids when the spawner is root."""
     require(spec.require, facts)
+    _check_isolation(spec, facts)
     work = work_of(cell_id, facts)
     is_cell = facts.level == "cell"
     plan = Plan(
         cell_id=cell_id,
         level=facts.level,
-        namespaces=facts.namespaces,
+        namespaces=tuple(name for name in facts.namespaces if name != "net" or spec.isolate_network),
         id_map=id_map(facts, slot),
         hostname=HOST_NAME,
         steps=_steps(spec, facts, work) if is_cell else (),
         seccomp_profile="cell" if "net" in facts.namespaces else "offline",
         landlock=_landlock(spec, facts, work),
         rlimits=_rlimits(spec, facts),
+        shared=() if spec.isolate_network else ("network",),
     )
-    asked = spec.limits
-    wanted = {
+    return Planned(plan, exec_spec(spec, cell_id, exec_id, facts), cgroup_limits(spec.limits), _missing(facts))
+
+
+def _check_isolation(spec: CellSpec, facts: Facts) -> None:
+    """What may be shared with the host: its network. Raises AetherError LEVEL_UNMET."""
+    if not spec.isolate_process:
+        why = "its end is the end of its process namespace, so every cell here has its own"
+        raise AetherError(
+            "LEVEL_UNMET", f"cannot share the host's processes with a cell: {why}", "isolate_process: true"
+        )
+    if not spec.isolate_network and facts.level != "cell":
+        why = "without namespaces its seccomp filter is all that keeps a cell off the host's network"
+        raise AetherError("LEVEL_UNMET", f"cannot share the host's network: {why}", "keep isolate_network")
+
+
+def cgroup_limits(asked: Limits) -> dict[str, int]:
+    """What the cell's cgroup is to enforce."""
+    return {
         "memory_bytes": asked.memory_bytes,
         "swap_bytes": 0,
         "cpu_millis": asked.cpu_millis,
         "pids": asked.pids + 1,  # PID 1 is ours, not the job's
     }
-    return Planned(plan, exec_spec(spec, cell_id, exec_id, facts), wanted, _missing(facts))
 
 
 def exec_spec(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts) -> ExecSpec:
@@ -160,7 +178,7 @@ def exec_spec(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts) -> ExecS
     env = {name: value.replace(WORK, work, 1) if name == "HOME" else value for name, value in DEFAULT_ENV.items()}
     cwd = work + spec.cwd[len(WORK) :] if spec.cwd == WORK or spec.cwd.startswith(WORK + "/") else spec.cwd
     argv = spec.argv
-    if is_cell and argv[0] == facts.python.host:
+    if is_cell and argv and argv[0] == facts.python.host:
         argv = (facts.python.cell, *argv[1:])
         env["PYTHONPATH"] = facts.python.path
     if not is_cell:
@@ -202,7 +220,7 @@ def _landlock(spec: CellSpec, facts: Facts, work: str) -> Landlock | None:
     else:
         rules.append(LandlockRule(work, ("read", "execute", "write")))
         rules += [LandlockRule(source, ("read", "execute")) for _, source in sorted(spec.readonly_dirs.items())]
-    return Landlock(tuple(rules), tcp=facts.level == "cell")
+    return Landlock(tuple(rules), tcp=facts.level == "cell" and spec.isolate_network)
 
 
 def _rlimits(spec: CellSpec, facts: Facts) -> tuple[Rlimit, ...]:

@@ -174,6 +174,9 @@ class MemoryDriver:
         ours, theirs = socket.socketpair() if order.spec.channel else (None, None)
         channel = ours.detach() if ours is not None else None
         started = Started(Handle(order.cell_id), order.exec_id, report, text, channel)
+        if order.listening is not None:
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                await order.listening(listener.fileno())
         files = {file.path: os.pread(fd, os.fstat(fd).st_size, 0) for file, fd in order.files}
         cell = _Cell(started, time.time_ns() // 1000, files, order.spec.limits)
         self._start(cell, order.exec_id, order.spec, theirs)
@@ -342,6 +345,9 @@ class MemoryDriver:
         await executable.ended.wait()
         assert executable.end is not None
         return executable.end
+
+    async def trace(self, handle: Handle, duration_ms: int) -> None:
+        raise AetherError("LEVEL_UNMET", f"cannot trace {handle}: its programs make no system calls of their own")
 
     async def usage(self, handle: Handle) -> Usage:
         cell = self._cell(handle)

@@ -7,27 +7,32 @@ uid slots) and rebuilds it from `cell.list` after every connect. The idempotency
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from aether.contract import limits
+from aether.contract.allocations import FileListing
 from aether.contract.canonical import digest_bytes
 from aether.contract.cellplan import IdMap, exec_to_obj, to_obj
-from aether.contract.cells import CellSpec, ExecEnd, InputFile, SandboxReport, Usage
+from aether.contract.cells import CellSpec, ExecEnd, InputFile, Limits, SandboxReport, Usage
 from aether.contract.errors import AetherError
+from aether.contract.jobs import Stdio
 from aether.contract.wire import CellFile, CellFiles
 from aether.substrate.cells.client import Connector, SpawnerLink
+from aether.substrate.cells.drivers import guests
 from aether.substrate.cells.drivers.port import Adopted, Explained, Fingerprint, Handle, Order, Started
 from aether.substrate.cells.facts import Facts, read_facts
 from aether.substrate.cells.plan import (
     JOB_ID,
     Blueprint,
     blueprint,
+    cgroup_limits,
     check_spec,
     exec_spec,
     id_map,
@@ -37,7 +42,6 @@ from aether.substrate.cells.plan import (
 from aether.substrate.cells.report import end_of, sandbox_report, usage_of, verify_required
 
 FILES_PER_MESSAGE: Final = 200
-STDIO: Final = ("null", "log", "log")
 SLOT_TRIES: Final = 16
 BLUEPRINTS_MAX: Final = 256
 OUTLINE: Final = "outline"
@@ -52,6 +56,7 @@ class _Cell:
     slot: int | None
     report: SandboxReport
     plan_text: bytes
+    execs: set[str] = field(default_factory=set)
 
 
 class NativeDriver:
@@ -101,8 +106,9 @@ class NativeDriver:
         for call in self._on_connect:
             call(found)
         for adopted in found:
-            if adopted.end is not None:
-                self._ended(adopted.end)
+            for end in adopted.execs.values():
+                if end is not None:
+                    self._ended(end)
 
     def _lost(self) -> None:
         """Waiters stay: the spawner may be the same one at the next connect, and else the list shows the loss."""
@@ -114,15 +120,18 @@ class NativeDriver:
             slot = (view["uid_first"] - limits.CELL_UID_BASE) // limits.CELL_UID_BLOCK
             if slot >= 0:
                 self._slots.add(slot)
-            if not view["execs"]:
+            if not view["execs"] and view["once"]:
                 continue
-            first = view["execs"][0]
             cell_id = view["cell"]
+            first = view["execs"][0]["exec"] if view["once"] else ""
             if cell_id not in self._cells:
                 report = sandbox_report(view["report"], {}, view["uid_first"], "")
-                self._cells[cell_id] = _Cell(first["exec"], slot if slot >= 0 else None, report, b"")
-            end = end_of(cell_id, first) if first["state"] == "ended" else None
-            found.append(Adopted(Handle(cell_id), cell_id, first["exec"], view["started_wall_us"], end))
+                self._cells[cell_id] = _Cell(first, slot if slot >= 0 else None, report, b"")
+            ends = {e["exec"]: end_of(cell_id, e) if e["state"] == "ended" else None for e in view["execs"]}
+            self._cells[cell_id].execs = set(ends)
+            gone = (view["reason"] or "cell-died") if view["state"] == "gone" else None
+            began_us = view["started_wall_us"]
+            found.append(Adopted(Handle(cell_id), cell_id, first, began_us, ends.get(first), ends, gone))
         listed = {view["cell"] for view in views}
         for key in [key for key in self._waiting if key[0] not in listed]:
             for future in self._waiting.pop(key):
@@ -133,6 +142,9 @@ class NativeDriver:
     def _event(self, name: str, fields: dict[str, Any]) -> None:
         if name == "exec.exited":
             self._ended(end_of(fields["cell"], fields))
+        elif name == "cell.gone":
+            for call in self._on_gone:
+                call(fields["cell"], fields["reason"])
 
     def _ended(self, end: ExecEnd) -> None:
         key = (end.cell_id, end.exec_id)
@@ -257,16 +269,18 @@ class NativeDriver:
         files: list[tuple[InputFile, int]],
     ) -> Started:
         bounds = order.spec.limits
+        executable = {
+            "spec": drawn.executable | {"exec_id": order.exec_id},
+            "stdio": list(guests.LOGGED),
+            "wall_ms_max": bounds.timeout_ms,
+            "grace_ms": bounds.grace_ms,
+        }
+        guest_only = not order.exec_id
         args = asked | {
             "files": _files(files),
             "work": True,
-            "once": True,
-            "exec": {
-                "spec": drawn.executable | {"exec_id": order.exec_id},
-                "stdio": list(STDIO),
-                "wall_ms_max": bounds.timeout_ms,
-                "grace_ms": bounds.grace_ms,
-            },
+            "once": not guest_only,
+            "exec": None if guest_only else executable,
             "grace_ms": bounds.grace_ms,
         }
         ours, theirs = _channel(order.spec)
@@ -282,7 +296,8 @@ class NativeDriver:
         finally:
             if theirs is not None:
                 theirs.close()
-        self._cells[order.cell_id] = _Cell(order.exec_id, slot, report, drawn.text)
+        execs = {order.exec_id} if order.exec_id else set()
+        self._cells[order.cell_id] = _Cell(order.exec_id, slot, report, drawn.text, execs)
         try:
             verify_required(order.spec, report)
         except AetherError:
@@ -305,7 +320,8 @@ class NativeDriver:
         if drawn is None or again:
             # Block 0 and a cell of no job: the spawner puts others in their place.
             drawn = blueprint(order.spec, OUTLINE, order.exec_id, facts, 0)
-            drawn = replace(drawn, digest=await self._keep(link, drawn, not order.spec.channel, again))
+            prepare = bool(order.exec_id) and not order.spec.channel
+            drawn = replace(drawn, digest=await self._keep(link, drawn, prepare, again))
             if len(self._blueprints) >= BLUEPRINTS_MAX:
                 self._blueprints.clear()
             self._blueprints[key] = drawn
@@ -326,12 +342,54 @@ class NativeDriver:
     async def adopt(self) -> list[Adopted]:
         return await self._list(self._connector.require())
 
-    async def start_exec(self, handle: Handle, exec_id: str, spec: CellSpec) -> None:
+    async def allocate(self, cell_id: str, spec: CellSpec) -> Started:
+        check_spec(spec)
+        link = self._connector.require()
+        known = self.found(Handle(cell_id))
+        if known is not None:
+            return known
+        order = Order(cell_id, "", spec)
+        if self.facts.level == "cell":
+            drawn = await self._blueprint(link, order, True)
+            asked: dict[str, Any] = {"blueprint": {"digest": drawn.digest, "cell": cell_id}}
+        else:
+            drawn = blueprint(spec, cell_id, "", self.facts, 0)
+            asked = {"plan": drawn.plan, "limits": drawn.limits}
+        return await self._create(link, order, drawn, asked, None, [])
+
+    async def start_exec(self, handle: Handle, exec_id: str, spec: CellSpec, stdio: Stdio = "logs") -> None:
         executable = exec_to_obj(exec_spec(spec, handle, exec_id, self.facts))
         del executable["stdio"]
-        asked = {"spec": executable, "stdio": list(STDIO), "wall_ms_max": spec.limits.timeout_ms}
+        asked = {"spec": executable, "stdio": list(guests.STDIO[stdio]), "wall_ms_max": spec.limits.timeout_ms}
         args = {"cell": handle, "exec": asked | {"grace_ms": spec.limits.grace_ms}}
         await self._connector.require().call("exec.start", args, key=exec_id)
+        if (cell := self._cells.get(handle)) is not None:
+            cell.execs.add(exec_id)
+
+    def has_exec(self, handle: Handle, exec_id: str) -> bool:
+        cell = self._cells.get(handle)
+        return cell is not None and exec_id in cell.execs
+
+    async def stop_exec(self, handle: Handle, exec_id: str, grace_ms: int) -> None:
+        await guests.stop_exec(self._connector.require(), handle, exec_id, grace_ms)
+
+    async def terminal(self, handle: Handle, exec_id: str) -> tuple[Stdio, int]:
+        return await guests.terminal(self._connector.require(), handle, exec_id)
+
+    async def window(self, handle: Handle, exec_id: str, rows: int, columns: int) -> None:
+        await guests.window(self._connector.require(), handle, exec_id, rows, columns)
+
+    async def freeze(self, handle: Handle, frozen: bool) -> None:
+        await guests.freeze(self._connector.require(), handle, frozen)
+
+    async def resize(self, handle: Handle, limits: Limits) -> None:
+        await guests.resize(self._connector.require(), handle, cgroup_limits(limits))
+
+    async def put(self, handle: Handle, path: str, fd: int, executable: bool) -> None:
+        await guests.put(self._connector.require(), handle, path, fd, executable)
+
+    async def files(self, handle: Handle, path: str) -> FileListing:
+        return await guests.files(self._connector.require(), handle, path)
 
     async def signal(self, handle: Handle, exec_id: str, signo: int) -> None:
         await self._call("exec.signal", {"cell": handle, "exec": exec_id, "signo": signo})
@@ -351,6 +409,14 @@ class NativeDriver:
         future: asyncio.Future[ExecEnd] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key, []).append(future)
         return await future
+
+    async def trace(self, handle: Handle, duration_ms: int) -> None:
+        try:
+            await self._call("cell.trace", {"cell": handle, "on": True, "duration_ms": duration_ms})
+        except asyncio.CancelledError:  # whoever asked has gone: detach now and not when the time is over
+            with contextlib.suppress(AetherError):
+                await self._call("cell.trace", {"cell": handle, "on": False})
+            raise
 
     async def usage(self, handle: Handle) -> Usage:
         return usage_of(await self._call("cell.usage", {"cell": handle}))
@@ -373,9 +439,13 @@ class NativeDriver:
 
     async def acknowledge(self, handle: Handle, exec_id: str) -> None:
         await self._call("exit.ack", {"cell": handle, "exec": exec_id})
+        cell = self._cells.get(handle)
+        if cell is not None and not cell.exec_id:
+            cell.execs.discard(exec_id)
+            self._ends.pop((str(handle), exec_id), None)
 
     async def free(self, handle: Handle) -> None:
-        await self._call("cell.free", {"cell": handle})
+        await guests.free(self._connector.require(), handle)
         cell = self._cells.pop(handle, None)
         if cell is not None and cell.slot is not None:
             self._slots.discard(cell.slot)

@@ -10,7 +10,7 @@ has lost its means for now.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NewType, Protocol
 
@@ -36,12 +36,17 @@ class Fingerprint:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A cell to launch with its first executable; `files` are input files with their descriptors (borrowed)."""
+    """A cell to launch with its first executable; `files` are input files with their descriptors (borrowed).
+
+    `listening`, for a cell with a network, is given the listener of its loopback (borrowed) before the executable
+    starts; when it raises, the cell is freed and the launch raises the same.
+    """
 
     cell_id: str
     exec_id: str
     spec: CellSpec
     files: Sequence[tuple[InputFile, int]] = ()
+    listening: Callable[[int], Awaitable[None]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +154,11 @@ class Driver(Protocol):
         ...
 
     async def usage(self, handle: Handle) -> Usage: ...
+
+    async def trace(self, handle: Handle, duration_ms: int) -> None:
+        """Count the system calls of the cell; returns when that is over and written beside its logs. Raises
+        LEVEL_UNMET where the host does not let us, BUSY when the cell is being traced."""
+        ...
 
     async def report(self, handle: Handle) -> SandboxReport: ...
 
