@@ -1,0 +1,46 @@
+"""The directories in which a cell's overlays keep their changes, beside its work directory.
+
+```
+<work root>/<cell>                 the work directory; the layer of an overlay at /work
+<work root>/.root-<cell>           the layer of a writable root, the job's own
+<work root>/.scratch-<either>      overlayfs's own ("workdir"), nobody else's
+```
+All lie on one file system, as overlayfs asks (Documentation/filesystems/overlayfs.rst). No cell id begins with a
+dot, so none of these is another cell's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+
+from aether.contract.cellplan import Overlay, Plan, scratch_of
+from aether.spawner.workdir import Owner, remove_tree
+
+
+def layers_of(plan: Plan) -> tuple[Overlay, ...]:
+    """The overlays of a plan that keep their changes."""
+    return tuple(step for step in plan.steps if isinstance(step, Overlay) and step.upper is not None)
+
+
+def prepare(root: int, overlay: Overlay, owner: Owner) -> None:
+    """Make what is missing below the work root `root`; raises OSError."""
+    upper, scratch = _names(overlay)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(upper, 0o755, dir_fd=root)
+        if owner.changes:
+            os.chown(upper, owner.uid, owner.gid, dir_fd=root, follow_symlinks=False)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(scratch, 0o700, dir_fd=root)
+
+
+def remove(root: int, overlay: Overlay) -> None:
+    """Remove both directories; missing ones are removed ones."""
+    for name in _names(overlay):
+        remove_tree(root, name)
+
+
+def _names(overlay: Overlay) -> tuple[str, str]:
+    assert overlay.upper is not None
+    return posixpath.basename(overlay.upper), posixpath.basename(scratch_of(overlay.upper))
