@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Final, cast
 
 from aether.contract import planfields as pf
@@ -177,6 +177,27 @@ class Overlay:
     path: str
     lower: str
     upper: str | None = None
+
+
+def root_layer(work: str) -> str:
+    """The directory that keeps the changes to a cell's root: beside its work directory."""
+    above, _, name = work.rpartition("/")
+    return f"{above}/.root-{name}"
+
+
+def scratch_of(upper: str) -> str:
+    """The sibling of an upper directory in which overlayfs prepares changes (its "workdir")."""
+    above, _, name = upper.rpartition("/")
+    return f"{above}/.scratch-{name}"
+
+
+def placed(step: Step, work: str) -> Step:
+    """The step for the cell whose work directory is `work`."""
+    if isinstance(step, BindRw):
+        return replace(step, source=work)
+    if isinstance(step, Overlay) and step.upper is not None:
+        return replace(step, upper=root_layer(work) if step.path == "/" else work)
+    return step
 
 
 Step = Dir | Symlink | File | BindRo | BindRw | BindDev | Tmpfs | Proc | DevMinimal | Mask | Overlay

@@ -80,6 +80,11 @@ class Layout:
         return self.root / "artifacts"
 
     @property
+    def images(self) -> Path:
+        """Unpacked images; aurorad's, shown read-only to cells."""
+        return self.root / "cache/images"
+
+    @property
     def audit(self) -> Path:
         return self.root / "logs/audit"
 

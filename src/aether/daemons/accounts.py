@@ -72,6 +72,7 @@ def prepare(layout: Layout, who: Accounts, by_path: bool = False) -> None:
         layout.cells: (who.spawner, 0o711),
         layout.spool.parent: (who.spawner, 0o750),
         layout.spool: (who.aetherd, 0o700),
+        layout.images: (who.aurorad, 0o750),
     }
     _check_length(layout)
     for path, (uid, mode) in owned.items():

@@ -150,7 +150,7 @@ def role_argv(name: str, layout: Layout, who: Accounts) -> list[str]:
 
 def cell_roots(layout: Layout) -> tuple[Path, ...]:
     """Host directories that cells may see, besides what the spawner itself provides."""
-    return (layout.models, layout.trusted_keys)
+    return (layout.models, layout.trusted_keys, layout.images)
 
 
 def _say(event: str, **facts: str | int) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from aether.contract import limits
+from aether.contract.cellplan import Plan
 from aether.spawner.beneath import safe_path
 from aether.spawner.cells import Cell, Exec
 from aether.spawner.channel import Message
 from aether.spawner.lifecycle import Lifecycle
+from aether.spawner.layers import layers_of
 from aether.spawner.linux.cgroup import CgroupDriver
 from aether.spawner.linux.cgroup_limits import CgroupLimits
 from aether.spawner.netlisten import listen_inside
@@ -96,7 +98,7 @@ class Operations:
         plan = self._rules.plan(args["plan"])
         if plan.level == "process":
             raise RefusedError("BAD_PLAN", "cannot keep the plan: at this level it names the cell's own work directory")
-        digest = self._warm.keep(plan, args["limits"], args["prepare"], args["plan"])
+        digest = self._warm.keep(plan, args["limits"], args["prepare"] and not layers_of(plan), args["plan"])
         answer.ok({"digest": digest})
 
     def _create(self, request: Request, message: Message, answer: Answer) -> None:
@@ -147,9 +149,18 @@ class Operations:
             asked = args if kept is None else args | {"limits": kept.limits}
             assert plan is not None
             cold = self._lifecycle.admit(plan, key, asked, wired, answer)
-            return cold, lambda: self._lifecycle.launch(cold, plan, args, wired)
+            return cold, lambda: self._launch(cold, plan, args, wired)
 
         return cell_id, draw
+
+    def _launch(self, cell: Cell, plan: Plan, args: dict[str, Any], wired: Wired | None) -> None:
+        try:
+            self._work.add_layers(cell.place, cell.owner, layers_of(plan))
+        except OSError as error:
+            refused = RefusedError("CELL_FAILED", f"cannot make the layers of cell {cell.cell_id}: {error}")
+            self._lifecycle.abandon(cell, wired, refused)
+            return
+        self._lifecycle.launch(cell, plan, args, wired)
 
     def _start(self, request: Request, message: Message, answer: Answer) -> None:
         args = request.args["exec"]

@@ -2,6 +2,8 @@
 
 - Ids: as root, one whole block of the range for cells, which no other live cell holds; else the spawner's own uid.
 - `bind_rw` shows the cell's own work directory and nothing else.
+- An overlay lies over an image. It keeps its changes in the cell's own work directory, or those of the root in the
+  layer beside it, or in memory.
 - Below the state directory only models, artifacts, the keys that models are checked with and the cell's own work
   directory may be shown, whatever the roots say, and nothing that contains the state directory.
 """
@@ -19,9 +21,11 @@ from aether.contract.cellplan import (
     BindRw,
     ExecSpec,
     IdMap,
+    Overlay,
     Plan,
     PlanError,
     Step,
+    root_layer,
     is_beneath,
     parse_exec,
     parse_plan,
@@ -31,6 +35,7 @@ from aether.spawner.workdir import Owner
 
 DEVICES = frozenset({"/dev/fuse", "/dev/kvm", "/dev/net/tun"})
 STATE_SHOWN = ("models", "artifacts", "keys/models")
+IMAGES = "cache/images"
 GPU_PREFIXES = ("/dev/nvidia", "/dev/dri/", "/dev/kfd", "/dev/accel/")
 
 
@@ -61,6 +66,8 @@ class Rules:
                 raise _refused(step.source, "only the cell's own work directory may be shown read-write")
             if isinstance(step, BindRo):
                 self._check_source(step.source, own)
+            if isinstance(step, Overlay):
+                self._check_overlay(step, root_layer(own) if step.path == "/" else own)
         return plan
 
     def with_base(self, steps: list[Any]) -> Rules:
@@ -86,6 +93,13 @@ class Rules:
             rest = parse_plan({**value, "steps": steps[len(known) :]}, source_roots=roots, devices=self.devices)
             return replace(rest, steps=parsed + rest.steps)
         return parse_plan(value, source_roots=roots, devices=self.devices)
+
+    def _check_overlay(self, step: Overlay, layer: str) -> None:
+        images = f"{self.state}/{IMAGES}"
+        if step.lower == images or not is_beneath(step.lower, images):
+            raise _refused(step.lower, "it is no image")
+        if step.upper not in (None, layer):
+            raise _refused(step.upper or "", "changes are kept in the cell's own directories alone")
 
     def _check_source(self, source: str, own: str) -> None:
         if is_beneath(self.state, source):

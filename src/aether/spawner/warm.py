@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from aether.contract.cellplan import BindRw, Plan
+from aether.contract.cellplan import Plan, placed
 from aether.spawner.cells import Cell
 from aether.spawner.lifecycle import Lifecycle
 from aether.spawner.loop import Loop
@@ -54,7 +54,7 @@ class Blueprint:
     def fill(self, cell_id: str, work: str, block: int | None) -> Plan:
         """The plan of one cell: its id, the host path of its work directory, the first uid of its block."""
         ids = self.plan.id_map if block is None else replace(self.plan.id_map, host_uid=block, host_gid=block)
-        steps = tuple(replace(s, source=work) if isinstance(s, BindRw) else s for s in self.plan.steps)
+        steps = tuple(placed(step, work) for step in self.plan.steps)
         return replace(self.plan, cell_id=cell_id, id_map=ids, steps=steps)
 
 

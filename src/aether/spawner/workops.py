@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from aether.contract import limits
-from aether.spawner import workdir, workfiles
+from aether.contract.cellplan import Overlay
+from aether.spawner import layers, workdir, workfiles
 from aether.spawner.loop import Loop
 from aether.spawner.offload import json_memfd, offload
 from aether.spawner.protocol import RefusedError
@@ -33,6 +34,7 @@ class WorkOps:
         self._loop = loop
         self._root = root
         self._prepared: dict[str, Owner] = {}
+        self._layers: dict[str, tuple[Overlay, ...]] = {}
         self.busy: Counter[str] = Counter()
         self.children: set[int] = set()
 
@@ -175,17 +177,30 @@ class WorkOps:
         except WorkError as error:
             raise RefusedError("OUTPUT_REFUSED", f"cannot read outputs: {error}") from error
 
+    def add_layers(self, place: str, owner: Owner, overlays: tuple[Overlay, ...]) -> None:
+        """Make the directories of the cell's overlays; they go with its work directory. Raises OSError."""
+        if overlays:
+            self._layers[place] = overlays
+            for overlay in overlays:
+                layers.prepare(self._root.fileno(), overlay, owner)
+
     def remove(self, cell_id: str, then: Then) -> None:
         """A small, flat directory at once, any other by a child."""
-        if self._root.remove_flat(cell_id):
+        overlays = self._layers.pop(cell_id, ())
+        if not overlays and self._root.remove_flat(cell_id):
             then()
             return
+
+        def work() -> None:
+            for overlay in overlays:
+                layers.remove(self._root.fileno(), overlay)
+            self._root.remove(cell_id)
 
         def done(answer_fd: int, _: str) -> None:
             os.close(answer_fd)
             then()
 
-        self._offload(cell_id, lambda: self._root.remove(cell_id), (self._root.fileno(),), done)
+        self._offload(cell_id, work, (self._root.fileno(),), done)
 
     def _offload(
         self, cell_id: str, work: Callable[[], Any], keep: tuple[int, ...], done: Callable[[int, str], None]

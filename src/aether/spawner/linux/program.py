@@ -114,16 +114,11 @@ def _overlay(index: int, step: cp.Overlay, roots: Sequence[str], block: bool) ->
     if step.upper is None:
         ops += [Op(OP_LAYER, index, path, flags=LAYER_NEW) for path in ("/.upper", "/.scratch")]
     else:
-        above, name = posixpath.split(step.upper)
-        ops += [Op(OP_LAYER, index, step.path, text=above, text2=text) for text in (name, scratch_name(name))]
+        above = [posixpath.split(path) for path in (step.upper, cp.scratch_of(step.upper))]
+        ops += [Op(OP_LAYER, index, step.path, text=place, text2=name) for place, name in above]
     options = {"lowerdir": "@0", "upperdir": "@1", "workdir": "@2", "redirect_dir": "nofollow", "metacopy": "off"}
     ops.append(mount(index, step.path, "overlay", options | ({} if block else {"userxattr": "@"}), NOSUID | NODEV))
     return ops
-
-
-def scratch_name(upper: str) -> str:
-    """The sibling of an upper directory in which overlayfs prepares changes ("workdir")."""
-    return f".scratch-{upper}"
 
 
 def _lower_steps(plan: cp.Plan, roots: Sequence[str]) -> list[Op]:
