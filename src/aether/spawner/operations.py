@@ -11,8 +11,8 @@ from aether.contract.cellplan import Plan
 from aether.spawner.beneath import safe_path
 from aether.spawner.cells import Cell, Exec
 from aether.spawner.channel import Message
-from aether.spawner.lifecycle import Lifecycle
 from aether.spawner.layers import layers_of
+from aether.spawner.lifecycle import Lifecycle
 from aether.spawner.linux.cgroup import CgroupDriver
 from aether.spawner.linux.cgroup_limits import CgroupLimits
 from aether.spawner.netlisten import listen_inside

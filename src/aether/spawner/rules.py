@@ -25,10 +25,10 @@ from aether.contract.cellplan import (
     Plan,
     PlanError,
     Step,
-    root_layer,
     is_beneath,
     parse_exec,
     parse_plan,
+    root_layer,
 )
 from aether.spawner.protocol import RefusedError
 from aether.spawner.workdir import Owner
