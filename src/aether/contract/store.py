@@ -110,8 +110,11 @@ class Store(Protocol):
         """Keeps a new row (its `request` too); False when the job is there already, which changes nothing."""
         ...
 
-    def advance(self, row: JobRow, entry: Entry) -> Awaitable[bool]:
-        """Replaces a row but for its request; False when its attempt or revision is not the expected one."""
+    def advance(self, row: JobRow, entry: Entry, lazy: bool = False) -> Awaitable[bool]:
+        """Replaces a row but for its request; False when its attempt or revision is not the expected one.
+
+        `lazy`: nothing waits for it, so it may wait a little for a write that does.
+        """
         ...
 
     def drop(self, job_ids: Sequence[str]) -> Awaitable[None]:

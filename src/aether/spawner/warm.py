@@ -32,8 +32,8 @@ BLUEPRINTS_MAX = 64
 READY_MAX = 4
 """Prepared cells of one blueprint."""
 ALL_READY_MAX = 16
-REFILL_S = 0.004
-"""After a cell was asked for: a short job is over by then, and its answer does not wait for our work."""
+REFILL_S = 0.002
+"""After a cell was asked for: a short job has ended by then and does not wait for our work."""
 IDLE_S = 30.0
 
 
@@ -45,7 +45,7 @@ class Blueprint:
     limits: dict[str, Any]
     prepare: bool
     ready: deque[Cell] = field(default_factory=deque)
-    preparing: bool = False
+    preparing: Cell | None = None
     asked: int = 0
     target: int = 0
     used_s: float = 0.0
@@ -115,14 +115,17 @@ class Warm:
         return kept.fill(cell_id, f"{self._work}/{cell_id}", block)
 
     def take(self, kept: Blueprint) -> Cell | None:
-        """A prepared cell, if one stands ready; another will be made."""
+        """A prepared cell, ready or on its way (PID 1 reads its first order when it stands); another will be made."""
         self._used(kept)
-        while kept.ready:
+        found = None
+        while kept.ready and found is None:
             cell = kept.ready.popleft()
-            if cell.state == "running" and cell.reason is None:
-                self.taken += 1
-                return cell
-        return None
+            found = cell if cell.state == "running" and cell.reason is None else None
+        if found is None and kept.preparing is not None and kept.preparing.launched is not None:
+            found, kept.preparing = kept.preparing, None
+            found.waiting_start.clear()
+        self.taken += found is not None
+        return found
 
     def _used(self, kept: Blueprint) -> None:
         kept.used_s = self._loop.clock_s()
@@ -140,15 +143,13 @@ class Warm:
 
     def _prepare_next(self, kept: Blueprint) -> None:
         full = len(kept.ready) >= kept.target or self.facts()["ready"] >= ALL_READY_MAX
-        if full or kept.preparing or not kept.prepare:
+        if full or kept.preparing is not None:
             return
-        kept.preparing = True
         start = _Start(lambda cell: self._stands(kept, cell))
         try:
             plan = self.plan(kept, f"warm-{next(self._numbers)}")
-            cell = start.cell = self._lifecycle.prepare(plan, kept.limits, start)
+            cell = start.cell = kept.preparing = self._lifecycle.prepare(plan, kept.limits, start)
         except RefusedError:  # no room: the next use tries again
-            kept.preparing = False
             return
         self._work_ops.fill(
             cell.place,
@@ -160,7 +161,7 @@ class Warm:
         )
 
     def _stands(self, kept: Blueprint, cell: Cell | None) -> None:
-        kept.preparing = False
+        kept.preparing = None
         if cell is not None:
             kept.ready.append(cell)
             self._prepare_next(kept)

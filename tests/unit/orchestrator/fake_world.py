@@ -65,7 +65,7 @@ class CrashStore(MemoryStore):
     def submit(self, row: JobRow, entry: Entry, blob: Blob | None = None) -> Awaitable[bool]:
         return self._later("submit", lambda: MemoryStore.submit(self, row, entry, blob))
 
-    def advance(self, row: JobRow, entry: Entry) -> Awaitable[bool]:
+    def advance(self, row: JobRow, entry: Entry, lazy: bool = False) -> Awaitable[bool]:
         return self._later(f"advance {row.phase}", lambda: MemoryStore.advance(self, row, entry))
 
     def drop(self, job_ids: Sequence[str]) -> Awaitable[None]:

@@ -53,7 +53,7 @@ class MemoryStore:
             self._blobs.setdefault(blob.digest, blob.data)
         return _done(True)
 
-    def advance(self, row: JobRow, entry: Entry) -> Awaitable[bool]:
+    def advance(self, row: JobRow, entry: Entry, lazy: bool = False) -> Awaitable[bool]:
         old = self._jobs.get(row.job_id)
         if old is None or (old.attempt, old.revision) != (row.attempt, row.revision - 1):
             return _done(False)

@@ -70,8 +70,8 @@ class SqliteStore:
     def submit(self, row: JobRow, entry: Entry, blob: Blob | None = None) -> Awaitable[bool]:
         return self._write(partial(rows.insert_job, row, entry, blob), refusable=True)
 
-    def advance(self, row: JobRow, entry: Entry) -> Awaitable[bool]:
-        return self._write(partial(rows.update_job, row, entry))
+    def advance(self, row: JobRow, entry: Entry, lazy: bool = False) -> Awaitable[bool]:
+        return self._write(partial(rows.update_job, row, entry), lazy=lazy)
 
     def drop(self, job_ids: Sequence[str]) -> Awaitable[None]:
         return self._write(partial(rows.delete_jobs, tuple(job_ids)))
@@ -115,9 +115,11 @@ class SqliteStore:
 
     # ---- inside
 
-    def _write(self, run: Callable[[apsw.Connection], T], refusable: bool = False) -> asyncio.Future[T]:
+    def _write(
+        self, run: Callable[[apsw.Connection], T], refusable: bool = False, lazy: bool = False
+    ) -> asyncio.Future[T]:
         assert self._writer is not None
-        return self._writer.write(run, refusable)
+        return self._writer.write(run, refusable, lazy)
 
     async def _read(self, read: Callable[[apsw.Connection], T]) -> T:
         if self._reader is None:

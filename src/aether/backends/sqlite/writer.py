@@ -2,6 +2,7 @@
 
 Invariants
 - Writes take effect in the order of `write` calls; each future resolves after the commit that holds it.
+- A lazy write begins no commit of its own until it has waited LINGER_S for one that is not.
 - One `call_soon_threadsafe` per batch wakes the loop (waking it once per write costs more than the write).
 - SQLITE_FULL rolls the batch back: the writes marked `refusable` fail with DISK_FULL, the others are done
   again without them. Any other failure, a second SQLITE_FULL too, calls `on_fatal`: whether a failed fsync
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -23,6 +25,7 @@ from aether.contract.errors import AetherError
 
 T = TypeVar("T")
 _BATCH_MAX: Final = 1024
+LINGER_S: Final = 0.02
 
 
 @dataclass(slots=True)
@@ -30,6 +33,7 @@ class _Write:
     run: Callable[[apsw.Connection], Any]
     future: asyncio.Future[Any]
     refusable: bool
+    lazy: bool
     value: Any = None
     error: AetherError | None = None
 
@@ -62,13 +66,15 @@ class Writer:
             self._queue.put(None)
             await asyncio.to_thread(self._thread.join)
 
-    def write(self, run: Callable[[apsw.Connection], T], refusable: bool = False) -> asyncio.Future[T]:
+    def write(
+        self, run: Callable[[apsw.Connection], T], refusable: bool = False, lazy: bool = False
+    ) -> asyncio.Future[T]:
         """Runs `run` inside the next transaction; the future has its value once that is committed."""
         future: asyncio.Future[T] = self._loop.create_future()
         if self._failed or not self._thread.is_alive():
             future.set_exception(AetherError("UNAVAILABLE", "cannot write to the job store: it is closed"))
             return future
-        self._queue.put(_Write(run, future, refusable))
+        self._queue.put(_Write(run, future, refusable, lazy))
         return future
 
     # ---- in the thread
@@ -106,16 +112,18 @@ class Writer:
         first = self._queue.get()
         if first is None:
             return None
-        batch = [first]
+        batch, lazy = [first], first.lazy
+        until_s = time.monotonic() + LINGER_S
         while len(batch) < _BATCH_MAX:
             try:
-                following = self._queue.get_nowait()
+                following = self._queue.get(lazy, max(0.0, until_s - time.monotonic()))
             except queue.Empty:
                 break
             if following is None:
                 self._queue.put(None)
                 break
             batch.append(following)
+            lazy = lazy and following.lazy
         return batch
 
     def _commit_batch(self, connection: apsw.Connection, batch: list[_Write]) -> None:

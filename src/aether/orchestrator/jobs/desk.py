@@ -186,11 +186,16 @@ class Desk:
             self.open[row.job_id] = row
         if row.kind == "command" and not _is_guest(row):
             self._scheduler.moved(row.job_id, row.phase)
-        written = asyncio.ensure_future(self._store.advance(row, self._entry(event)))
-        if commands and (at_once or not isinstance(event, machine.Claimed)):
+        at_once = at_once or not isinstance(event, machine.Claimed)
+        # Steps of a running cell are found again from the cell itself: only a claim and an end are waited for.
+        lazy = at_once and row.kind == "command" and row.phase not in ("queued", "done")
+        written = asyncio.ensure_future(self._store.advance(row, self._entry(event), lazy))
+        if commands and at_once:
             self.spawn(self._perform_all(row, commands))
             commands = ()
         self.spawn(self._after(written, row, commands))
+        if lazy:
+            self.pump()
         return written
 
     def _entry(self, event: machine.Event) -> Entry:

@@ -17,10 +17,11 @@ import socket
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from aether.contract.cellplan import ExecSpec, Rlimit
-from aether.spawner.linux.program import RESOURCES, Program
+from aether.spawner.linux.program import RESOURCES, STEPS_KEPT, Op, Program
 
 WIRE_VERSION: Final = 3
 MESSAGE_BYTES_MAX: Final = 160 * 1024
@@ -223,6 +224,12 @@ def encode_runtime_refused(why: str) -> bytes:
     return _message(RUNTIME_REFUSED, _text(why))
 
 
+@lru_cache(maxsize=STEPS_KEPT)
+def _operation(op: Op) -> bytes:
+    numbers = struct.pack("<IIII", op.kind, op.step, op.mode, op.flags)
+    return numbers + _text(op.path) + _text(op.text) + _text(op.text2)
+
+
 def encode_launch(program: Program, attach_count: int, cgroup2: bool, spec: ExecSpec | None) -> bytes:
     """The whole program and, if any, the first executable, for the native launcher."""
     flags = PROGRAM_CGROUP2 * cgroup2 | PROGRAM_JOIN_USERNS * program.join_userns
@@ -232,9 +239,7 @@ def encode_launch(program: Program, attach_count: int, cgroup2: bool, spec: Exec
     numbers = (ids.host_uid, ids.host_gid, ids.count, ids.init_uid, ids.job_uid, ids.job_gid, *program.layer_owner)
     parts.append(struct.pack("<8I", *numbers))
     parts += [struct.pack("<I", program.last_cap), _text(program.hostname), struct.pack("<I", len(program.ops))]
-    for op in program.ops:
-        parts.append(struct.pack("<IIII", op.kind, op.step, op.mode, op.flags))
-        parts += [_text(op.path), _text(op.text), _text(op.text2)]
+    parts += [_operation(op) for op in program.ops]
     landlock = program.landlock
     if landlock is None:
         parts.append(struct.pack("<IIQQQI", 0, 0, 0, 0, 0, 0))

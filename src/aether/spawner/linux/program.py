@@ -8,6 +8,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from aether.contract import cellplan as cp
@@ -20,6 +21,8 @@ NO_ID: Final = (1 << 32) - 1
 RDONLY, NOSUID, NODEV, NOEXEC = 1, 2, 4, 8  # MOUNT_ATTR_*, mount_setattr(2)
 _DEVICES: Final = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}  # minors of major 1, null(4)
 _DEVICE_LINKS: Final = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
+STEPS_KEPT: Final = 1024
+"""Steps, and operations, whose translation is remembered."""
 RESOURCES: Final = {
     "cpu": 0, "fsize": 1, "data": 2, "stack": 3, "core": 4, "rss": 5, "nproc": 6, "nofile": 7, "memlock": 8,
     "as": 9, "locks": 10, "sigpending": 11, "msgqueue": 12, "nice": 13, "rtprio": 14, "rttime": 15,
@@ -124,13 +127,20 @@ def _overlay(index: int, step: cp.Overlay, roots: Sequence[str], block: bool) ->
 def _lower_steps(plan: cp.Plan, roots: Sequence[str]) -> list[Op]:
     ops: list[Op] = []
     writable = False
+    allowed = tuple(roots)
     for index, step in enumerate(plan.steps):
         if isinstance(step, cp.Overlay):
             ops += _overlay(index, step, roots, plan.id_map.count > 1)
             writable |= step.path == "/" and step.upper is not None
         else:
-            ops += _lower_step(index, step, roots)
+            ops += _lowered(index, step, allowed)
     return ops if writable or not ops else [*ops, Op(OP_SEAL, len(plan.steps) - 1, "/")]
+
+
+@lru_cache(maxsize=STEPS_KEPT)
+def _lowered(index: int, step: cp.Step, roots: tuple[str, ...]) -> tuple[Op, ...]:
+    """Nearly all steps are the same from cell to cell: only the work directory's differs."""
+    return tuple(_lower_step(index, step, roots))
 
 
 def _lower_step(
