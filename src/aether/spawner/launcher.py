@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Mapping
@@ -48,13 +49,27 @@ class Running:
     def __init__(self, pid: int, pidfd: int, control: socket.socket, plan: Plan, executor: str) -> None:
         self.pid = pid
         self.pidfd = pidfd
-        self.inside = pid
-        """A process in the cell's namespaces: PID 1 itself, or behind a shim that of its container."""
         self.closed = False
         self._container: initwire.Container | None = None
         self._control = control
         self._plan = plan
         self._executor = executor
+
+    def open_inside(self) -> int:
+        """A pidfd, the caller's, of a process in the cell's namespaces: PID 1, or behind a shim that of its container,
+        which is known by its network namespace since a pid may be used again. Raises OSError."""
+        outside = self._container
+        if outside is None:
+            return os.dup(self.pidfd)
+        pidfd = os.pidfd_open(outside.pid)
+        try:
+            found = os.stat(f"/proc/{outside.pid}/ns/net").st_ino  # noqa: PTH116
+            if found != outside.namespaces["net"]:
+                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        except OSError:
+            os.close(pidfd)
+            raise
+        return pidfd
 
     def fileno(self) -> int:
         return self._control.fileno()
@@ -80,7 +95,7 @@ class Running:
             case initwire.Ready():
                 return InitEvent("ready", report=self._report(event))
             case initwire.Container():
-                self.inside, self._container = event.pid, event
+                self._container = event
                 return InitEvent("container", pid=event.pid)
             case initwire.RuntimeRefused():
                 why = f"cannot start cell: {event.why}"

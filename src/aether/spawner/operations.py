@@ -188,8 +188,15 @@ class Operations:
         if "net" not in cell.report.get("namespaces", {}):
             why = f"cannot listen in cell {cell.cell_id}: it has no network namespace of its own"
             raise RefusedError("LEVEL_UNMET", why)
+        if cell.report["level"] == "gvisor":
+            why = f"cannot listen in cell {cell.cell_id}: gVisor keeps its network to itself"
+            raise RefusedError("LEVEL_UNMET", why, "use another driver for cells with a network")
         try:
-            listener = listen_inside(cell.pidfd, limits.EGRESS_PORT, join_user=os.geteuid() != 0)
+            inside = cell.launched.open_inside()
+            try:
+                listener = listen_inside(inside, limits.EGRESS_PORT, join_user=os.geteuid() != 0)
+            finally:
+                os.close(inside)
         except OSError as error:
             why = f"cannot listen in cell {cell.cell_id}: {error.strerror}"
             raise RefusedError("CELL_FAILED", why) from error
