@@ -52,9 +52,15 @@ def verify_required(spec: CellSpec, report: SandboxReport) -> None:
 
 
 def usage_of(view: dict[str, Any] | None) -> Usage:
-    """The spawner's usage as the contract's; each figure that is there was measured."""
+    """The spawner's usage as the contract's; each figure that is there was measured, but one whose source is the
+    cell around an executable, which is that of all its executables."""
     figures = {name: (view or {}).get(name) for name in _FIGURES}
-    basis = {name: "measured" for name, value in figures.items() if value is not None}
+    sources = (view or {}).get("sources", {})
+    basis = {
+        name: "apportioned" if sources.get(name) == "cell" else "measured"
+        for name, value in figures.items()
+        if value is not None
+    }
     return Usage(**figures, basis=basis)
 
 
