@@ -26,6 +26,7 @@ from aether.api.operation import (
     WRITE_ERRORS,
     Operation,
 )
+from aether.api.watchoperations import JOB_WATCH_OPERATIONS
 from aether.contract import calls, limits, wire
 from aether.contract.jobs import JobRequest, JobView
 from aether.contract.records import Receipt
@@ -276,6 +277,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         effect="read",
         idempotent=True,
     ),
+    *JOB_WATCH_OPERATIONS,
 )
 
 BY_NAME: Final[Mapping[str, Operation]] = {operation.name: operation for operation in OPERATIONS}

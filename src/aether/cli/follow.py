@@ -14,7 +14,7 @@ from aether.contract.jobs import JobState, JobView
 
 RESUME_S: Final = 30.0
 """How long a broken stream is resumed before it is given up: a restart of the node takes a few seconds."""
-_RESUMED: Final = frozenset({"PROTOCOL", "UNREACHABLE", "UNAVAILABLE", "DRAINING", "BUSY", "NOT_READY"})
+RESUMED: Final = frozenset({"PROTOCOL", "UNREACHABLE", "UNAVAILABLE", "DRAINING", "BUSY", "NOT_READY"})
 
 
 def copy_stream(client: Client, job_id: str, stream: str, out: BinaryIO, *, follow: bool = True) -> None:
@@ -33,7 +33,7 @@ def copy_stream(client: Client, job_id: str, stream: str, out: BinaryIO, *, foll
             break
         except AetherError as error:
             broken_since = broken_since or time.monotonic()
-            if error.code not in _RESUMED or time.monotonic() - broken_since > RESUME_S:
+            if error.code not in RESUMED or time.monotonic() - broken_since > RESUME_S:
                 raise
             time.sleep(0.1)
     if clean:

@@ -29,6 +29,7 @@ from aether.api.operations import BY_NAME
 from aether.client.inputs import gather
 from aether.client.transport import Call, Transport
 from aether.contract import calls, ids, limits, wire
+from aether.contract.activity import ActivityEvent, Trace
 from aether.contract.cells import InputFile, Limits
 from aether.contract.errors import AetherError
 from aether.contract.jobs import TERMINAL, CommandInputs, CommandParams, JobRequest, JobState, JobView
@@ -203,6 +204,31 @@ class Client:
             while chunk := _read1(response):
                 yield chunk
 
+    def activity(self, job_id: str, *, follow: bool = False, cursor: int = 0) -> Iterator[tuple[ActivityEvent, int]]:
+        """What the processes of the job's cell did, and the cursor behind each event; with `follow` until it ends."""
+        return self._activity("job.activity", job_id, follow, cursor)
+
+    def trace(self, job_id: str, *, duration_ms: int = limits.TRACE_MS_DEFAULT) -> Trace:
+        """Counts the system calls of the job's cell; returns when that is over."""
+        return self._trace("job.trace", job_id, duration_ms)
+
+    def _activity(self, name: str, of: str, follow: bool, cursor: int) -> Iterator[tuple[ActivityEvent, int]]:
+        query = [("cursor", str(cursor)), ("follow", "1" if follow else "0")]
+        call = self._call(name, of, query=query, extra_s=float(limits.TIMEOUT_MS_MAX) if follow else 0.0)
+        with self._transport.open(call) as response:
+            rest = b""
+            while chunk := _read1(response):
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    event = _decoded(name, line, ActivityEvent)
+                    cursor = event.count or 0 if event.kind == "gap" else cursor + len(line) + 1
+                    yield event, cursor
+
+    def _trace(self, name: str, of: str, duration_ms: int) -> Trace:
+        body = msgspec.json.encode({"duration_ms": duration_ms})
+        headers = {"Content-Type": "application/json"}
+        return self._json(name, Trace, of, body=body, headers=headers, extra_s=duration_ms / 1000)
+
     def stop(self, job_id: str, *, grace_ms: int = limits.STOP_GRACE_MS_DEFAULT) -> JobView:
         """Stops a job; a terminal one stays as it is."""
         body = msgspec.json.encode({"grace_ms": grace_ms})
@@ -289,11 +315,7 @@ class Client:
     # ---- inside
 
     def _json(self, name: str, reply: type[T], argument: str | None = None, **rest: Any) -> T:
-        body = self._send(self._call(name, argument, **rest))
-        try:
-            return msgspec.json.decode(body, type=reply)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise AetherError("PROTOCOL", f"cannot read the answer to {name}: {error}") from error
+        return _decoded(name, self._send(self._call(name, argument, **rest)), reply)
 
     def _send(self, call: Call) -> bytes:
         return self._transport.send(call)
@@ -327,6 +349,13 @@ def job_error(job: JobView) -> AetherError:
     if job.error is not None:
         return AetherError.of(job.error)
     return AetherError("JOB_FAILED", f"cannot use the result of {job.job_id}: it is {job.state.value}")
+
+
+def _decoded(name: str, body: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise AetherError("PROTOCOL", f"cannot read the answer to {name}: {error}") from error
 
 
 def _wait(wait_s: float) -> Sequence[tuple[str, str]]:

@@ -30,14 +30,19 @@ RecordType = Literal[
     "job.outcome",
     "job.signal",
     "job.attach",
+    "job.trace",
     "cell.allocated",
     "cell.started",
     "cell.frozen",
     "cell.thawed",
     "cell.resized",
+    "cell.trace",
     "cell.put",
     "cell.freed",
     "cell.lost",
+    "egress.opened",
+    "egress.connection",
+    "egress.closed",
 ]
 
 

@@ -25,6 +25,7 @@ _READS: Final = frozenset(
         "health", "metrics", "job.list", "job.get", "job.result", "job.logs", "job.receipt", "job.story",
         "artifact.get", "artifact.list", "model.list", "audit.checkpoint", "cell.explain", "node.doctor",
         "cell.list", "cell.show", "cell.stats", "cell.events", "cell.get", "cell.files",
+        "job.activity", "cell.activity",
     }
 )  # fmt: skip
 

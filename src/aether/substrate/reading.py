@@ -68,7 +68,7 @@ class Reading:
     # ---- jobs
 
     async def job(self, caller: Caller, call: JobCall) -> JobView:
-        return await self._view(caller, "job.get", call)
+        return await self.view(caller, "job.get", call)
 
     async def jobs(self, caller: Caller, call: ListJobsCall) -> JobPage:
         admission = self._gate.admit(caller, "job.list", Resource(kind="job"))
@@ -85,7 +85,7 @@ class Reading:
         return page if len(seen) == len(page.jobs) else JobPage(jobs=seen, next_cursor=page.next_cursor)
 
     async def result(self, caller: Caller, call: JobCall) -> RawReply | FileReply:
-        view = await self._view(caller, "job.result", call)
+        view = await self.view(caller, "job.result", call)
         if view.state not in TERMINAL:
             raise AetherError("NOT_READY", f"cannot give the result of {view.job_id}: it is {view.state}")
         if view.kind == "command" and view.state is JobState.SUCCEEDED:
@@ -98,11 +98,11 @@ class Reading:
         return await self._artifact(view.result_digest, view.tenant_id, _JSON)
 
     async def story(self, caller: Caller, call: JobCall) -> Story:
-        view = await self._view(caller, "job.story", call)
+        view = await self.view(caller, "job.story", call)
         return await self._orchestra.link().call("job.story", JobKey(job_id=view.job_id), Story)
 
     async def receipt(self, caller: Caller, call: JobCall) -> Receipt:
-        view = await self._view(caller, "job.receipt", call)
+        view = await self.view(caller, "job.receipt", call)
         if view.state not in TERMINAL:
             raise AetherError("NOT_READY", f"cannot give the receipt of {view.job_id}: it is {view.state}")
         if view.outcome_index is None:
@@ -110,7 +110,7 @@ class Reading:
         return self._receipts.build(view.job_id, self._book.log.read(view.outcome_index, 1)[0])
 
     async def logs(self, caller: Caller, call: LogsCall) -> StreamReply:
-        view = await self._view(caller, "job.logs", JobCall(job_id=call.job_id))
+        view = await self.view(caller, "job.logs", JobCall(job_id=call.job_id))
         if view.kind != "command":
             return StreamReply(_nothing(), "text/plain; charset=utf-8")
         return StreamReply(self._output(view, call), "text/plain; charset=utf-8")
@@ -159,9 +159,10 @@ class Reading:
         self._gate.admit(caller, "audit.checkpoint", Resource(kind="audit"))
         return RawReply(self._book.log.checkpoint(0)[0].encode(), "text/plain; charset=utf-8")
 
-    # ---- inside
+    # ---- for the other parts of the authority
 
-    async def _view(self, caller: Caller, operation: str, call: JobCall) -> JobView:
+    async def view(self, caller: Caller, operation: str, call: JobCall) -> JobView:
+        """Leave for a reading operation on a job, and its view; waits as the call says."""
         job_id = ids.parse(ids.JOB, call.job_id)
         admission = self._gate.admit(caller, operation, Resource(kind="job", id=job_id))
         view = await self._book.wait(job_id, call.wait_ms / 1000)
@@ -185,13 +186,13 @@ class Reading:
         return FileReply(fd, 0, info.size_bytes, media_type or info.media_type, digest)
 
     async def _output(self, view: JobView, call: LogsCall) -> AsyncIterator[bytes]:
-        cell_id, exec_id = await self._executable(view, call.follow)
+        cell_id, exec_id = await self.executable(view, call.follow)
         if cell_id is None or exec_id is None:
             return
         async for chunk in self._logs.read(cell_id, exec_id, call.stream, call.cursor, call.follow):
             yield chunk
 
-    async def _executable(self, view: JobView, follow: bool) -> tuple[str | None, str | None]:
+    async def executable(self, view: JobView, follow: bool) -> tuple[str | None, str | None]:
         """The job's cell and executable; a follower waits until the job starts or ends."""
         while (job := self._book.ledger.open.get(view.job_id)) is not None:
             if job.started is not None or not follow:

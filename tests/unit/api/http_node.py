@@ -22,7 +22,7 @@ import uvloop
 
 from aether.api.http import HttpApp
 from aether.api.server import Deadlines, HttpServer
-from aether.contract import calls, ids, limits, wire
+from aether.contract import activity, calls, ids, limits, wire
 from aether.contract.cells import Requirement
 from aether.contract.errors import AetherError
 from aether.contract.jobs import (
@@ -62,6 +62,11 @@ class FakeJob:
         return self.view.state in TERMINAL
 
 
+def activity_line(kind: str, **fields: Any) -> bytes:
+    empty = dict.fromkeys(activity.ActivityEvent.__struct_fields__)
+    return msgspec.json.encode(empty | {"kind": kind, "time_us": 1_790_000_000_000_000, **fields}) + b"\n"
+
+
 class FakeService:
     """`handlers` as the authority gives them."""
 
@@ -82,6 +87,8 @@ class FakeService:
             "job.logs": self.logs,
             "job.receipt": self.receipt,
             "job.story": self.story,
+            "job.activity": self.activity,
+            "job.trace": self.trace,
             "job.stop": self.stop,
             "artifact.put": self.put,
             "artifact.list": self.list_artifacts,
@@ -253,6 +260,24 @@ class FakeService:
         job = self._job(call.job_id)
         line = wire.StoryLine(time=NOW, event="submitted", text="the job was accepted")
         return wire.Story(job_id=job.view.job_id, lines=(line,))
+
+    async def activity(self, caller: calls.Caller, call: activity.ActivityCall) -> calls.StreamReply:
+        job = self._job(call.job_id)
+        lines = [activity_line("exec", comm="ev\x1b[2Jil", path="/usr/bin/evil"), activity_line("gap", count=4096)]
+        if job.terminal:
+            lines.append(activity_line("ended", count=0))
+        return calls.StreamReply(self._lines(lines, call.cursor), "application/x-ndjson")
+
+    async def _lines(self, lines: list[bytes], cursor: int) -> AsyncIterator[bytes]:
+        yield b"".join(lines)[cursor:]
+
+    async def trace(self, caller: calls.Caller, call: activity.TraceCall) -> activity.Trace:
+        self._job(call.job_id)
+        count = activity.CallCount(number=257, name="openat", count=7)
+        last = activity.TracedCall(
+            time_us=1, pid=2, thread=2, number=257, name="openat", arguments=("0x1", "0x2", "0x3"), comm="ev\x1b[2Jil"
+        )
+        return activity.Trace(arch="x86_64", duration_ms=call.duration_ms, total=7, calls=(count,), last=(last,))
 
     async def stop(self, caller: calls.Caller, call: calls.StopCall) -> JobView:
         job = self._job(call.job_id)

@@ -89,7 +89,7 @@ def delete(fd: int, key: bytes) -> None:
 
 
 def load(code: bytes, name: str) -> int:
-    """A raw tracepoint program's descriptor. Only when it is refused it is verified again, for the log: that costs time."""
+    """A raw tracepoint program's descriptor. A refused one is verified again for the log, which costs time."""
     instructions = ctypes.create_string_buffer(code, len(code))
     licence = ctypes.create_string_buffer(b"GPL")  # the tracing helpers ask for it
     log = ctypes.create_string_buffer(_LOG_BYTES)
