@@ -312,7 +312,7 @@ class Lifecycle:
             cell.report.setdefault("process", event.report)
             self._cell_started(cell)
             for reply in executable.waiting:
-                reply.ok(executable.view())
+                reply.ok({**executable.view(), "report": cell.report})
             executable.waiting.clear()
         elif event.kind == "exec_failed":
             self._exec_failed(cell, executable, event)
@@ -459,8 +459,8 @@ class Lifecycle:
         self._gone(cell)
 
     def _gone(self, cell: Cell) -> None:
-        """Once every executable is told."""
-        if cell.running():
+        """Once every executable is told, the last of which may call this itself."""
+        if cell.running() or cell.state == "gone":
             return
         self._remove_cgroup(cell)
         cell.state = "gone"
