@@ -74,7 +74,7 @@ class Exec:
         }
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Cell:
     """One cell. `once`: it ends with its first executable. `reason` says who ended it, when not itself.
 

@@ -61,7 +61,7 @@ class Setting:
     reset: str
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class CgroupHandle:
     """One cell's directories. A child joins by writing `0` to each of `attach_fds`, or starts in `v2_fd`.
 

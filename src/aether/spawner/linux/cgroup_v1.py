@@ -14,6 +14,7 @@ no buffered writes (cgroup-v1/blkio-controller.rst, "Hierarchical Cgroups", "Wha
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from dataclasses import replace
@@ -49,6 +50,7 @@ SHARES_PER_WEIGHT = 1024 / 100
 """cpu.weight 100 is the default as cpu.shares 1024 is (kernel/sched/core.c, sched_weight_from_cgroup)."""
 REALTIME_US = 100_000
 """Of each second, for a cell with real-time processes: they starve what is not."""
+_REALTIME = "cpu.rt_runtime_us"
 _JOIN_TRIES = 20
 _FILES = {
     "memory_bytes": ("memory", "memory.limit_in_bytes", "-1"),
@@ -322,19 +324,31 @@ class CgroupV1:
                 apply(rates, child, self.missing, "cgroup1")
 
     def allow_realtime(self, handle: CgroupHandle) -> None:
-        """cpu.rt_runtime_us of a new group is 0, which no real-time process may join (sched-rt-group.rst)."""
+        """cpu.rt_runtime_us of a new group is 0, which no real-time process may join, and all levels above must
+        hold the sum of what is below them (sched-rt-group.rst)."""
         tree = self._of.get("cpu")
-        if tree is None or tree.number(f"{handle.home}/cpu.rt_runtime_us") is None:
+        if tree is None or "realtime" in handle.enforced or tree.number(f"{handle.home}/{_REALTIME}") is None:
             return
         try:
-            if (tree.number("cpu.rt_runtime_us") or 0) == 0:
-                tree.write("cpu.rt_runtime_us", (Path(self.bases["cpu"]) / "cpu.rt_runtime_us").read_text().strip())
-            for name in _path_down(handle):
-                tree.write(f"{name}/cpu.rt_runtime_us", str(REALTIME_US))
+            self._lend_realtime(tree, handle, REALTIME_US)
         except OSError as error:
-            why = f"cannot give {REALTIME_US} us of each second to real time: {error.strerror}"
-            raise OSError(error.errno or 22, why) from error
-        handle.enforced["realtime"] = "cgroup1:cpu.rt_runtime_us"
+            why = f"cannot lend {REALTIME_US} us of each second to real time, others have it: {error.strerror}"
+            raise OSError(error.errno or errno.EINVAL, why) from error
+        handle.enforced["realtime"] = f"cgroup1:{_REALTIME}"
+
+    @staticmethod
+    def _lend_realtime(tree: Tree, handle: CgroupHandle, more_us: int) -> None:
+        """From the top down when it grows, from the bottom up when it shrinks; undone when a level refuses."""
+        files = [f"{directory}{_REALTIME}" for directory in _down_to(handle)]
+        done: list[str] = []
+        for file in files if more_us > 0 else reversed(files):
+            try:
+                tree.write(file, str((tree.number(file) or 0) + more_us))
+            except OSError:
+                for each in reversed(done):
+                    tree.write(each, str((tree.number(each) or 0) - more_us))
+                raise
+            done.append(file)
 
     def usage(self, handle: CgroupHandle, *, pressure: bool = False) -> CgroupUsage:
         name = handle.name
@@ -413,6 +427,11 @@ class CgroupV1:
         return tuple(dict.fromkeys((*found, *rest)))
 
     def remove(self, handle: CgroupHandle) -> bool:
+        cpu = self._of.get("cpu")
+        if cpu is not None and "realtime" in handle.enforced and not self.procs(handle):
+            with contextlib.suppress(OSError):
+                self._lend_realtime(cpu, handle, -REALTIME_US)
+                del handle.enforced["realtime"]
         gone: list[bool] = []
         trees = self._trees_of(handle) + ([self.v2.tree] if self.v2 is not None else [])
         for tree in trees:
@@ -452,11 +471,12 @@ def _family(handle: CgroupHandle) -> list[CgroupHandle]:
     return [handle, *(each for child in handle.children for each in _family(child))]
 
 
-def _path_down(handle: CgroupHandle) -> list[str]:
-    """Directories from the outermost cell to the processes of this one."""
-    above = _path_down(handle.parent)[:] if handle.parent is not None else []
-    above = [name for name in above if not name.endswith(f"/{LEAF}")]
-    return [*above, *dict.fromkeys((handle.name, handle.home))]
+def _down_to(handle: CgroupHandle) -> list[str]:
+    """Prefixes of the directories from the parent of all cells to the processes of this one."""
+    above = (
+        _down_to(CgroupHandle(handle.parent.name, parent=handle.parent.parent)) if handle.parent is not None else [""]
+    )
+    return [*above, *(f"{name}/" for name in dict.fromkeys((handle.name, handle.home)))]
 
 
 def _is_rate(place: Place) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ _REMEDY: Final = "real time, a nice value below 0 and the realtime I/O class tak
 
 @dataclass(frozen=True, slots=True)
 class Sched:
-    """`priority` 1..99 is for fifo and rr; the three times are for deadline; `io_class` none follows the nice value.
+    """`priority` 1..99 is for fifo and rr; the three times are for deadline; `io_class` none follows the nice value,
+    of which 0 leaves the spawner's.
 
     Raises ValueError where these do not go together.
     """
@@ -87,7 +89,8 @@ def apply(pid: int, sched: Sched) -> None:
         data = 0 if sched.io_class == "idle" else sched.io_priority
         _set("I/O class", "ioprio_set", _WHO_PROCESS, pid, IO_CLASSES[sched.io_class] << _IO_CLASS_SHIFT | data)
     if sched.policy != "deadline":
-        attr = (_ATTR.size, POLICIES[sched.policy], 0, sched.nice, sched.priority, 0, 0, 0)
+        nice = sched.nice or os.getpriority(os.PRIO_PROCESS, pid)
+        attr = (_ATTR.size, POLICIES[sched.policy], 0, nice, sched.priority, 0, 0, 0)
         _set(sched.describe(), "sched_setattr", pid, _ATTR.pack(*attr), 0)
 
 
@@ -117,12 +120,13 @@ def seen(pid: int) -> Sched:
     names = {number: name for name, number in POLICIES.items()}
     classes = {number: name for name, number in IO_CLASSES.items()}
     io_class = classes.get(io >> _IO_CLASS_SHIFT, "none")
+    own = policy == POLICIES["deadline"]  # newer kernels tell a slice as the runtime of every class
     return Sched(
         names[policy],
         priority,
-        runtime // 1000,
-        deadline // 1000,
-        period // 1000,
+        runtime // 1000 if own else 0,
+        deadline // 1000 if own else 0,
+        period // 1000 if own else 0,
         nice if policy in (0, 3) else 0,
         io_class,
         io & 7 if io_class in ("realtime", "best-effort") else 4,
