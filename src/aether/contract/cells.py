@@ -43,6 +43,25 @@ class InputFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     executable: bool = False
 
 
+class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a cell is made of besides this host's own programs: images, by digest.
+
+    `root` is the whole root in place of the host's, read-only unless `writable`; `work` lies under /work, whose
+    changes go on top. What is changed in one of them is kept until the cell is freed; with `keep_diff` a job keeps it
+    as artifacts.
+    """
+
+    root: str | None = None
+    writable: bool = False
+    work: str | None = None
+    keep_diff: bool = False
+
+    @property
+    def changed(self) -> str | None:
+        """The image that changes are made to; None when there is none."""
+        return self.root if self.writable else self.work
+
+
 class CellSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The isolation a job gets. `argv[0]` is looked up in the cell's PATH; `cwd` is inside the cell.
 
@@ -61,6 +80,7 @@ class CellSpec(msgspec.Struct, frozen=True, kw_only=True):
     labels: tuple[str, ...] = ()
     readonly_dirs: dict[str, str] = {}
     channel: bool = False
+    images: Images | None = None
     isolate_network: bool = True
     isolate_process: bool = True
     network: Network | None = None

@@ -12,8 +12,8 @@ from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
-from aether.contract import limits
-from aether.contract.cells import REQUIREMENTS, InputFile, Limits, Usage
+from aether.contract import ids, limits
+from aether.contract.cells import REQUIREMENTS, Images, InputFile, Limits, Usage
 from aether.contract.errors import AetherError, ErrorBody
 from aether.contract.network import Network, check_network
 
@@ -76,6 +76,7 @@ class CommandParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     executable: str | None = None
     stdio: Stdio = "logs"
     network: Network | None = None
+    images: Images | None = None
 
 
 class CommandInputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -163,6 +164,7 @@ def parse_command(request: JobRequest) -> tuple[CommandParams, CommandInputs]:
     check_require(params.require)
     _check_env(params.env)
     check_bounds(params.limits)
+    check_images(params.images)
     _check_paths(params, inputs)
     if params.network is not None:
         if params.cell is not None:
@@ -260,6 +262,19 @@ def check_bounds(asked: Limits) -> None:
             raise AetherError("BAD_FIELD", f"cannot accept limits.{name} = {value}: not within {low}..{high}")
 
 
+def check_images(images: Images | None) -> None:
+    """Digests of images, and at most one that changes are made to; raises BAD_ID, BAD_FIELD."""
+    if images is None:
+        return
+    for digest in (images.root, images.work):
+        if digest is not None:
+            ids.parse_digest(digest)
+    if images.writable and (images.root is None or images.work is not None):
+        raise AetherError("BAD_FIELD", "cannot make a root writable: it needs images.root, and no images.work")
+    if images.keep_diff and images.changed is None:
+        raise AetherError("BAD_FIELD", "cannot keep changes: neither the root nor /work lies over an image")
+
+
 def _check_paths(params: CommandParams, inputs: CommandInputs) -> None:
     if len(inputs.files) > limits.INPUT_FILES_MAX:
         raise AetherError(
@@ -278,6 +293,8 @@ def _check_paths(params: CommandParams, inputs: CommandInputs) -> None:
     for glob in params.outputs:
         check_relative_path(glob, "output")
     cwd = params.cwd
-    inside = cwd == "/work" or cwd.startswith("/work/")
-    if not inside or any(part in ("", ".", "..") for part in cwd[1:].split("/")) or "\0" in cwd:
+    rooted = params.images is not None and params.images.root is not None and cwd.startswith("/")
+    inside = cwd == "/work" or cwd.startswith("/work/") or rooted
+    plain = cwd == "/" or not any(part in ("", ".", "..") for part in cwd[1:].split("/"))
+    if not inside or not plain or "\0" in cwd or len(cwd.encode()) > limits.PATH_BYTES_MAX:
         raise AetherError("BAD_FIELD", f"cannot accept cwd {cwd[:80]!r}: it must be /work or below")

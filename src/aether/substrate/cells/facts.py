@@ -59,6 +59,11 @@ class Facts:
     python: Python
     missing: dict[str, Lack]
 
+    def image(self, digest: str) -> str:
+        """Where the tree of an image is: below the state directory, which is two above the work directories."""
+        state = self.work_root.rpartition("/")[0].rpartition("/")[0]
+        return f"{state}/cache/images/{digest.removeprefix('sha256:')}/root"
+
 
 def read_facts(hello: dict[str, Any]) -> Facts:
     """The reply to `hello`. The cgroup driver's missing limits become missing mechanisms."""

@@ -9,7 +9,7 @@ user, not per cell, and `missing` says so.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from aether.contract import limits
@@ -17,19 +17,26 @@ from aether.contract.canonical import canonical
 from aether.contract.cellplan import (
     BindRo,
     BindRw,
+    DevMinimal,
     ExecSpec,
+    File,
     IdMap,
     Landlock,
     LandlockRule,
+    Mask,
+    Overlay,
     Plan,
+    Proc,
     Rlimit,
     Step,
     Tmpfs,
     describe,
     exec_to_obj,
+    placed,
+    root_layer,
     to_obj,
 )
-from aether.contract.cells import REQUIREMENTS, RUNGS, CellSpec, Limits
+from aether.contract.cells import REQUIREMENTS, RUNGS, CellSpec, Images, Limits
 from aether.contract.errors import AetherError
 from aether.substrate.cells.facts import Facts
 
@@ -63,13 +70,10 @@ class Planned:
         What differs from cell to cell is named and not told: its id, its executable's, its work directory, its
         block of uids. The environment's values are left out: they may be secrets.
         """
-        plan, executable = to_obj(self.plan), exec_to_obj(self.executable)
-        work = next((step.source for step in self.plan.steps if isinstance(step, BindRw)), None)
+        steps = tuple(placed(step, "/{work}") for step in self.plan.steps)
+        plan, executable = to_obj(replace(self.plan, steps=steps)), exec_to_obj(self.executable)
         plan["cell_id"], executable["exec_id"] = "{cell}", "{exec}"
         plan["id_map"] |= {"host_uid": "{uid}", "host_gid": "{gid}"}
-        for step in plan["steps"]:
-            if work is not None and step.get("source") == work:
-                step["source"] = "{work}"
         executable["env"] = sorted(executable["env"])
         return canonical({"plan": plan, "exec": executable, "limits": self.limits})
 
@@ -133,6 +137,8 @@ def plan_cell(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts, slot: in
     _check_isolation(spec, facts)
     work = work_of(cell_id, facts)
     is_cell = facts.level == "cell"
+    if spec.images is not None and not is_cell:
+        raise AetherError("LEVEL_UNMET", "cannot show an image: cells have no mount namespace of their own here")
     plan = Plan(
         cell_id=cell_id,
         level=facts.level,
@@ -201,11 +207,26 @@ def id_map(facts: Facts, slot: int) -> IdMap:
     return IdMap(first, first, limits.CELL_UID_BLOCK, 0, JOB_ID, JOB_ID)
 
 
+def _image_root(facts: Facts, digest: str, upper: str | None) -> tuple[Step, ...]:
+    """An image in place of the host's programs. Its import made sure of the places that are written here."""
+    own = ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf")
+    kept = [
+        step
+        for step in facts.root
+        if isinstance(step, Proc | DevMinimal | Tmpfs | Mask) or (isinstance(step, File) and step.path in own)
+    ]
+    return (Overlay("/", facts.image(digest), upper), *kept)
+
+
 def _steps(spec: CellSpec, facts: Facts, work: str) -> tuple[Step, ...]:
+    images = spec.images or Images()
+    root = facts.root
+    if images.root is not None:
+        root = _image_root(facts, images.root, root_layer(work) if images.writable else None)
     return (
-        *facts.root,
+        *root,
         Tmpfs("/tmp", max(spec.limits.tmp_bytes, TMP_BYTES_MIN)),
-        BindRw(WORK, work),
+        BindRw(WORK, work) if images.work is None else Overlay(WORK, facts.image(images.work), work),
         *(BindRo(f"/mnt/{name}", source) for name, source in sorted(spec.readonly_dirs.items())),
     )
 
@@ -214,6 +235,8 @@ def _landlock(spec: CellSpec, facts: Facts, work: str) -> Landlock | None:
     if facts.landlock_abi < 1:
         return None
     rules = list(facts.landlock_rules)
+    if spec.images is not None and spec.images.writable:
+        rules.append(LandlockRule("/", ("read", "execute", "write")))
     if facts.level == "cell":
         rules += [LandlockRule(path, ("read", "execute", "write")) for path in ("/tmp", WORK)]
         rules += [LandlockRule(f"/mnt/{name}", ("read", "execute")) for name in sorted(spec.readonly_dirs)]
