@@ -140,8 +140,8 @@ def test_owners_and_modes_are_as_prepared(tmp_path: Path, monkeypatch: pytest.Mo
 
     owners: dict[str, int] = {}
     monkeypatch.setattr(accounts.os, "chown", lambda path, uid, gid: owners.__setitem__(str(path), uid))
-    who = accounts.Accounts(spawner=0, aetherd=1, aurorad=2, keeper=3, gid=9, split=True)
-    names = {0: "root", 1: "aetherd", 2: "aurorad", 3: "keeper"}
+    who = accounts.Accounts(spawner=0, aetherd=1, aurorad=2, keeper=3, egressd=4, gid=9, split=True)
+    names = {0: "root", 1: "aetherd", 2: "aurorad", 3: "keeper", 4: "egressd"}
     layout = Layout(tmp_path / "state")
     accounts.prepare(layout, who)
     rows = docpages.table_with(docpages.page(OPERATIONS_PAGE), "path", "owner", "mode")

@@ -22,6 +22,8 @@ from aether.contract.errors import AetherError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+NEEDED: Final = ("cell", "netns")
+"""What a cell with a network must have: without them it would share the host's."""
 LEARN: Final = "*:*"
 """The host a learning job declares: a caveat or a policy that names hosts sees that it wants any."""
 INTERNAL: Final = ".internal"
@@ -75,6 +77,25 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         """All that the cell may speak to, as rules: what tickets narrow and policies read."""
         asked = {str(parse_rule(text)) for text in self.allow} | {credential.host for credential in self.credentials}
         return tuple(sorted(asked | ({LEARN} if self.learn else set())))
+
+    def wanted(self) -> dict[str, tuple[str, ...]]:
+        """What an authority is asked to allow: `hosts`, `credentials` (`host:port source`) and `paths` (`r:/path`)."""
+        sources = [credential.source for credential in self.credentials]
+        return {
+            "hosts": self.hosts(),
+            "credentials": tuple(f"{credential.host} {credential.source}" for credential in self.credentials),
+            "paths": tuple(f"r:{source.removeprefix('file:')}" for source in sources if source.startswith("file:")),
+        }
+
+    def lines(self) -> tuple[str, ...]:
+        """The network in words, for `aether cell explain`."""
+        told = [f"network: {host} through egressd" for host in self.hosts()]
+        for credential in self.credentials:
+            way = f"http://{credential.name}{INTERNAL}/" + (f" and https://{credential.host}" if self.intercept else "")
+            told.append(
+                f"network: {credential.header} for {credential.host} from {credential.source}, spoken to as {way}"
+            )
+        return tuple(told)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ class Accounts:
     aetherd: int
     aurorad: int
     keeper: int
+    egressd: int
     gid: int
     split: bool
     """Whether the roles really have different uids."""
@@ -41,9 +42,11 @@ class Accounts:
 def accounts(uid: int, gid: int) -> Accounts:
     """The accounts for an instance started by `uid`."""
     if uid != 0:
-        return Accounts(spawner=uid, aetherd=uid, aurorad=uid, keeper=uid, gid=gid, split=False)
+        return Accounts(spawner=uid, aetherd=uid, aurorad=uid, keeper=uid, egressd=uid, gid=gid, split=False)
     base = DAEMON_UID_BASE
-    return Accounts(spawner=0, aetherd=base + 1, aurorad=base + 2, keeper=base + 3, gid=base, split=True)
+    return Accounts(
+        spawner=0, aetherd=base + 1, aurorad=base + 2, keeper=base + 3, egressd=base + 4, gid=base, split=True
+    )
 
 
 def prepare(layout: Layout, who: Accounts, by_path: bool = False) -> None:
@@ -67,6 +70,7 @@ def prepare(layout: Layout, who: Accounts, by_path: bool = False) -> None:
         layout.artifacts: (who.aurorad, 0o700),
         layout.models: (who.spawner, walked),
         layout.keys: (who.aetherd, walked),
+        layout.secrets: (who.egressd, 0o700),
         layout.trusted_keys: (who.spawner, 0o755),
         layout.policy.parent: (who.spawner, 0o750),
         layout.cells: (who.spawner, 0o711),

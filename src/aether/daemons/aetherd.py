@@ -32,9 +32,11 @@ from aether.substrate.audit.receipts import Receipts
 from aether.substrate.book import Book
 from aether.substrate.cellfiles import CellFileDesk
 from aether.substrate.cellhouse import CellHouse
+from aether.substrate.cells.activity import ActivityLogs
 from aether.substrate.cells.drivers.native import NativeDriver
 from aether.substrate.cells.logs import JobLogs
 from aether.substrate.cells.supervisor import CellSupervisor
+from aether.substrate.egress import EgressDesk
 from aether.substrate.entries import Node
 from aether.substrate.execution import Execution
 from aether.substrate.gate import Gate
@@ -44,6 +46,7 @@ from aether.substrate.reconcile import Reconciler
 from aether.substrate.service import Parts, Service
 from aether.substrate.submission import Submitter
 from aether.substrate.talking import Talking
+from aether.substrate.watching import Watching
 from aether.substrate.workers import Workers
 from aether.telemetry.metrics import Metrics
 
@@ -83,7 +86,8 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
     gate = Gate(node, access, book)
     orchestra = Orchestra()
     cells = CellSupervisor(NativeDriver(layout.spawner_socket), node.version)
-    execution = Execution(book, cells, orchestra)
+    egress = EgressDesk(node, book)
+    execution = Execution(book, cells, orchestra, egress)
     reconciler = Reconciler(book, execution)
     house = CellHouse(gate, book, cells)
     reading = Reading(gate, book, orchestra, receipts, JobLogs(layout.job_logs))
@@ -96,6 +100,7 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         book=book,
         cells=cells,
         orchestra=orchestra,
+        egress=egress,
         submitter=Submitter(gate, book, orchestra, execution, cells, house),
         execution=execution,
         reading=reading,
@@ -104,6 +109,7 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         house=house,
         files=CellFileDesk(house, book, cells),
         talking=Talking(gate, book, house, cells, reading),
+        watching=Watching(gate, book, house, cells, reading, ActivityLogs(layout.job_logs)),
         metrics=Metrics("aetherd"),
     )
     return Authority(Service(parts), parts)
@@ -165,6 +171,26 @@ async def listen_for_aurorad(authority: Authority, layout: Layout, uid: int, log
     return await links.serve(layout.authority_socket, 0o660, lambda sock: links.peer_uid(sock) in allowed, make)
 
 
+async def listen_for_egressd(authority: Authority, layout: Layout, uid: int, log: Any) -> Callable[[], None]:
+    """Serves egressd's link socket to the one uid that it has; returns the function that stops it."""
+    egress = authority.parts.egress
+
+    def make(side: socket.socket) -> links.UnixLink:
+        holder: list[links.UnixLink] = []
+
+        def failed(verb: str, error: BaseException) -> None:
+            log.error("a call failed", verb=verb, error=f"{type(error).__name__}: {error}")
+
+        link = links.UnixLink(
+            side, egress.verbs(lambda: holder[0]), egress.events(), on_close=egress.detach, on_error=failed
+        )
+        holder.append(link)
+        return link
+
+    allowed = {uid, os.geteuid()}
+    return await links.serve(layout.egress_socket, 0o660, lambda sock: links.peer_uid(sock) in allowed, make)
+
+
 async def serve(layout: Layout, log: Any, stop: asyncio.Event) -> None:
     """Runs the role until `stop`."""
     owner = layout.root.stat().st_uid
@@ -172,11 +198,16 @@ async def serve(layout: Layout, log: Any, stop: asyncio.Event) -> None:
     parts = authority.parts
     await parts.book.log.durable(parts.book.log.size - 1)
     parts.cells.start()
-    stop_link = await listen_for_aurorad(authority, layout, accounts(owner, 0).aurorad, log)
+    who = accounts(owner, 0)
+    stop_links = [
+        await listen_for_aurorad(authority, layout, who.aurorad, log),
+        await listen_for_egressd(authority, layout, who.egressd, log),
+    ]
     try:
         await serve_http(HttpApp(authority.service.handlers, layout.spool), layout.api_socket, stop=stop)
     finally:
-        stop_link()
+        for stop_link in stop_links:
+            stop_link()
         await parts.house.drain()
         await parts.execution.drain()
         await parts.cells.close()

@@ -1,10 +1,10 @@
 """`aether up`: starts the roles, starts them again when they die, stops them in order.
 
-Roles: spawner (with its keeper), aetherd, aurorad, each a child process with a log under `logs/daemon/`.
+Roles: spawner (with its keeper), aetherd, aurorad, egressd, each a child process with a log under `logs/daemon/`.
 aetherd and aurorad may die and return while cells live; when the spawner dies its cells die with it. A role
 that keeps dying is restarted with growing pauses, never given up on: the API answers 503 meanwhile.
 
-Lifetime: holds the instance's lock (`presence`); ends on SIGTERM or SIGINT after stopping aurorad, aetherd
+Lifetime: holds the instance's lock (`presence`); ends on SIGTERM or SIGINT after stopping egressd, aurorad, aetherd
 and the spawner (which kills its cells), in that order. The roles die with it (PDEATHSIG).
 """
 
@@ -33,7 +33,7 @@ from aether.spawner.linux.probe import probe
 _RESTART_PAUSE_S: Final = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 5.0)
 _STEADY_S: Final = 10.0
 _STOP_GRACE_S: Final = 5.0
-ROLES: Final = ("spawner", "aetherd", "aurorad")
+ROLES: Final = ("spawner", "aetherd", "aurorad", "egressd")
 
 
 @dataclass(slots=True)

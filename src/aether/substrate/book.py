@@ -41,6 +41,7 @@ class _Snapshot(msgspec.Struct):
     keys: list[tuple[str, KeyEntry]]
     accounts: Any
     cells: list[tuple[Record, str, Record | None, bool]] = []
+    egress: dict[str, int] = {}
 
 
 class Book:
@@ -133,6 +134,7 @@ class Book:
             keys=ledger.keys(),
             accounts=self.accounts.snapshot(),
             cells=ledger.cells.snapshot(),
+            egress={name: job.egress_index for name, job in ledger.open.items() if job.egress_index is not None},
         )
         body = msgspec.msgpack.encode(state)
         temporary = self._snapshot_path.with_suffix(".tmp")
@@ -153,6 +155,8 @@ class Book:
         jobs = [OpenJob(intent, started, stop, end=end) for intent, started, stop, end in state.open]
         self.ledger.cells.restore(state.cells)
         self.ledger.restore(state.applied, jobs, state.keys)
+        for job_id, index in state.egress.items():
+            self.ledger.open[job_id].egress_index = index
         self.accounts.restore(state.accounts)
         self._snapshot_at = state.applied
 

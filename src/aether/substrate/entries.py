@@ -137,6 +137,8 @@ def cell_outcome(job: OpenJob, finish: JobFinish, settled: BudgetRef, index: int
         detail |= {"started_index": str(job.started.log_index), "exec_id": job.exec_id or ""}
     if job.stop is not None:
         detail["stop_index"] = str(job.stop.log_index)
+    if job.egress_index is not None:
+        detail["egress_index"] = str(job.egress_index)
     return replace(
         base,
         state=str(finish.state),

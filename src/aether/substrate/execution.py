@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 from collections.abc import Sequence
 from typing import Final
@@ -42,6 +43,7 @@ from aether.substrate.allocations import Allocation
 from aether.substrate.book import Book, outcome_of
 from aether.substrate.cells.drivers.port import Adopted
 from aether.substrate.cells.supervisor import CellSupervisor, Launched
+from aether.substrate.egress import EgressDesk
 from aether.substrate.ledger import OpenJob
 from aether.substrate.metering.settle import settlement
 from aether.substrate.orchestra import Orchestra
@@ -58,10 +60,11 @@ def job_of(identity: str) -> str:
 class Execution:
     """Handlers of the verbs `cell.*` and `job.finish`."""
 
-    def __init__(self, book: Book, cells: CellSupervisor, orchestra: Orchestra) -> None:
+    def __init__(self, book: Book, cells: CellSupervisor, orchestra: Orchestra, egress: EgressDesk) -> None:
         self._book = book
         self._cells = cells
         self._orchestra = orchestra
+        self._egress = egress
         self._launching: dict[str, asyncio.Lock] = {}
         self._background: set[asyncio.Task[None]] = set()
 
@@ -122,6 +125,11 @@ class Execution:
         if (known := self._book.recent_outcome(job_id)) is not None:
             return known
         job = self.granted(body.grant)
+        if job.egress_index is not None:  # its last word belongs before the outcome
+            await self._egress.close(job.place)
+            if (known := self._book.recent_outcome(job_id)) is not None:
+                return known
+            job = self.granted(body.grant)
         outcome = self.conclude(job, _judged(job, body, self._cells.gone(job.place)))
         await self._book.durable(outcome)
         return self.told(job, outcome)
@@ -164,7 +172,10 @@ class Execution:
     ) -> Launched:
         """In a cell of its own, or in the allocated one if that still lives; raises NO_SUCH_CELL, CELL_FROZEN."""
         if not job.is_guest:
-            return await self._cells.launch(job.place, spec, files)
+            if spec.network is None:
+                return await self._cells.launch(job.place, spec, files)
+            start = functools.partial(self._cells.launch, job.place)
+            return await self._egress.launch(job, spec, files, start)
         check_enterable(self._book.ledger.cells.live.get(job.place), job.place)
         return await self._cells.join(job.place, job.executable, spec, stdio, files)
 
@@ -194,6 +205,10 @@ class Execution:
             state, error = JobState.FAILED, AetherError("ABANDONED", f"cannot start the job: {why}")
         else:
             state, error = JobState.LOST, AetherError("LOST", f"cannot say how the job ended: {why}")
+        if job.egress_index is not None:
+            await self._egress.close(job.place)
+            if self._book.ledger.open.get(job.grant.job_id) is not job:
+                return
         outcome = self.conclude(job, JobFinish(grant=job.grant, state=state, error=error.body()))
         await self._book.durable(outcome)
         self._orchestra.tell_outcome(self.told(job, outcome))
@@ -301,6 +316,7 @@ class Execution:
     async def _free(self, cell_id: str) -> None:
         with contextlib.suppress(AetherError):  # the spawner is away: what it lists when it is back is freed then
             await self._cells.free(cell_id)
+        await self._egress.close(cell_id)
 
     def _in_background(self, work: object) -> None:
         task = asyncio.ensure_future(work)  # type: ignore[call-overload]
@@ -326,6 +342,8 @@ def _spec_of(params: CommandParams, body: CellLaunch) -> CellSpec:
         limits=params.limits,
         require=params.require,
         labels=tuple(sorted({*body.request.labels, *body.labels})),
+        network=params.network,
+        images=params.images,
     )
 
 

@@ -20,12 +20,14 @@ from aether.contract.records import Record
 from aether.contract.wire import Grant
 from aether.substrate.allocations import Allocations
 
+EGRESS_TYPES: Final = frozenset({"egress.opened", "egress.connection", "egress.closed"})
 _WINDOW_NS: Final = IDEMPOTENCY_WINDOW_S * 1_000_000_000
 
 
 @dataclass(slots=True)
 class OpenJob:
-    """An admitted job without an outcome. `end` is set once its executable ended. What the log does not hold is
+    """An admitted job without an outcome. `end` is set once its executable ended; `egress_index` is the last record
+    about its cell's network. What the log does not hold is
     known only to the process that admitted it: `argv`, the spawner that was asked to launch it, and whether its row
     is durable."""
 
@@ -36,6 +38,7 @@ class OpenJob:
     launched_on: str | None = None
     row_kept: asyncio.Event | None = None
     end: ExecEnd | None = None
+    egress_index: int | None = None
 
     @property
     def grant(self) -> Grant:
@@ -122,6 +125,8 @@ class Ledger:
                 job.started = record
             elif record.type == "job.stop":
                 job.stop = record
+            elif record.type in EGRESS_TYPES:
+                job.egress_index = record.log_index
 
     def remembered(self, key_hash: str, now_ns: int) -> KeyEntry | None:
         """The job that `key_hash` already stands for, if its window is still open."""

@@ -56,6 +56,7 @@ from aether.substrate.book import Book
 from aether.substrate.cellfiles import CellFileDesk
 from aether.substrate.cellhouse import CellHouse
 from aether.substrate.cells.supervisor import CellSupervisor
+from aether.substrate.egress import EgressDesk
 from aether.substrate.execution import Execution
 from aether.substrate.gate import Gate
 from aether.substrate.orchestra import Orchestra
@@ -63,6 +64,7 @@ from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
 from aether.substrate.submission import Submitter
 from aether.substrate.talking import Talking
+from aether.substrate.watching import Watching
 from aether.substrate.workers import Workers
 from aether.telemetry.metrics import Metrics
 
@@ -77,6 +79,7 @@ class Parts:
     book: Book
     cells: CellSupervisor
     orchestra: Orchestra
+    egress: EgressDesk
     submitter: Submitter
     execution: Execution
     reading: Reading
@@ -85,6 +88,7 @@ class Parts:
     house: CellHouse
     files: CellFileDesk
     talking: Talking
+    watching: Watching
     metrics: Metrics
 
 
@@ -129,6 +133,10 @@ class Service:
             "job.signal": parts.talking.signal,
             "job.attach": parts.talking.attach,
             "job.window": parts.talking.window,
+            "job.activity": parts.watching.job_activity,
+            "cell.activity": parts.watching.cell_activity,
+            "job.trace": parts.watching.job_trace,
+            "cell.trace": parts.watching.cell_trace,
         }
         self.handlers: Mapping[str, Handler] = {name: self._counted(name, run) for name, run in plain.items()}
 
@@ -160,6 +168,7 @@ class Service:
             RoleHealth(role="aetherd", ok=True, version=node.version, facts={"log_size": parts.book.log.size}),
             await self._orchestrator_health(),
             parts.cells.health(),
+            await parts.egress.health(),
         )
         return Health(
             status="ok" if all(role.ok for role in roles) else "degraded",

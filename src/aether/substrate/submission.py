@@ -20,6 +20,7 @@ from aether.contract.canonical import digest_bytes, input_hash
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError, ErrorBody
 from aether.contract.jobs import JobRequest, JobView, check_labels, parse_command, parse_model
+from aether.contract.network import NEEDED
 from aether.contract.ports import Link
 from aether.contract.records import Record
 from aether.contract.wire import Empty, JobRunReply, JobSubmit
@@ -71,12 +72,16 @@ class Submitter:
         params, model = None, None
         if request.kind == "command":
             params, _ = parse_command(request)
-            if params.require:
-                self._cells.check_required(params.require)
+            needed = (*params.require, *(NEEDED if params.network is not None else ()))
+            if needed:
+                self._cells.check_required(needed)
         else:
             model = parse_model(request).model
         cells = (params.cell,) if params is not None and params.cell is not None else ()
-        resource = Resource(kind=request.kind, op=request.op, model=model, labels=request.labels, cells=cells)
+        reached = params.network.wanted() if params is not None and params.network is not None else {}
+        resource = Resource(
+            kind=request.kind, op=request.op, model=model, labels=request.labels, cells=cells, **reached
+        )
         admission = self._gate.admit(caller, "job.submit", resource)
         principal = admission.principal
         key_hash = None

@@ -6,7 +6,7 @@ answers into the documents that are recorded, and says what is healthy. All meth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -71,9 +71,18 @@ class CellSupervisor:
 
         self._driver.on_connect(connected)
 
-    async def launch(self, cell_id: str, spec: CellSpec, files: Sequence[tuple[InputFile, int]]) -> Launched:
-        """Start the cell; repeated for the same id it answers with the cell that is there. Borrows the files."""
-        order = Order(cell_id, exec_of(cell_id), spec, files)
+    async def launch(
+        self,
+        cell_id: str,
+        spec: CellSpec,
+        files: Sequence[tuple[InputFile, int]],
+        listening: Callable[[int], Awaitable[None]] | None = None,
+    ) -> Launched:
+        """Start the cell; repeated for the same id it answers with the cell that is there. Borrows the files.
+
+        `listening` gets the listener of a cell with a network before its executable starts.
+        """
+        order = Order(cell_id, exec_of(cell_id), spec, files, listening)
         return _launched(cell_id, await self._driver.launch(order))
 
     async def allocate(self, cell_id: str, spec: CellSpec) -> Launched:
@@ -123,6 +132,10 @@ class CellSupervisor:
 
     async def signal(self, cell_id: str, exec_id: str, signo: int) -> None:
         await self._driver.signal(Handle(cell_id), exec_id, signo)
+
+    async def trace(self, cell_id: str, duration_ms: int) -> None:
+        """Returns when the trace is over and lies beside the cell's logs; raises LEVEL_UNMET, BUSY, NO_SUCH_CELL."""
+        await self._driver.trace(Handle(cell_id), duration_ms)
 
     async def acknowledge(self, cell_id: str, exec_id: str) -> None:
         """The end is recorded; in an allocated cell the executable is forgotten."""
@@ -181,8 +194,9 @@ class CellSupervisor:
         """The plan a command would get; nothing is started."""
         spec = CellSpec(argv=params.argv, env=params.env, cwd=params.cwd, limits=params.limits, require=params.require)
         found = self._driver.explain(spec)
+        told = params.network.lines() if params.network is not None else ()
         return Explanation(
-            plan_digest=digest_bytes(found.plan_text), lines=found.lines, plan=found.plan, missing=found.missing
+            plan_digest=digest_bytes(found.plan_text), lines=found.lines + told, plan=found.plan, missing=found.missing
         )
 
     def health(self) -> RoleHealth:

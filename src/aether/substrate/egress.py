@@ -1,0 +1,259 @@
+"""The authority's hold on the network of cells: what egressd may serve, and what it says happened.
+
+A cell with a network is made in this order: `egress.open` at egressd (rules and secrets are checked there, before
+anything exists), the record `egress.opened` durable, the cell without an executable, the listener in its network
+namespace handed to egressd, the executable. When the cell has ended, `egress.close`, and the record `egress.closed`
+with the sums, before the job's outcome. In between come records `egress.connection`, each naming the one before it
+of the same cell (`previous`), so that they can be found from the outcome backwards; at most EGRESS_RECORDS_PER_JOB_MAX.
+
+aetherd keeps a duplicate of each listener: a restarted egressd is given its cells again. A cell's certificate authority
+dies with the egressd that made it: its intercepted hosts then fail until the cell is made anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+import msgspec
+from msgspec.structs import replace
+
+from aether.backends.link import EventHandlers, Handlers
+from aether.contract import limits
+from aether.contract.canonical import canonical
+from aether.contract.cells import CellSpec, InputFile
+from aether.contract.egresswire import (
+    EgressCell,
+    EgressClosed,
+    EgressConnection,
+    EgressConnections,
+    EgressDrop,
+    EgressListen,
+    EgressOpen,
+    EgressOpened,
+    EgressServing,
+)
+from aether.contract.errors import AetherError
+from aether.contract.network import NEEDED, Network
+from aether.contract.ports import Link
+from aether.contract.records import Record, RecordType
+from aether.contract.wire import Empty, Hello, RoleHealth
+from aether.substrate import entries
+from aether.substrate.book import Book
+from aether.substrate.entries import Node
+from aether.substrate.ledger import OpenJob
+
+ROLE: Final = "egressd"
+LOCAL_ONLY: Final = "local-only"
+TRUSTED_FILE: Final = ".aether/trusted.pem"
+"""Below /work: what a cell with interception is to trust."""
+_TRUST_VARIABLES: Final = (
+    "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "GIT_SSL_CAINFO", "CURL_CA_BUNDLE", "PIP_CERT",
+)  # fmt: skip
+_PROXY_VARIABLES: Final = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+PROXY: Final = f"http://127.0.0.1:{limits.EGRESS_PORT}"
+NO_PROXY: Final = "localhost,127.0.0.1,::1"
+
+_NUMBERS: Final = ("port", "sent_bytes", "received_bytes", "ms", "count")
+_DETAILS: Final = ("host", "port", "address", "rule", "verdict", "reason", "credential", *_NUMBERS[1:])
+
+Listening = Callable[[int], Awaitable[None]]
+"""Takes the listener of a cell that stands, before its executable starts; borrows the descriptor."""
+T = TypeVar("T")
+Files = Sequence[tuple[InputFile, int]]
+
+
+@dataclass(slots=True)
+class _Served:
+    """A cell with a network: on whose account, what it may reach, its listener once there is one."""
+
+    subject: Record
+    network: Network | None
+    listener: int = -1
+    written: int = field(default=0)
+
+
+class EgressDesk:
+    """Handlers of egressd's verbs, and what execution asks for. All methods raise AetherError."""
+
+    def __init__(self, node: Node, book: Book) -> None:
+        self._node = node
+        self._book = book
+        self._link: Link | None = None
+        self._served: dict[str, _Served] = {}
+        self._restoring: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<EgressDesk connected={self._link is not None} cells={len(self._served)}>"
+
+    # ---- the link
+
+    def verbs(self, link: Callable[[], Link]) -> Handlers:
+        """The handlers of one connection of egressd."""
+
+        async def greet(body: Hello) -> Hello:
+            if body.protocol_version != limits.PROTOCOL_VERSION or body.version != self._node.version:
+                raise AetherError("VERSION_MISMATCH", f"cannot work with {body.role} {body.version}")
+            mine = limits.PROTOCOL_VERSION
+            return Hello(role="aetherd", protocol_version=mine, version=self._node.version, node_id=self._node.node_id)
+
+        async def serving(body: EgressServing) -> EgressDrop:
+            return self._attach(link(), body)
+
+        return {"hello": (Hello, greet), "egress.serving": (EgressServing, serving)}
+
+    def events(self) -> EventHandlers:
+        return {"egress.connections": (EgressConnections, self._connected)}
+
+    def detach(self, link: Link) -> None:
+        if self._link is link:
+            self._link = None
+
+    async def health(self) -> RoleHealth:
+        if self._link is None:
+            reason = "egressd is not connected: cells with a network are refused"
+            return RoleHealth(role=ROLE, ok=False, version=self._node.version, reason=reason)
+        return await self._link.call("health", Empty(), RoleHealth)
+
+    def _attach(self, link: Link, body: EgressServing) -> EgressDrop:
+        """Takes a connection: adopts the cells of open jobs that it serves, and gives it those that it lost."""
+        self._link = link
+        places = {job.place: job for job in self._book.ledger.open.values() if not job.is_guest}
+        for cell_id in set(body.cell_ids) - self._served.keys() & places.keys():
+            self._served[cell_id] = _Served(places[cell_id].intent, None)
+        for cell_id in self._served.keys() - set(body.cell_ids):
+            task = asyncio.ensure_future(self._restore(link, cell_id))
+            self._restoring.add(task)
+            task.add_done_callback(self._restoring.discard)
+        return EgressDrop(cell_ids=tuple(set(body.cell_ids) - self._served.keys()))
+
+    async def _restore(self, link: Link, cell_id: str) -> None:
+        served = self._served.get(cell_id)
+        if served is None or served.network is None or served.listener < 0:
+            return
+        with contextlib.suppress(AetherError):
+            opened = await self._open(link, cell_id, served)
+            if opened >= 0:
+                os.close(opened)
+            await self._listen(cell_id, served.listener)
+
+    # ---- for execution
+
+    async def launch(
+        self, job: OpenJob, spec: CellSpec, files: Files, start: Callable[[CellSpec, Files, Listening], Awaitable[T]]
+    ) -> T:
+        """Starts a cell with a network by `start`, in the order that the module head states."""
+        cell_id, network = job.place, spec.network
+        assert network is not None
+        if LOCAL_ONLY in spec.labels:
+            raise AetherError("POLICY_DENIED", "cannot give the cell a network: the job or an input is local-only")
+        if self._link is None:
+            why = "cannot give the cell a network: egressd is not connected"
+            raise AetherError("UNAVAILABLE", why, retry_after_s=1)
+        served = self._served.setdefault(cell_id, _Served(job.intent, network))
+        trusted = -1
+        try:
+            trusted = await self._open(self._link, cell_id, served)
+            document = self._book.log.store_document(canonical(msgspec.to_builtins(network)))
+            await self._book.durable(self._write(cell_id, served, "egress.opened", {"network": document}))
+            more = [(InputFile(path=TRUSTED_FILE, artifact=""), trusted)] if trusted >= 0 else []
+
+            async def listening(listener: int) -> None:
+                await self._listen(cell_id, listener)
+                served.listener = os.dup(listener)
+
+            return await start(with_proxy(spec, trusts=trusted >= 0), [*files, *more], listening)
+        except BaseException:
+            await self.close(cell_id)
+            raise
+        finally:
+            if trusted >= 0:
+                os.close(trusted)
+
+    async def close(self, cell_id: str) -> None:
+        """Ends a cell's network, and records the sums; a cell without one has nothing to end."""
+        served = self._served.pop(cell_id, None)
+        if served is None:
+            return
+        if served.listener >= 0:
+            os.close(served.listener)
+        detail = {}
+        try:
+            closed = await self._require().call("egress.close", EgressCell(cell_id=cell_id), EgressClosed)
+            self._write_rows(cell_id, served, closed.rows)
+            figures = ("connections", "refused", "sent_bytes", "received_bytes", "unlisted")
+            detail = {name: str(getattr(closed, name)) for name in figures}
+        except AetherError as error:  # the sums died with egressd, or it drops the cell when it is back
+            detail = {"unknown": error.message}
+        self._write(cell_id, served, "egress.closed", detail)
+
+    # ---- inside
+
+    def _require(self) -> Link:
+        if self._link is None:
+            raise AetherError("UNAVAILABLE", "cannot reach egressd: it is not connected", retry_after_s=1)
+        return self._link
+
+    async def _open(self, link: Link, cell_id: str, served: _Served) -> int:
+        """The descriptor of what the cell is to trust, the caller's, or -1."""
+        assert served.network is not None
+        body = EgressOpen(cell_id=cell_id, job_id=served.subject.job_id or "", network=served.network)
+        opened = await link.call("egress.open", body, EgressOpened)
+        return -1 if opened.ca_token is None else await link.take_fd(opened.ca_token)
+
+    async def _listen(self, cell_id: str, listener: int) -> None:
+        link = self._require()
+        await link.call("egress.listen", EgressListen(cell_id=cell_id, token=await link.send_fd(listener)), Empty)
+
+    def _connected(self, event: EgressConnections) -> None:
+        for row in event.rows:
+            served = self._served.get(row.cell_id)
+            if served is not None:
+                self._write_rows(row.cell_id, served, (row,))
+
+    def _write_rows(self, cell_id: str, served: _Served, rows: Sequence[EgressConnection]) -> None:
+        for row in rows:
+            served.written += 1
+            if served.written <= limits.EGRESS_RECORDS_PER_JOB_MAX and row.cell_id == cell_id:
+                self._write(cell_id, served, "egress.connection", connection_detail(row))
+
+    def _write(self, cell_id: str, served: _Served, kind: RecordType, detail: dict[str, str]) -> Record:
+        job = self._book.ledger.open.get(served.subject.job_id or "")
+        last = None if job is None else job.egress_index
+        chain = {} if last is None else {"previous": str(last)}
+        return self._book.write(
+            lambda index, time: replace(
+                entries.follow_up(kind, served.subject, index, time), cell_id=cell_id, detail=detail | chain
+            )
+        )
+
+
+def connection_detail(row: EgressConnection) -> dict[str, str]:
+    """The `detail` of an `egress.connection` record: what applies, as text."""
+    told = {name: getattr(row, name) for name in _DETAILS}
+    return {name: str(value) for name, value in told.items() if value is not None}
+
+
+def connection_of(record: Record) -> EgressConnection:
+    """The row that an `egress.connection` record was made of."""
+    numbers = {name: int(record.detail.get(name, "0")) for name in _NUMBERS}
+    words = {name: record.detail.get(name) for name in _DETAILS if name not in _NUMBERS}
+    subject = {"cell_id": record.cell_id, "job_id": record.job_id or ""}
+    return msgspec.convert({**subject, **words, **numbers}, EgressConnection)
+
+
+def with_proxy(spec: CellSpec, *, trusts: bool) -> CellSpec:
+    """The specification with the variables by which programs find the proxy and, if `trusts`, its authority.
+
+    Both spellings: curl reads http_proxy in lower case alone. What the job sets itself stays.
+    """
+    env = {"NO_PROXY": NO_PROXY, "no_proxy": NO_PROXY, "NODE_USE_ENV_PROXY": "1"}
+    for name in _PROXY_VARIABLES:
+        env |= {name: PROXY, name.lower(): PROXY}
+    if trusts:
+        env |= dict.fromkeys(_TRUST_VARIABLES, f"/work/{TRUSTED_FILE}")
+    return replace(spec, env=env | spec.env, require=tuple(dict.fromkeys((*spec.require, *NEEDED))))
