@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from aether.contract.cellplan import NAMESPACES, to_plain
 from aether.spawner.linux import kernel, landlock, native, oci, rootfs
+from aether.spawner.linux.bpf import permission
 
 WORDS: Final = {
     "user": "userns", "pid": "pidns", "mnt": "mountns", "net": "netns", "ipc": "ipcns", "uts": "utsns",
@@ -162,6 +163,12 @@ def _landlock_check(abi: int) -> dict[str, Any]:
     )
 
 
+def _bpf_check() -> dict[str, Any]:
+    """Whether cells can be observed; without it PID 1 alone tells what their executables do."""
+    lack = permission.lacking()
+    return _check("bpf", lack is None, "yes" if lack is None else "no", *(lack or ("", "")))
+
+
 def _kernel_check() -> dict[str, Any]:
     release = platform.release()
     parts = release.split("-")[0].split(".")
@@ -173,6 +180,7 @@ def checks() -> list[dict[str, Any]]:
     """Every check as {name, ok, value, reason, remedy}; reason and remedy are null when it is fine."""
     table = [_kernel_check(), *(_namespace_check(kind) for kind in NAMESPACES), _proc_check(), _seccomp_check()]
     table.append(_landlock_check(landlock.probe_abi()))
+    table.append(_bpf_check())
     built = os.access(native.BINARY, os.X_OK)
     why = ("aether-init is not built; the portable executor is slower", "make -C src/aether/spawner/native")
     table.append(_check("native-init", built, "built" if built else "absent", *why))
@@ -205,7 +213,7 @@ def probe() -> dict[str, Any]:
     """
     table = checks()
     by_name = {check["name"]: check for check in table}
-    words = (*WORDS.values(), "seccomp", "landlock")
+    words = (*WORDS.values(), "seccomp", "landlock", "bpf")
     missing = {
         word: {"reason": by_name[word]["reason"], "remedy": by_name[word]["remedy"]}
         for word in words
