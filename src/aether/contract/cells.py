@@ -22,8 +22,40 @@ REQUIREMENTS: Final = frozenset(RUNGS) | frozenset(DRIVERS) | frozenset(get_args
 """What `require` may name: a rung, a mechanism, or the driver that is to build the cell."""
 
 
+SchedPolicy = Literal["other", "batch", "idle", "fifo", "rr", "deadline"]
+IoClass = Literal["none", "realtime", "best-effort", "idle"]
+
+
+class Sched(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the kernel schedules everything in a cell (sched(7), ioprio_set(2)).
+
+    `priority` (1..99) goes with fifo and rr; the three times with deadline, for the executable itself and not for what
+    it forks; `nice` (0 leaves the node's) with other and batch; `io_class` none follows the nice value.
+    """
+
+    policy: SchedPolicy = "other"
+    priority: int = 0
+    runtime_us: int = 0
+    deadline_us: int = 0
+    period_us: int = 0
+    nice: int = 0
+    io_class: IoClass = "none"
+    io_priority: int = 4
+
+    @property
+    def raises(self) -> bool:
+        """Whether it puts the cell before others: the policy decides who may."""
+        return self.policy in ("fifo", "rr", "deadline") or self.nice < 0 or self.io_class == "realtime"
+
+
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Bounds of a cell. Bytes, thousandths of a CPU, counts; `timeout_ms` is wall time from the start."""
+    """Bounds of a cell. Bytes, thousandths of a CPU, counts; `timeout_ms` is wall time from the start.
+
+    Null leaves the kernel's default. memory: `memory_bytes` kills, `high` slows down and reclaims, `low` and `min` are
+    kept from being reclaimed; weights (1..10000, default 100) share what is contended; `cpuset_*` are lists such as
+    `0-3,6`; the `io_*` rates hold for the disk of the state directory. What a host cannot hold is in the sandbox
+    report's `missing`.
+    """
 
     memory_bytes: int = limits.MEMORY_BYTES_DEFAULT
     cpu_millis: int = limits.CPU_MILLIS_DEFAULT
@@ -33,6 +65,19 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     file_bytes: int = limits.FILE_BYTES_DEFAULT
     timeout_ms: int = limits.TIMEOUT_MS_DEFAULT
     grace_ms: int = limits.STOP_GRACE_MS_DEFAULT
+    memory_min_bytes: int | None = None
+    memory_low_bytes: int | None = None
+    memory_high_bytes: int | None = None
+    swap_bytes: int | None = None
+    cpu_weight: int | None = None
+    cpuset_cpus: str | None = None
+    cpuset_mems: str | None = None
+    io_weight: int | None = None
+    io_read_bps: int | None = None
+    io_write_bps: int | None = None
+    io_read_iops: int | None = None
+    io_write_iops: int | None = None
+    sched: Sched | None = None
 
 
 class InputFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -109,6 +154,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     pids_peak: int | None = None
     oom_kills: int | None = None
     throttled_us: int | None = None
+    throttled_count: int | None = None
     stdout_bytes: int | None = None
     stderr_bytes: int | None = None
     output_dropped_bytes: int | None = None

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 
 from aether.contract import ids, limits
-from aether.contract.cells import REQUIREMENTS, Images, InputFile, Limits, Usage
+from aether.contract.cells import REQUIREMENTS, Images, InputFile, Limits, Sched, Usage
 from aether.contract.errors import AetherError, ErrorBody
 from aether.contract.network import Network, check_network
 
@@ -151,6 +151,7 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
 
 _LABEL: Final = re.compile(limits.LABEL_PATTERN)
 _SAFE_PART: Final = re.compile(r"[^\x00-\x1f\x7f/]+")
+_CPU_LIST: Final = re.compile(limits.CPU_LIST_PATTERN)
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -256,10 +257,41 @@ def check_bounds(asked: Limits) -> None:
         "timeout_ms": (1, limits.TIMEOUT_MS_MAX),
         "grace_ms": (0, limits.STOP_GRACE_MS_MAX),
     }
+    bounds |= dict.fromkeys(("memory_min_bytes", "memory_low_bytes", "memory_high_bytes", "swap_bytes"), (0, 1 << 50))
+    bounds |= dict.fromkeys(("cpu_weight", "io_weight"), (1, limits.WEIGHT_MAX))
+    bounds |= dict.fromkeys(("io_read_bps", "io_write_bps", "io_read_iops", "io_write_iops"), (1, 1 << 50))
     for name, (low, high) in bounds.items():
         value = getattr(asked, name)
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise AetherError("BAD_FIELD", f"cannot accept limits.{name} = {value}: not within {low}..{high}")
+    for name in ("cpuset_cpus", "cpuset_mems"):
+        text = getattr(asked, name)
+        if text is not None and (len(text) > limits.CPU_LIST_CHARS_MAX or not _CPU_LIST.fullmatch(text)):
+            raise AetherError("BAD_FIELD", f"cannot accept limits.{name} = {text[:80]!r}: no list such as 0-3,6")
+    if asked.sched is not None:
+        _check_sched(asked.sched)
+
+
+def _check_sched(asked: Sched) -> None:
+    """What does not go together; the spawner checks it again (spawner/linux/sched.py says why)."""
+    times = (asked.runtime_us, asked.deadline_us, asked.period_us)
+    wrong = (
+        (not -20 <= asked.nice <= 19, "nice goes from -20 to 19"),
+        (not 0 <= asked.io_priority <= 7, "io_priority goes from 0 to 7"),
+        (asked.nice != 0 and asked.policy not in ("other", "batch"), "nice goes with other and batch"),
+        (
+            (asked.policy in ("fifo", "rr")) != (1 <= asked.priority <= 99),
+            "a priority from 1 to 99 goes with fifo and rr, and with them alone",
+        ),
+        (
+            (asked.policy == "deadline") != any(times)
+            or (asked.policy == "deadline" and not 2 <= times[0] <= times[1] <= times[2] <= limits.SCHED_PERIOD_US_MAX),
+            "deadline, and it alone, takes 2 <= runtime_us <= deadline_us <= period_us",
+        ),
+    )
+    for is_wrong, why in wrong:
+        if is_wrong:
+            raise AetherError("BAD_FIELD", f"cannot accept limits.sched: {why}")
 
 
 def check_images(images: Images | None) -> None:
