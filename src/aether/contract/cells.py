@@ -154,7 +154,6 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     pids_peak: int | None = None
     oom_kills: int | None = None
     throttled_us: int | None = None
-    throttled_count: int | None = None
     stdout_bytes: int | None = None
     stderr_bytes: int | None = None
     output_dropped_bytes: int | None = None
