@@ -69,6 +69,7 @@ KINDS: Final[Mapping[str, ErrorKind]] = {
     "CELL_FAILED": ErrorKind(500, EXIT_FAILED, "the message names the step, the errno and the remedy"),
     "BAD_PLAN": ErrorKind(422, EXIT_USAGE, "see `aether cell explain`"),
     "NO_SUCH_CELL": ErrorKind(404, EXIT_FAILED, "the cell ended; see the job's receipt"),
+    "NO_LAYER": ErrorKind(409, EXIT_FAILED, "run it with `--image ... --writable-root`, or with `--workspace`"),
     "NAME_TAKEN": ErrorKind(409, EXIT_FAILED, "use another name, or free or stop what has it"),
     "CELL_FROZEN": ErrorKind(409, EXIT_FAILED, "thaw the cell with `aether cell thaw`"),
     "LIMIT_REFUSED": ErrorKind(409, EXIT_FAILED, "choose a limit above what is used and within the cell around it"),

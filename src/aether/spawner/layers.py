@@ -14,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
+from typing import Any
 
+from aether.contract import limits
 from aether.contract.cellplan import Overlay, Plan, scratch_of
 from aether.spawner.workdir import Owner, remove_tree
 
@@ -39,6 +41,23 @@ def remove(root: int, overlay: Overlay) -> None:
     """Remove both directories; missing ones are removed ones."""
     for name in _names(overlay):
         remove_tree(root, name)
+
+
+def open_for_diff(root: int, overlay: Overlay) -> tuple[int, int, int]:
+    """Descriptors of the layer, of what it lies over, and of an unnamed new file; raises OSError."""
+    assert overlay.upper is not None
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    upper = os.open(_names(overlay)[0], flags | os.O_NOFOLLOW, dir_fd=root)
+    lower = os.open(overlay.lower, flags | os.O_NOFOLLOW)
+    return upper, lower, os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=root)
+
+
+def difference(upper: int, lower: int, layer: int) -> dict[str, Any]:
+    """What lies in the layer, written to `layer` too; in a process of its own. Raises OSError, ValueError."""
+    from aether.spawner.difference import write_difference  # tarfile is not for the spawner's start
+
+    with open(layer, "wb", closefd=False) as file:
+        return write_difference(upper, lower, file, limits.UPLOAD_BYTES_MAX)
 
 
 def _names(overlay: Overlay) -> tuple[str, str]:

@@ -75,6 +75,7 @@ class Operations:
             "work.prepare": self._prepare,
             "work.collect": self._collect,
             "work.open": self._open,
+            "work.diff": lambda request, _, answer: self._work.diff(self._cell(request).place, answer),
             "work.put": self._put,
             "work.list": self._list_work,
         }

@@ -224,6 +224,7 @@ OPERATIONS: Mapping[str, Reader] = {
         files_max=(integer(0, limits.OUTPUT_FILES_MAX), limits.OUTPUT_FILES_MAX),
         bytes_max=(integer(0, limits.OUTPUT_BYTES_MAX), limits.OUTPUT_BYTES_MAX),
     ),
+    "work.diff": record(_CELL),
     "work.put": record(_CELL | {"path": text(limits.PATH_BYTES_MAX), "mode": integer(0, 0o777)}),
     "work.list": record(_CELL | {"path": text(limits.PATH_BYTES_MAX)}),
     "work.open": record(_CELL | {"path": text(limits.PATH_BYTES_MAX)}),

@@ -184,6 +184,29 @@ class WorkOps:
             for overlay in overlays:
                 layers.prepare(self._root.fileno(), overlay, owner)
 
+    def diff(self, place: str, answer: Answer) -> None:
+        """Answers with a memfd of `{changes, refused}` and a file that holds the same as an OCI layer."""
+        overlay = next(iter(self._layers.get(place, ())), None)
+        if overlay is None:
+            why = "neither its root nor its work directory keeps changes apart"
+            raise RefusedError("NO_LAYER", f"cannot tell what cell {place} changed: {why}")
+        upper, lower, layer = layers.open_for_diff(self._root.fileno(), overlay)
+
+        def walk() -> dict[str, Any]:
+            return layers.difference(upper, lower, layer)
+
+        def done(answer_fd: int, error: str) -> None:
+            if error:
+                close_all((answer_fd, layer))
+                answer.refuse(RefusedError("OUTPUT_REFUSED", f"cannot tell what the cell changed: {error}"))
+            else:
+                shown = os.open(f"/proc/self/fd/{layer}", os.O_RDONLY | os.O_CLOEXEC)
+                os.close(layer)
+                answer.ok({"fd": 0}, (answer_fd, shown))
+
+        self._offload(place, walk, (upper, lower, layer), done)
+        close_all((upper, lower))
+
     def remove(self, cell_id: str, then: Then) -> None:
         """A small, flat directory at once, any other by a child."""
         overlays = self._layers.pop(cell_id, ())

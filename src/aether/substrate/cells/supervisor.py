@@ -176,6 +176,10 @@ class CellSupervisor:
     async def collect(self, cell_id: str, globs: Sequence[str]) -> CellFiles:
         return await self._driver.collect(Handle(cell_id), globs)
 
+    async def diff(self, cell_id: str) -> tuple[int, int]:
+        """What changed in the cell's image: a listing and a layer, as descriptors of the caller's."""
+        return await self._driver.diff(Handle(cell_id))
+
     async def open(self, cell_id: str, path: str) -> int:
         """A read-only descriptor of one output; the caller's."""
         return await self._driver.open(Handle(cell_id), path)

@@ -298,6 +298,10 @@ class MemoryDriver:
         executable.run.terminated.set()
         asyncio.get_running_loop().call_later(grace_ms / 1000, executable.work.cancel)
 
+    async def diff(self, handle: Handle) -> tuple[int, int]:
+        self._cell(handle)
+        raise AetherError("NO_LAYER", f"cannot tell what cell {handle} changed: it has no image")
+
     async def put(self, handle: Handle, path: str, fd: int, executable: bool) -> None:
         files = self._cell(handle).files
         if any(other.startswith(path + "/") or path.startswith(other + "/") for other in files):

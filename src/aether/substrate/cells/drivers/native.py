@@ -433,6 +433,10 @@ class NativeDriver:
         files = tuple(CellFile(path=file["path"], size_bytes=file["size_bytes"]) for file in found["files"])
         return CellFiles(files=files, refused=found["refused"])
 
+    async def diff(self, handle: Handle) -> tuple[int, int]:
+        reply = await self._connector.require().call("work.diff", {"cell": handle})
+        return reply.fds[0], reply.fds[1]
+
     async def open(self, handle: Handle, path: str) -> int:
         reply = await self._connector.require().call("work.open", {"cell": handle, "path": path})
         return reply.fds[0]

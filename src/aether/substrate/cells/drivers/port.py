@@ -168,6 +168,11 @@ class Driver(Protocol):
         """A read-only descriptor of one output; the caller's."""
         ...
 
+    async def diff(self, handle: Handle) -> tuple[int, int]:
+        """What changed in the image that the cell keeps changes of: a JSON listing and an OCI layer, as descriptors
+        of the caller's. Raises NO_LAYER where there is no such image."""
+        ...
+
     async def put(self, handle: Handle, path: str, fd: int, executable: bool) -> None:
         """A file of the work directory, replaced whole by what the regular file `fd` (borrowed) holds; parents are
         made. Raises OUTPUT_REFUSED for a path that leads through anything but directories."""
