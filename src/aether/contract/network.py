@@ -32,7 +32,9 @@ _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _CREDENTIAL_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _TOKEN: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
-_SOURCE: Final = re.compile(r"file:/[^\x00-\x1f\x7f]{1,1023}|env:[A-Za-z_][A-Za-z0-9_]{0,127}")
+SECRET_VARIABLE: Final = "AETHER_SECRET_"
+"""Variables that begin so are credentials: egressd alone is started with them."""
+_SOURCE: Final = re.compile(rf"file:/[^\x00-\x1f\x7f]{{1,1023}}|env:{SECRET_VARIABLE}[A-Z0-9_]{{1,100}}")
 _FORBIDDEN_HEADERS: Final = frozenset(
     {"host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "expect"}
 )
@@ -52,7 +54,8 @@ class NetworkLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 class Credential(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A secret by reference, sent as `header` to `host` (`name:port`, over verified TLS) and nowhere else.
 
-    `source` is `file:/absolute/path` or `env:NAME`, read by egressd; `prefix` goes before its value (`Bearer `).
+    `source` is `file:/absolute/path` or `env:AETHER_SECRET_NAME`, read by egressd; `prefix` goes before its value
+    (`Bearer `).
     """
 
     name: str
@@ -257,7 +260,7 @@ def _check_credential(credential: Credential) -> None:
     if _TOKEN.fullmatch(credential.header) is None or credential.header.lower() in _FORBIDDEN_HEADERS:
         raise _bad(what, f"{credential.header[:80]!r} is no header that can carry it")
     if _SOURCE.fullmatch(credential.source) is None or ".." in credential.source.split("/"):
-        raise _bad(what, "its source must be file:/absolute/path or env:NAME")
+        raise _bad(what, "its source must be file:/absolute/path or env:AETHER_SECRET_NAME")
     if len(credential.prefix) > 64 or not credential.prefix.isprintable() or not credential.prefix.isascii():
         raise _bad(what, "its prefix must be at most 64 printable characters")
 

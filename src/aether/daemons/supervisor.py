@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from aether.contract.errors import AetherError
+from aether.contract.network import SECRET_VARIABLE
 from aether.contract.paths import Layout, state_dir
 from aether.daemons import presence, samples
 from aether.daemons.accounts import Accounts, accounts, prepare
@@ -84,7 +85,9 @@ class Supervisor:
             if role.restart_at is None or role.restart_at > now:
                 continue
             with open(self._layout.daemon_logs / f"{role.name}.log", "ab") as log:
-                role.process = subprocess.Popen(role.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
+                role.process = subprocess.Popen(
+                    role.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=environment(role.name)
+                )
             role.pidfd = os.pidfd_open(role.process.pid)
             role.started, role.restart_at = now, None
             self._selector.register(role.pidfd, selectors.EVENT_READ, role.name)
@@ -130,6 +133,11 @@ class Supervisor:
             presence.announce(self._layout, facts)
         except OSError as error:  # on a full disk the file is late; the lock says that we are here
             _say("cannot write the instance file", level="warning", reason=str(error))
+
+
+def environment(name: str) -> dict[str, str]:
+    """A role's environment: credentials are for egressd alone."""
+    return {key: value for key, value in os.environ.items() if name == "egressd" or not key.startswith(SECRET_VARIABLE)}
 
 
 def role_argv(name: str, layout: Layout, who: Accounts) -> list[str]:

@@ -162,7 +162,7 @@ SECRET = b"sk-live-0123456789"
 
 def credential(port: int) -> Credential:
     return Credential(
-        name="api", host=f"{HOST}:{port}", header="Authorization", source="env:KEY", prefix="Bearer "
+        name="api", host=f"{HOST}:{port}", header="Authorization", source="env:AETHER_SECRET_KEY", prefix="Bearer "
     )  # fmt: skip
 
 

@@ -139,7 +139,12 @@ def test_hosts_a_client_names() -> None:
 
 
 def cred(**changes: str) -> Credential:
-    fields = {"name": "api", "host": "api.test:443", "header": "Authorization", "source": "env:KEY"} | changes
+    fields = {
+        "name": "api",
+        "host": "api.test:443",
+        "header": "Authorization",
+        "source": "env:AETHER_SECRET_KEY",
+    } | changes
     return Credential(**fields)
 
 
@@ -163,6 +168,7 @@ def cred(**changes: str) -> Credential:
         Network(credentials=(cred(source="file:relative"),)),
         Network(credentials=(cred(source="file:/a/../b"),)),
         Network(credentials=(cred(source="/etc/shadow"),)),
+        Network(credentials=(cred(source="env:PATH"),)),
         Network(credentials=(cred(prefix="a\r\nb"),)),
         Network(allow=("a.test:1",), limits=NetworkLimits(connections=0)),
     ],

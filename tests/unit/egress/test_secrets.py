@@ -21,10 +21,17 @@ def credential(source: str) -> Credential:
     return Credential(name="api", host="a.test:443", header="X-Key", source=source, prefix="Key ")
 
 
+ENVIRONMENT = {"AETHER_SECRET_KEY": "value-1", "AETHER_SECRET_EMPTY": "", "AETHER_SECRET_LINES": "a\nb"}
+
+
 @pytest.fixture
 def sources(tmp_path: Path) -> Sources:
     (tmp_path / "state/secrets").mkdir(parents=True)
-    return Sources(tmp_path / "state", tmp_path / "state/secrets", {"KEY": "value-1", "EMPTY": "", "LINES": "a\nb"})
+    return Sources(
+        tmp_path / "state",
+        tmp_path / "state/secrets",
+        ENVIRONMENT,
+    )
 
 
 def refused(sources: Sources, source: str) -> str:
@@ -38,8 +45,10 @@ def test_values_come_from_files_and_variables(sources: Sources, tmp_path: Path) 
     (tmp_path / "key").write_text("value-2\n")
     (tmp_path / "state/secrets/key").write_text("value-3")
     for source, value in [
-        ("env:KEY", "value-1"), (f"file:{tmp_path}/key", "value-2"), (f"file:{tmp_path}/state/secrets/key", "value-3")
-    ]:  # fmt: skip
+        ("env:AETHER_SECRET_KEY", "value-1"),
+        (f"file:{tmp_path}/key", "value-2"),
+        (f"file:{tmp_path}/state/secrets/key", "value-3"),
+    ]:
         injection = sources.load(credential(source))
         assert (injection.header, injection.value) == (b"x-key", b"Key " + value.encode())
         assert value not in repr(injection) and value not in repr(sources)
@@ -58,8 +67,15 @@ def test_the_state_directory_is_no_source(sources: Sources, tmp_path: Path) -> N
 def test_what_cannot_be_a_header(sources: Sources, tmp_path: Path) -> None:
     (tmp_path / "long").write_bytes(b"x" * 10_000)
     os.mkfifo(tmp_path / "fifo")
-    for source in ("env:NONE", "env:EMPTY", "env:LINES", f"file:{tmp_path}/none", f"file:{tmp_path}/long",
-                   f"file:{tmp_path}/fifo", f"file:{tmp_path}"):  # fmt: skip
+    for source in (
+        "env:AETHER_SECRET_NONE",
+        "env:AETHER_SECRET_EMPTY",
+        "env:AETHER_SECRET_LINES",
+        f"file:{tmp_path}/none",
+        f"file:{tmp_path}/long",
+        f"file:{tmp_path}/fifo",
+        f"file:{tmp_path}",
+    ):
         refused(sources, source)
 
 
