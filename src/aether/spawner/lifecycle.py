@@ -102,6 +102,7 @@ class Lifecycle:
                 return
             cell.launched.start(wired.spec, wired.fds)
             self._keep_output(cell, executable.exec_id, args["exec"], wired)
+            self._on_init(cell)  # an interpreter that waits has nothing more to wait for
         except OSError as error:
             why = f"cannot start the cell: its PID 1 is gone: {error.strerror}"
             self.abandon(cell, None, RefusedError("CELL_FAILED", why))

@@ -22,9 +22,10 @@ from aether.spawner.rules import Rules, check_owner, exec_spec
 from aether.spawner.server import Answer
 from aether.spawner.terminal import Line
 from aether.spawner.tracing import Tracer
-from aether.spawner.warm import Warm
+from aether.spawner.warm import Blueprint, Warm
 from aether.spawner.wiring import Wired
 from aether.spawner.workops import WorkOps
+from aether.spawner.zygote import read_zygote
 
 Facts = Callable[[], dict[str, Any]]
 Draw = Callable[[str, "Wired | None", Answer], tuple[Cell, Callable[[], None]]]
@@ -99,7 +100,11 @@ class Operations:
         plan = self._rules.plan(args["plan"])
         if plan.level == "process":
             raise RefusedError("BAD_PLAN", "cannot keep the plan: at this level it names the cell's own work directory")
-        digest = self._warm.keep(plan, args["limits"], args["prepare"] and not layers_of(plan), args["plan"])
+        zygote = read_zygote(args["zygote"])
+        prepare = args["prepare"] and not layers_of(plan)
+        if zygote is not None and not prepare:
+            raise RefusedError("BAD_PLAN", "cannot keep the plan: a cell with an interpreter in it is a prepared one")
+        digest = self._warm.keep(Blueprint(plan, args["limits"], prepare, zygote), args)
         answer.ok({"digest": digest})
 
     def _create(self, request: Request, message: Message, answer: Answer) -> None:

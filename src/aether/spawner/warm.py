@@ -13,6 +13,7 @@ last moments, at least one and at most READY_MAX; they are made once the jobs th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -21,12 +22,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from aether.contract.cellplan import Plan, placed
+from aether.contract.cellplan import ExecSpec, Plan, placed
 from aether.spawner.cells import Cell
 from aether.spawner.lifecycle import Lifecycle
 from aether.spawner.loop import Loop
 from aether.spawner.protocol import RefusedError
 from aether.spawner.workops import WorkOps
+from aether.spawner.zygote import ZygoteRunning, wire_zygote
 
 BLUEPRINTS_MAX = 64
 READY_MAX = 4
@@ -39,11 +41,15 @@ IDLE_S = 30.0
 
 @dataclass(slots=True)
 class Blueprint:
-    """`plan` and `limits` as checked; `asked` counts the requests since the pool was last filled."""
+    """`plan` and `limits` as checked; `asked` counts the requests since the pool was last filled.
+
+    `zygote` is an interpreter that every cell is prepared with: none of them is launched cold.
+    """
 
     plan: Plan
     limits: dict[str, Any]
     prepare: bool
+    zygote: ExecSpec | None = None
     ready: deque[Cell] = field(default_factory=deque)
     preparing: Cell | None = None
     asked: int = 0
@@ -63,6 +69,7 @@ class _Start:
     """Hears how the start of a cell of the pool went."""
 
     done: Callable[[Cell | None], None]
+    pooled: bool = True
     cell: Cell | None = None
 
     def ok(self, value: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
@@ -89,12 +96,12 @@ class Warm:
         """How many cells stand ready, and how many were taken since the start."""
         return {"ready": sum(len(each.ready) for each in self._kept.values()), "taken": self.taken}
 
-    def keep(self, plan: Plan, limits: dict[str, Any], prepare: bool, document: Any) -> str:
-        """Keep a checked plan; its digest. `document` is what it was read from."""
-        text = json.dumps([document, limits, prepare], sort_keys=True, separators=(",", ":"))
+    def keep(self, blueprint: Blueprint, document: dict[str, Any]) -> str:
+        """Keep a checked blueprint; its digest. `document` is what it was read from."""
+        text = json.dumps(document, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(text.encode()).hexdigest()
         if digest not in self._kept:
-            self._kept[digest] = Blueprint(plan, limits, prepare)
+            self._kept[digest] = blueprint
             if len(self._kept) > BLUEPRINTS_MAX:
                 _, oldest = self._kept.popitem(last=False)
                 self._drop(oldest)
@@ -123,8 +130,13 @@ class Warm:
             found = cell if cell.state == "running" and cell.reason is None else None
         if found is None and kept.preparing is not None and kept.preparing.launched is not None:
             found, kept.preparing = kept.preparing, None
+        if found is None and kept.zygote is not None:
+            found = self._make(kept, _Start(lambda _: None, pooled=False))
+            if found.reason is not None:
+                raise RefusedError("CELL_FAILED", "cannot prepare the cell: it could not be launched")
+        if found is not None:
             found.waiting_start.clear()
-        self.taken += found is not None
+            self.taken += 1
         return found
 
     def _used(self, kept: Blueprint) -> None:
@@ -146,19 +158,35 @@ class Warm:
         if full or kept.preparing is not None:
             return
         start = _Start(lambda cell: self._stands(kept, cell))
-        try:
-            plan = self.plan(kept, f"warm-{next(self._numbers)}")
-            cell = start.cell = kept.preparing = self._lifecycle.prepare(plan, kept.limits, start)
-        except RefusedError:  # no room: the next use tries again
-            return
+        with contextlib.suppress(RefusedError):  # no room: the next use tries again
+            self._make(kept, start)
+
+    def _make(self, kept: Blueprint, start: _Start) -> Cell:
+        """A cell on its way; its work directory is made and PID 1 launched before this returns."""
+        plan = self.plan(kept, f"warm-{next(self._numbers)}")
+        cell = start.cell = self._lifecycle.prepare(plan, kept.limits, start)
+        if start.pooled:
+            kept.preparing = cell
         self._work_ops.fill(
             cell.place,
             cell.owner,
             (),
             [],
-            lambda: self._lifecycle.launch(cell, plan, None, None),
+            lambda: self._launch(kept, cell, plan),
             lambda refused: self._lifecycle.abandon(cell, None, refused),
         )
+        return cell
+
+    def _launch(self, kept: Blueprint, cell: Cell, plan: Plan) -> None:
+        if kept.zygote is None:
+            self._lifecycle.launch(cell, plan, None, None)
+            return
+        wired, channel = wire_zygote(kept.zygote)
+        self._lifecycle.launch(cell, plan, None, wired)
+        if cell.launched is not None:
+            cell.launched = ZygoteRunning(cell.launched, channel)
+        else:
+            channel.close()
 
     def _stands(self, kept: Blueprint, cell: Cell | None) -> None:
         kept.preparing = None
