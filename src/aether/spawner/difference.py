@@ -48,7 +48,7 @@ class Difference:
 
     def walk(self, upper: int, lower: int | None, prefix: str, depth: int) -> None:
         """One directory, after its own entry: `lower` is what it lies over, None where there is nothing."""
-        for name in sorted(os.listdir(upper)):  # noqa: PTH208
+        for name in sorted(os.listdir(upper)):
             self.seen += 1
             if self.seen > limits.DIFF_ENTRIES_MAX:
                 raise ValueError(f"more than {limits.DIFF_ENTRIES_MAX} entries were changed")
