@@ -1,0 +1,88 @@
+"""What aurorad does with images when the authority asks: import, list, show, remove, commit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import msgspec
+
+from aether.contract import images
+from aether.contract.errors import AetherError
+from aether.contract.ports import Handler, Link
+from aether.contract.store import Store
+from aether.orchestrator.artifacts.store import ArtifactStore
+from aether.orchestrator.images.store import ImageStore
+
+LIST_BYTES_MAX: Final = 192 * 1024
+"""A list must fit in a frame: the newest images that do."""
+_encode: Final = msgspec.msgpack.Encoder().encode
+
+
+class ImageVerbs:
+    """Handlers over an ImageStore; layers come from the artifacts."""
+
+    def __init__(self, kept: ImageStore, artifacts: ArtifactStore, store: Store) -> None:
+        self._images = kept
+        self._artifacts = artifacts
+        self._store = store
+
+    def handlers(self, link: Callable[[], Link | None]) -> Mapping[str, tuple[type[msgspec.Struct], Handler]]:
+        """The verbs; `link` is the connection that descriptors come by."""
+
+        async def add(body: images.ImageImport) -> images.ImageInfo:
+            over = link()
+            if over is None:
+                raise AetherError("UNAVAILABLE", "cannot import an image: the connection ended", retry_after_s=1)
+            return await self.add(over, body)
+
+        return {
+            "image.import": (images.ImageImport, add),
+            "image.list": (images.ImageQuery, self.list),
+            "image.show": (images.ImageKey, self.show),
+            "image.remove": (images.ImageKey, self.remove),
+            "image.commit": (images.ImageCommit, self.commit),
+        }
+
+    async def add(self, link: Link, body: images.ImageImport) -> images.ImageInfo:
+        fd = await link.take_fd(body.token)
+        try:
+            return await self._images.add(fd, body.tenant_id, body.name)
+        finally:
+            os.close(fd)
+
+    async def list(self, body: images.ImageQuery) -> images.ImageList:
+        shown: list[images.ImageInfo] = []
+        room = LIST_BYTES_MAX
+        for info in reversed(self._images.list(body.tenant_id)):
+            room -= len(_encode(info))
+            if room < 0:
+                break
+            shown.append(info)
+        return images.ImageList(images=tuple(shown))
+
+    async def show(self, body: images.ImageKey) -> images.ImageInfo:
+        return self._images.find(body.ref, body.tenant_id)
+
+    async def remove(self, body: images.ImageKey) -> images.ImageInfo:
+        return await self._images.remove(body.ref, body.tenant_id)
+
+    async def commit(self, body: images.ImageCommit) -> images.ImageInfo:
+        known = await self._store.find_artifact(body.layer, body.tenant_id)
+        if known is None or known.media_type != images.LAYER_TYPE:
+            raise AetherError("NOT_FOUND", f"cannot commit: there is no layer {body.layer[:100]!r}")
+        fd, _ = await self._artifacts.open_fd(known.digest)
+        try:
+            return await self._images.commit(body.base, fd, body.tenant_id, body.name)
+        finally:
+            os.close(fd)
+
+
+def check_images(kept: ImageStore, digests: tuple[str | None, ...], tenant_id: str) -> None:
+    """The tenant has these images, unpacked; raises NOT_FOUND, GONE."""
+    for digest in digests:
+        if digest is not None and not kept.tree(kept.find(digest, tenant_id).digest).is_dir():
+            raise AetherError("GONE", f"cannot use image {digest}: it is not unpacked here", "import it again")
+
+
