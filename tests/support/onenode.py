@@ -155,7 +155,7 @@ class OneNode:
 
     async def start_aurorad(self) -> None:
         self._store = SqliteStore(self.layout.db / "jobs.sqlite3", self._fatal)
-        aurora = Aurora(self._store, Settings(artifacts=self.layout.artifacts, models=self.layout.models))
+        aurora = Aurora(self._store, Settings(self.layout.artifacts, self.layout.models, self.layout.images))
         await aurora.start()
         self._aurora = aurora
         self._working = asyncio.ensure_future(self._work(aurora))

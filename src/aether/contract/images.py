@@ -12,10 +12,13 @@ from typing import Final
 import msgspec
 
 from aether.contract.errors import AetherError
+from aether.contract.wire import Grant
 
 LAYER_TYPE: Final = "application/vnd.oci.image.layer.v1.tar"
 """Media type of a layer kept as an artifact: the changes of a cell's root."""
 LISTING_TYPE: Final = "application/vnd.aether.diff+json"
+DIFF_NAMES: Final = {LISTING_TYPE: "image-diff.json", LAYER_TYPE: "image-layer.tar"}
+"""Names of the artifacts that keep a diff; their media types tell them from a job's own files."""
 NAME: Final = re.compile(r"[a-z0-9]+([._/-][a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,63})?")
 NAME_CHARS_MAX: Final = 128
 
@@ -65,6 +68,37 @@ class ImageKey(msgspec.Struct, frozen=True, kw_only=True):
 
     ref: str
     tenant_id: str
+
+
+class CellDiff(msgspec.Struct, frozen=True, kw_only=True):
+    """`cell.diff`: what the job's cell changed in its image."""
+
+    grant: Grant
+    cell_id: str
+
+
+class CellDiffed(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of two descriptors: the listing as JSON (`DiffListing`), and an uncompressed OCI layer."""
+
+    listing: int
+    layer: int
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """`path` is relative to the image's root, what is not UTF-8 in it escaped; `change` is added, modified, replaced
+    (a directory, whole) or deleted."""
+
+    path: str
+    change: str
+    type: str
+    size_bytes: int
+
+
+class DiffListing(msgspec.Struct, frozen=True, kw_only=True):
+    """What changed. `refused`: what no image can hold, with the reason."""
+
+    changes: tuple[Change, ...]
+    refused: dict[str, str] = {}
 
 
 class ImageQuery(msgspec.Struct, frozen=True, kw_only=True):

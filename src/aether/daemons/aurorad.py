@@ -24,7 +24,7 @@ RECONNECT_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 async def serve(layout: Layout, log: Any, stop: asyncio.Event) -> None:
     """Runs the role until `stop`."""
     store = SqliteStore(layout.db / "jobs.sqlite3", process.die(log, "the job store cannot be written"))
-    aurora = Aurora(store, Settings(artifacts=layout.artifacts, models=layout.models))
+    aurora = Aurora(store, Settings(layout.artifacts, layout.models, layout.images))
     await aurora.start()
     working = asyncio.create_task(_work(aurora, layout, log))
     try:

@@ -25,6 +25,7 @@ from aether.orchestrator.engines.calls import LinkLostError, insist
 from aether.orchestrator.engines.command import CommandEngine
 from aether.orchestrator.engines.model import Inference, ModelEngine
 from aether.orchestrator.engines.worker import finish_body
+from aether.orchestrator.images.store import ImageStore
 from aether.orchestrator.jobs import machine
 
 RESULT_NAME: Final = "result.json"
@@ -48,11 +49,17 @@ class Performer:
     """Performs commands; remembers only which model jobs it is running."""
 
     def __init__(
-        self, store: Store, artifacts: ArtifactStore, models: ModelEngine, effects: Effects, clock_ns: Callable[[], int]
+        self,
+        store: Store,
+        artifacts: ArtifactStore,
+        images: ImageStore,
+        models: ModelEngine,
+        effects: Effects,
+        clock_ns: Callable[[], int],
     ) -> None:
         self._store = store
         self._artifacts = artifacts
-        self._commands = CommandEngine(store, artifacts, clock_ns)
+        self._commands = CommandEngine(store, artifacts, images, clock_ns)
         self._models = models
         self._effects = effects
         self._clock_ns = clock_ns

@@ -31,6 +31,8 @@ from aether.orchestrator.artifacts.store import ArtifactStore
 from aether.orchestrator.engines.calls import LinkLostError, insist
 from aether.orchestrator.engines.model import ModelEngine
 from aether.orchestrator.engines.worker import retire
+from aether.orchestrator.images.store import ImageStore
+from aether.orchestrator.images.verbs import ImageVerbs
 from aether.orchestrator.jobs import machine
 from aether.orchestrator.jobs.desk import Desk
 from aether.orchestrator.metrics import JobMetrics
@@ -56,6 +58,7 @@ class Settings:
 
     artifacts: Path
     models: Path
+    images: Path
     cells_running_max: int = CELLS_RUNNING_MAX
 
 
@@ -69,7 +72,9 @@ class Aurora:
         self._artifacts = ArtifactStore(settings.artifacts, store)
         self._models = ModelEngine(settings.models, self._ready_link, self._metrics)
         effects = Effects(lambda: self._link, self._post, self._enqueue, self._take_outcome, self._disown)
-        self._performer = Performer(store, self._artifacts, self._models, effects, clock_ns)
+        self._images = ImageStore(settings.images, clock_ns)
+        self._performer = Performer(store, self._artifacts, self._images, self._models, effects, clock_ns)
+        self._image_verbs = ImageVerbs(self._images, self._artifacts, store)
         self._desk = Desk(store, self._scheduler, self._performer.perform, clock_ns, self._metrics)
         self._queries = Queries(store, self._artifacts, self._desk, self._models, clock_ns)
         self._link: Link | None = None
@@ -89,6 +94,7 @@ class Aurora:
         """Opens the store and takes up its open jobs; raises STATE_UNUSABLE."""
         await self._store.open()
         await asyncio.to_thread(self._artifacts.open)
+        await asyncio.to_thread(self._images.open)
         await self._desk.load()
         await self._models.start()
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
@@ -144,6 +150,7 @@ class Aurora:
             "metrics": (wire.Empty, self._exposition),
             "health": (wire.Empty, self._health),
             **self._queries.handlers(lambda: self._link),
+            **self._image_verbs.handlers(lambda: self._link),
         }
 
     def events(self) -> EventHandlers:

@@ -458,7 +458,7 @@ class World:
         self.store.revive()
         self.dead.clear()
         self.aurora = Aurora(
-            self.store, Settings(artifacts=self.tmp / "artifacts", models=self.tmp / "models"), lambda: CLOCK_NS
+            self.store, Settings(self.tmp / "artifacts", self.tmp / "models", self.tmp / "images"), lambda: CLOCK_NS
         )
         await self.aurora.start()
         await self.connect()

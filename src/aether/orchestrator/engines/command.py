@@ -17,6 +17,7 @@ import msgspec
 
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError, ErrorBody
+from aether.contract.images import DIFF_NAMES, LAYER_TYPE, LISTING_TYPE, CellDiff, CellDiffed
 from aether.contract.jobs import ArtifactRef, CommandInputs, CommandParams, JobRequest, parse_command
 from aether.contract.limits import KIB, OUTPUT_BYTES_MAX, OUTPUT_FILES_MAX
 from aether.contract.ports import Link
@@ -36,6 +37,8 @@ from aether.contract.wire import (
 )
 from aether.orchestrator.artifacts.store import ArtifactStore
 from aether.orchestrator.engines.calls import insist, send_fd, take_fd
+from aether.orchestrator.images.store import ImageStore
+from aether.orchestrator.images.verbs import check_images
 from aether.orchestrator.jobs import machine
 
 MANIFEST_NAME: Final = "artifacts.json"
@@ -58,9 +61,12 @@ class _Command:
 class CommandEngine:
     """Runs command jobs through the authority. Holds no state of its own."""
 
-    def __init__(self, store: Store, artifacts: ArtifactStore, clock_ns: Callable[[], int]) -> None:
+    def __init__(
+        self, store: Store, artifacts: ArtifactStore, images: ImageStore, clock_ns: Callable[[], int]
+    ) -> None:
         self._store = store
         self._artifacts = artifacts
+        self._images = images
         self._clock_ns = clock_ns
 
     async def launch(self, link: Link, row: JobRow, again: bool) -> machine.AnyEvent:
@@ -108,6 +114,8 @@ class CommandEngine:
         if kept is None or kept.request is None or row.grant is None:
             raise AetherError("INTERNAL", f"cannot run {row.job_id}: its request is not kept")
         params, inputs = parse_command(kept.request)
+        if params.images is not None:
+            check_images(self._images, (params.images.root, params.images.work), row.tenant_id)
         labels = set(row.labels)
         for file in inputs.files:
             info = await self._store.find_artifact(file.artifact, row.tenant_id)
@@ -127,13 +135,14 @@ class CommandEngine:
         self, link: Link, row: JobRow, command: _Command
     ) -> tuple[tuple[ArtifactRef, ...], ErrorBody | None]:
         """The declared outputs as artifacts, and what was wrong with some of them."""
+        diff = await self._take_diff(link, row, command)
         if not command.params.outputs:
-            return (), None
+            return diff, None
         grant, cell_id = _cell(row)
         body = CellCollect(grant=grant, cell_id=cell_id, globs=command.params.outputs)
         found = await insist(link, "cell.collect", body, CellFiles)
         refused = dict(found.refused)
-        refs: list[ArtifactRef] = []
+        refs = list(diff)
         room = OUTPUT_BYTES_MAX
         for number, file in enumerate(found.files):
             if number >= OUTPUT_FILES_MAX:
@@ -149,6 +158,27 @@ class CommandEngine:
             room -= ref.size_bytes
             refs.append(ref)
         return await self._bounded(row, command, tuple(refs)), _refusal(refused)
+
+    async def _take_diff(self, link: Link, row: JobRow, command: _Command) -> tuple[ArtifactRef, ...]:
+        """What the job changed in its image, if it is to be kept: the listing and the layer."""
+        if command.params.images is None or not command.params.images.keep_diff:
+            return ()
+        grant, cell_id = _cell(row)
+        found = await insist(link, "cell.diff", CellDiff(grant=grant, cell_id=cell_id), CellDiffed)
+        refs = []
+        for token, media_type in ((found.listing, LISTING_TYPE), (found.layer, LAYER_TYPE)):
+            fd = await take_fd(link, token)
+            try:
+                kept = await self._artifacts.ingest(fd)
+            finally:
+                os.close(fd)
+            refs.append(
+                ArtifactRef(
+                    name=DIFF_NAMES[media_type], digest=kept.digest, size_bytes=kept.size_bytes, media_type=media_type
+                )
+            )
+            await self._index(row, command, refs[-1])
+        return tuple(refs)
 
     async def _take(self, link: Link, row: JobRow, command: _Command, file: CellFile, room: int) -> ArtifactRef:
         grant, cell_id = _cell(row)
