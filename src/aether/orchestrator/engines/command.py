@@ -61,9 +61,7 @@ class _Command:
 class CommandEngine:
     """Runs command jobs through the authority. Holds no state of its own."""
 
-    def __init__(
-        self, store: Store, artifacts: ArtifactStore, images: ImageStore, clock_ns: Callable[[], int]
-    ) -> None:
+    def __init__(self, store: Store, artifacts: ArtifactStore, images: ImageStore, clock_ns: Callable[[], int]) -> None:
         self._store = store
         self._artifacts = artifacts
         self._images = images

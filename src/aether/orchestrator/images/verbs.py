@@ -84,5 +84,3 @@ def check_images(kept: ImageStore, digests: tuple[str | None, ...], tenant_id: s
     for digest in digests:
         if digest is not None and not kept.tree(kept.find(digest, tenant_id).digest).is_dir():
             raise AetherError("GONE", f"cannot use image {digest}: it is not unpacked here", "import it again")
-
-
