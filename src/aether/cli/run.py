@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from aether.cli import bounds
 from aether.cli.session import Session, command
 
 if TYPE_CHECKING:
     from aether.cli.follow import Follower
     from aether.client import Client
-    from aether.contract.cells import Limits
     from aether.contract.jobs import JobView
 
 _HELP = """Run a command in a cell.
@@ -26,6 +26,7 @@ Examples:
   aether run -- echo hello
   aether run --file main.py --output 'out/*.csv' --timeout 1m -- python3 main.py
   aether run --dir . --memory 1G --cpu 2 -- make test
+  aether run --cpu-weight 20 --sched idle --io-class idle -- python3 crunch.py
   aether run --require cell --require netns --detach -- sleep 60
 """
 
@@ -48,8 +49,16 @@ def _run(
     ] = None,
     output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where to put them.")] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
-    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory bound: 256M, 1G.")] = None,
-    cpu: Annotated[str | None, typer.Option(metavar="CPUS", help="CPUs: 0.5, 2.")] = None,
+    memory: bounds.Memory = None,
+    memory_high: bounds.MemoryHigh = None,
+    cpu: bounds.Cpu = None,
+    cpu_weight: bounds.CpuWeight = None,
+    cpus_allowed: bounds.CpusAllowed = None,
+    io_weight: bounds.IoWeight = None,
+    nice: bounds.Nice = None,
+    sched: bounds.SchedText = None,
+    io_class: bounds.IoClassText = None,
+    limit: bounds.Limit = None,
     timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Wall time: 10s, 5m.")] = None,
     pids: Annotated[int | None, typer.Option(metavar="N", help="Processes and threads.")] = None,
     env: Annotated[list[str] | None, typer.Option(metavar="K=V", help="K=V, for the command.")] = None,
@@ -64,7 +73,10 @@ def _run(
     from aether.cli.output import note, progress, show_error, show_json
     from aether.client.client import job_error
 
-    asked = _limits(memory, cpu, timeout, pids)
+    asked = bounds.to_limits(
+        memory=memory, memory_high=memory_high, cpu=cpu, cpu_weight=cpu_weight, cpus_allowed=cpus_allowed,
+        io_weight=io_weight, timeout=timeout, pids=pids, nice=nice, sched=sched, io_class=io_class, more=limit,
+    )  # fmt: skip
     with session.client() as client:
         ensure_instance(session, client)
         with progress("submitting the job"):
@@ -118,22 +130,6 @@ def _attend(client: Client, job: JobView, *, quiet: bool) -> JobView:
     if follower is not None:
         follower.finish(timeout_s=30.0)
     return job
-
-
-def _limits(memory: str | None, cpu: str | None, timeout: str | None, pids: int | None) -> Limits:
-    from aether.cli import parse
-    from aether.contract.cells import Limits
-
-    asked: dict[str, Any] = {}
-    if memory is not None:
-        asked["memory_bytes"] = parse.size_bytes(memory)
-    if cpu is not None:
-        asked["cpu_millis"] = parse.cpu_millis(cpu)
-    if timeout is not None:
-        asked["timeout_ms"] = parse.duration_ms(timeout)
-    if pids is not None:
-        asked["pids"] = pids
-    return Limits(**asked)
 
 
 def _files(specs: list[str]) -> dict[str, str]:
