@@ -89,9 +89,7 @@ def _sender(event: layout.Event) -> dict[str, Any]:
 def trace_document(trace: layout.Trace, arch: str, duration_ms: int, epoch_us: int) -> bytes:
     """The JSON of `trace.json`: calls by count, the last ones in order. Addresses and numbers of arguments are hex."""
     known = names(arch)
-    counted = sorted(
-        ((count, number) for number, count in enumerate(trace.counts) if count), key=lambda c: (-c[0], c[1])
-    )
+    counted = sorted((-count, number) for number, count in enumerate(trace.counts) if count)
     calls = [{"number": number, "name": known.get(number, _OTHER), "count": -count} for count, number in counted]
     last = [
         {

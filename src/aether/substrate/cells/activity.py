@@ -101,9 +101,11 @@ def _page(fd: int, cursor: int) -> Page:
     end = whole.rfind(b"\n") + 1
     if end == 0 and hole >= 0:  # the head's last line was cut by the hole
         return _behind_hole(fd, cursor + hole)
-    lines = whole[:end]
-    last = lines[lines.rfind(b"\n", 0, -1) + 1 :]
-    return Page(lines, cursor + end, _ENDED in last)
+    # Within a string the quotes would be escaped, so this is the line that it looks like.
+    ended = whole.find(_ENDED, 0, end)
+    if ended >= 0:
+        end = whole.find(b"\n", ended) + 1
+    return Page(whole[:end], cursor + end, ended >= 0)
 
 
 def _behind_hole(fd: int, cursor: int) -> Page:
