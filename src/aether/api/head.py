@@ -24,7 +24,7 @@ _MEDIA_TYPE: Final = re.compile(
 _TAKEN: Final = frozenset(
     {
         b"authorization", b"x-request-id", b"traceparent", b"idempotency-key", b"content-type", b"content-length",
-        b"content-encoding", b"transfer-encoding", b"expect",
+        b"content-encoding", b"transfer-encoding", b"expect", b"upgrade",
     }
 )  # fmt: skip
 
@@ -49,6 +49,11 @@ class Head:
     def has_body(self) -> bool:
         """Whether body bytes may follow."""
         return b"transfer-encoding" in self.values or self.values.get(b"content-length", b"0") != b"0"
+
+    @property
+    def upgrade(self) -> str:
+        """The protocol that the client would speak instead (RFC 9110, 7.8); empty when it asked for none."""
+        return self.values.get(b"upgrade", b"").decode("latin-1").lower()
 
     @property
     def expects_continue(self) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -35,11 +36,12 @@ from aether.api.operations import OPERATIONS
 from aether.api.params import parse_query
 from aether.api.router import Router
 from aether.contract import limits
-from aether.contract.calls import Caller, FileReply, RawReply, Reply, SubmittedJob, UploadCall
+from aether.contract.calls import Caller, FileReply, RawReply, Reply, SubmittedJob
+from aether.contract.cellcalls import STREAM_PROTOCOL, UpgradeReply
 from aether.contract.errors import AetherError
 from aether.contract.jobs import TERMINAL
 
-Handler = Callable[[Caller, Any], Awaitable[Reply]]
+Handler = Callable[[Caller, Any], Awaitable[Reply | UpgradeReply]]
 Scope = Mapping[str, Any]
 
 CONNECTION_EXTENSION: Final = "aether.connection"
@@ -59,6 +61,8 @@ class Connection(Protocol):
     peer: Peer
     lost: bool
     reader: asyncio.Task[Any] | None
+    take_over: Callable[[], int | None] | None
+    """Hands out the socket; set once a request asked to leave HTTP and nothing else is under way."""
 
 
 class HttpApp:
@@ -122,9 +126,14 @@ class HttpApp:
             request = await self._request(operation, fields, exchange, uid)
             if operation.effect == "read":
                 connection.reader = asyncio.current_task()
+            if operation.streaming == "both":
+                _require_upgrade(exchange.head, connection)
             try:
                 reply = await self._handlers[operation.name](caller, request)
-                await exchange.send_reply(operation, reply, head_only=method == "HEAD")
+                if isinstance(reply, UpgradeReply):
+                    await upgrade(reply, connection, exchange.head.request_id)
+                else:
+                    await exchange.send_reply(operation, reply, head_only=method == "HEAD")
             finally:
                 connection.reader = None
         finally:
@@ -138,7 +147,8 @@ class HttpApp:
         if operation.body == "none":
             return operation.request(**fields)
         if operation.body == "raw":
-            return await self._upload(exchange, uid)
+            fd, size = await self._upload(exchange, uid)
+            return operation.request(fd=fd, size_bytes=size, media_type=heads.raw_media_type(exchange.head), **fields)
         if operation.body == "optional_json" and not exchange.head.has_body:
             return operation.request(**fields)
         heads.require_json(exchange.head)
@@ -155,8 +165,9 @@ class HttpApp:
             fields.update({name: getattr(decoded, name) for name in decoded.__struct_fields__})
         return operation.request(**fields)
 
-    async def _upload(self, exchange: _Exchange, uid: int) -> UploadCall:
-        media_type = heads.raw_media_type(exchange.head)
+    async def _upload(self, exchange: _Exchange, uid: int) -> tuple[int, int]:
+        """The body as an unlinked file, and its size."""
+        heads.raw_media_type(exchange.head)
         if self._uploading[uid] >= UPLOADS_PER_UID_MAX or self._uploading.total() >= UPLOADS_MAX:
             raise AetherError("BUSY", "cannot take the upload: too many are in progress", retry_after_s=1)
         self._uploading[uid] += 1
@@ -167,7 +178,7 @@ class HttpApp:
             if not self._uploading[uid]:
                 del self._uploading[uid]
         exchange.body_read = True
-        return UploadCall(fd=fd, size_bytes=size, media_type=media_type)
+        return fd, size
 
 
 class _Exchange:
@@ -237,6 +248,34 @@ class _Exchange:
     def _must_close(self) -> bool:
         # What is left of a body that nobody read would be taken for the next request's, or drained for nothing.
         return not self.body_read and self.head.has_body
+
+
+def _require_upgrade(head: Head, connection: Connection) -> None:
+    if head.upgrade != STREAM_PROTOCOL or connection.take_over is None:
+        raise AetherError(
+            "BAD_REQUEST",
+            "cannot attach: the request does not upgrade the connection",
+            f"send `Connection: Upgrade` and `Upgrade: {STREAM_PROTOCOL}`, and nothing more before the answer",
+        )
+
+
+async def upgrade(reply: UpgradeReply, connection: Connection, request_id: str) -> None:
+    """Answers 101 and gives the socket to `reply.run`, which closes it. Not sent through ASGI: it has no such answer.
+
+    The socket takes so short a head whole: nothing was written to it that is not sent.
+    """
+    taken = connection.take_over() if connection.take_over is not None and not connection.lost else None
+    if taken is None:
+        reply.refuse()
+        raise bodies.ClientGoneError
+    head = f"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {reply.protocol}\r\n"
+    try:
+        os.write(taken, f"{head}X-Request-Id: {request_id}\r\n\r\n".encode("ascii"))
+    except OSError as error:
+        os.close(taken)
+        reply.refuse()
+        raise bodies.ClientGoneError from error
+    await reply.run(taken)
 
 
 def _caller(head: Head, peer: Peer) -> Caller:

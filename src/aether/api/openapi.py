@@ -15,8 +15,9 @@ import msgspec
 from aether.api import params
 from aether.api.operation import ErrorReply, Operation
 from aether.api.operations import OPERATIONS
-from aether.contract import limits
+from aether.contract import cellnames, limits
 from aether.contract.calls import FileReply, RawReply, StreamReply
+from aether.contract.cellcalls import UpgradeReply
 from aether.contract.cells import Requirement
 from aether.contract.errors import KINDS
 from aether.contract.jobs import SCHEMA_VERSION, CommandInputs, CommandParams, JobRequest
@@ -24,9 +25,9 @@ from aether.contract.modelwire import EncodeInputs, PlainParams, PredictInputs, 
 
 JsonObject = dict[str, Any]
 _REF: Final = "#/components/schemas/{name}"
-_ARGUMENT_SCHEMAS: Final = {"job_id": params.JOB_ID_SCHEMA, "digest": params.DIGEST_SCHEMA}
-_PART: Final = r"(?!\.{1,2}(/|$))[^\u0000-\u001f\u007f/]{1,255}"
-_RELATIVE_PATH: Final = rf"^{_PART}(/{_PART})*$"
+_ARGUMENT_SCHEMAS: Final = {"job_id": params.JOB_ID_SCHEMA, "digest": params.DIGEST_SCHEMA, "cell": params.CELL_SCHEMA}
+SIGNAL_MAX: Final = 64
+_RELATIVE_PATH: Final = params.RELATIVE_PATH
 _CWD: Final = r"^/work(/(?!\.{1,2}(/|$))[^/\u0000]+)*$"
 _MODEL_TYPES: Final = {
     "predict_next_state": ("PredictParams", "PredictInputs"),
@@ -118,13 +119,13 @@ def _parameters(operation: Operation) -> list[JsonObject]:
         {"name": p.name, "in": "query", "required": False, "schema": dict(p.schema), "description": p.summary}
         for p in operation.query
     ]
-    if operation.name == "job.submit":
+    if not operation.idempotent:
         found.append(
             {
                 "name": "Idempotency-Key",
                 "in": "header",
                 "required": False,
-                "description": f"The same key within {limits.IDEMPOTENCY_WINDOW_S} s names the same job.",
+                "description": f"The same key within {limits.IDEMPOTENCY_WINDOW_S} s names the same call.",
                 "schema": {"type": "string", "pattern": rf"^[!-~]{{1,{limits.IDEMPOTENCY_KEY_CHARS_MAX}}}$"},
             }
         )
@@ -134,14 +135,14 @@ def _parameters(operation: Operation) -> list[JsonObject]:
 def _successes(operation: Operation) -> JsonObject:
     if operation.reply is StreamReply or operation.media_type == "text/plain":
         schema: JsonObject = {"type": "string"}
-    elif operation.reply is FileReply:
+    elif operation.reply in (FileReply, UpgradeReply):
         schema = {"type": "string", "format": "binary"}
     elif operation.reply is RawReply:
         schema = {}
     else:
         schema = {"$ref": _REF.format(name=operation.reply.__name__)}
     # A log's media type is the executable's business; an artifact's is what it was stored with.
-    media_type = "*/*" if operation.reply in (StreamReply, FileReply) else operation.media_type
+    media_type = "*/*" if operation.reply in (StreamReply, FileReply, UpgradeReply) else operation.media_type
     answer = {
         "description": operation.summary,
         "headers": {"X-Request-Id": {"schema": {"type": "string"}, "description": "Names this call in the log."}},
@@ -191,6 +192,7 @@ def _schemas() -> JsonObject:
     _, components = msgspec.json.schema_components(list(dict.fromkeys(types)), ref_template=_REF)
     schemas: JsonObject = dict(components)
     _refine_command(schemas)
+    _refine_cells(schemas)
     schemas["JobRequest"] = _job_request()
     schemas["StopBody"]["properties"]["grace_ms"].update(minimum=0, maximum=limits.STOP_GRACE_MS_MAX)
     schemas["ErrorBody"]["properties"]["code"]["enum"] = sorted(KINDS)
@@ -240,6 +242,34 @@ def _refine_command(schemas: Mapping[str, Any]) -> None:
         schemas["Limits"]["properties"][name].update(minimum=low, maximum=high)
     for name in ("PredictParams", "PlainParams"):
         schemas[name]["properties"]["model"].update(minLength=1, maxLength=128)
+
+
+def _refine_cells(schemas: Mapping[str, Any]) -> None:
+    """The rules of `contract.allocations.check_request`, and the bounds of what is said to an executable."""
+    cell = schemas["CellRequest"]["properties"]
+    cell["name"].update(pattern=cellnames.NAME_PATTERN)
+    cell["require"]["items"] = {"type": "string", "enum": sorted(Requirement.__args__)}  # type: ignore[attr-defined]
+    cell["labels"].update(items={"type": "string", "pattern": limits.LABEL_PATTERN}, maxItems=limits.LABELS_MAX)
+    for name in ("CellRequest", "ResizeBody"):
+        for way in schemas[name]["properties"]["idle_timeout_ms"]["anyOf"]:
+            if way["type"] == "integer":
+                way.update(minimum=limits.CELL_IDLE_MS_MIN, maximum=limits.TIMEOUT_MS_MAX)
+    command = schemas["CommandParams"]["properties"]
+    _text_or_null(command["cell"], cellnames.NAME_PATTERN)
+    _text_or_null(command["executable"], f"^{cellnames.LABEL}$")
+    alone = {"executable": {"type": "null"}, "stdio": {"const": "logs"}}
+    schemas["CommandParams"]["if"] = {"properties": {"cell": {"type": "null"}}}
+    schemas["CommandParams"]["then"] = {"properties": alone}
+    schemas["FreeBody"]["properties"]["grace_ms"].update(minimum=0, maximum=limits.STOP_GRACE_MS_MAX)
+    schemas["SignalBody"]["properties"]["signal"].update(minimum=1, maximum=SIGNAL_MAX)
+    for name in ("rows", "columns"):
+        schemas["WindowBody"]["properties"][name].update(minimum=1, maximum=limits.TERMINAL_SIZE_MAX)
+
+
+def _text_or_null(schema: JsonObject, pattern: str) -> None:
+    for way in schema["anyOf"]:
+        if way["type"] == "string":
+            way.update(pattern=pattern)
 
 
 def _job_request() -> JsonObject:

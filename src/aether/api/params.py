@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
-from aether.contract import allocations, ids, limits
+from aether.contract import cellnames, ids, limits
 from aether.contract.errors import AetherError
 from aether.contract.jobs import JobState, check_relative_path
 
@@ -103,12 +103,15 @@ def parse_job(text: str) -> str:
 
 def parse_cell(text: str) -> str:
     """A cell's id or name, its labels separated by `:` or `/`."""
-    return allocations.reference(text)
+    return cellnames.reference(text)
 
 
 def parse_file(text: str) -> str:
     """A plain relative path below the work directory."""
-    check_relative_path(text, "file")
+    try:
+        check_relative_path(text, "file")
+    except AetherError as error:
+        raise _refuse("path", text, "not a plain relative path") from error
     return text
 
 
@@ -181,7 +184,7 @@ OFFSET: Final = Param(
     parse_offset,
     "Start at this byte of the output.",
 )
-CELL_SCHEMA: Final = {"type": "string", "pattern": allocations.PATH_NAME_PATTERN}
+CELL_SCHEMA: Final = {"type": "string", "pattern": cellnames.PATH_NAME_PATTERN}
 WITHIN: Final = Param("within", "within", CELL_SCHEMA, parse_cell, "Only this cell and those in it.")
 START: Final = Param(
     "start",
@@ -190,9 +193,18 @@ START: Final = Param(
     parse_offset,
     "Begin at this index of the log: the previous page's `next_index`.",
 )
-_PATH_SCHEMA: Final = {"type": "string", "maxLength": limits.PATH_BYTES_MAX}
-FILE: Final = Param("path", "path", _PATH_SCHEMA, parse_file, "A file below the work directory.")
-DIRECTORY: Final = Param("path", "path", _PATH_SCHEMA, parse_directory, "A directory below the work directory.")
+_PART: Final = r"(?!\.{1,2}(/|$))[^\u0000-\u001f\u007f/]{1,255}"
+RELATIVE_PATH: Final = rf"^{_PART}(/{_PART})*$"
+FILE: Final = Param(
+    "path", "path", {"type": "string", "pattern": RELATIVE_PATH}, parse_file, "A file below the work directory."
+)
+DIRECTORY: Final = Param(
+    "path",
+    "path",
+    {"type": "string", "pattern": rf"^({_PART}(/{_PART})*)?$", "default": ""},
+    parse_directory,
+    "A directory below the work directory.",
+)
 EXECUTABLE: Final = Param(
     "executable",
     "executable",

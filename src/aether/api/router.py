@@ -1,6 +1,7 @@
 """From method and path to a row of the operations table; precompiled, pure.
 
-Static paths are one dictionary look-up; paths with an argument are matched by their prefix and suffix.
+Static paths are one dictionary look-up; paths with an argument are matched by their prefix and suffix, also where a
+static path has the name but not the method (a cell may be called `explain`).
 HEAD is answered wherever GET is; OPTIONS answers 204 with Allow. The path is compared as the server decoded it,
 so an encoded slash never reaches an argument.
 """
@@ -11,13 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from aether.api.operation import Operation
-from aether.contract import allocations, ids
+from aether.contract import cellnames, ids
 from aether.contract.errors import AetherError
 
 _ARGUMENTS = {
     "job_id": lambda text: ids.parse(ids.JOB, text),
     "digest": ids.parse_digest,
-    "cell": allocations.reference,
+    "cell": cellnames.reference,
 }
 
 
@@ -55,9 +56,8 @@ class Router:
         methods = self._static.get(path)
         if methods is not None:
             operation = methods.get(method) or (methods.get("GET") if method == "HEAD" else None)
-            if operation is None:
-                raise _not_allowed(method, path, methods)
-            return operation, {}
+            if operation is not None:
+                return operation, {}
         for pattern in self._patterns:
             text = pattern.value(path)
             if text is not None:
@@ -65,6 +65,8 @@ class Router:
                 if operation is None:
                     raise _not_allowed(method, path, pattern.methods)
                 return operation, {pattern.argument: _ARGUMENTS[pattern.argument](text)}
+        if methods is not None:
+            raise _not_allowed(method, path, methods)
         raise AetherError("NO_SUCH_ROUTE", f"cannot find {path[:120]!r}: no operation has this path")
 
     def is_extra(self, method: str, path: str) -> bool:

@@ -64,6 +64,7 @@ class ConnectionInfo:
     peer: Peer
     lost: bool = False
     reader: asyncio.Task[Any] | None = None
+    take_over: Callable[[], int | None] | None = None
 
 
 @dataclass(slots=True)
@@ -133,10 +134,12 @@ class PeerProtocol(HttpToolsProtocol):
         in_head = self.stage == "head"
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # No protocol but HTTP/1.1 is spoken here: the request is answered, what follows it is not read.
+        except httptools.HttpParserUpgrade as upgrade:
+            # The request is answered, by taking the connection over or as any other; what follows is not read here.
             self.cycle.keep_alive = False
             self.flow.pause_reading()
+            if upgrade.args[0] == len(data) and not self.pipeline:
+                self.info.take_over = self._take_over
             return
         except httptools.HttpParserError as error:
             self.shared.malformed += 1
@@ -150,6 +153,17 @@ class PeerProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._head_bytes > limits.HTTP_HEADER_BYTES_MAX:
                 self.refuse(_head_too_large())
+
+    def _take_over(self) -> int | None:
+        """The socket as a descriptor of the caller's, while this side forgets it; None when answers are unsent.
+
+        Closing our descriptor leaves the connection open, for the duplicate refers to the same socket (dup(2)).
+        """
+        if self.transport.is_closing() or self.transport.get_write_buffer_size() > 0:
+            return None
+        taken = os.dup(self.transport.get_extra_info("socket").fileno())
+        self.transport.abort()
+        return taken
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= PIPELINE_MAX:

@@ -1,30 +1,21 @@
 """Allocated cells: named cells that outlive their executables; what is asked, shown and answered about them.
 
-A name is `/`-separated labels, the way from the outermost cell inwards: `agent` or `agent/worker-1`. Every
-ancestor exists and belongs to the same tenant; a tenant's live cells have different names. A label is that of a
-host name (RFC 1123): letters, digits and inner hyphens, at most 63. It holds no underscore, so neither an id
-(`cell_...`) nor the `_` leaf of a cgroup is ever mistaken for a name. In a URL, where `/` separates paths, the
-labels are separated by `:`.
+Every ancestor of a cell, by its name (`contract.cellnames`), exists and belongs to the same tenant; a tenant's live
+cells have different names.
 """
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import msgspec
 
-from aether.contract import ids, limits
+from aether.contract import limits
+from aether.contract.cellnames import check_name
 from aether.contract.cells import Limits, Usage
 from aether.contract.errors import AetherError
 from aether.contract.jobs import check_bounds, check_labels, check_require
-
-LABEL: Final = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
-NAME_PATTERN: Final = rf"^{LABEL}(/{LABEL}){{0,{limits.CELL_DEPTH_MAX - 1}}}$"
-PATH_NAME_PATTERN: Final = rf"^(cell_[0-9a-f-]{{36}}|{LABEL}(:{LABEL}){{0,{limits.CELL_DEPTH_MAX - 1}}})$"
-_NAME: Final = re.compile(NAME_PATTERN, re.ASCII)
-_EXECUTABLE: Final = re.compile(f"^{LABEL}$", re.ASCII)
 
 
 class CellState(StrEnum):
@@ -158,49 +149,6 @@ class FileKept(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     size_bytes: int
     digest: str
-
-
-def check_name(text: str) -> str:
-    """`text` as a cell's name; raises AetherError BAD_FIELD."""
-    if len(text) > limits.CELL_NAME_CHARS_MAX or _NAME.fullmatch(text) is None:
-        raise AetherError(
-            "BAD_FIELD",
-            f"cannot name a cell {text[:80]!r}: a name is labels of letters, digits and inner hyphens, joined by /",
-            f"use at most {limits.CELL_DEPTH_MAX} labels of at most 63 characters",
-        )
-    return text
-
-
-def check_executable(text: str) -> str:
-    """`text` as the name of an executable, one label; raises AetherError BAD_FIELD."""
-    if _EXECUTABLE.fullmatch(text) is None:
-        raise AetherError("BAD_FIELD", f"cannot name an executable {text[:80]!r}: use letters, digits, inner hyphens")
-    return text
-
-
-def parent_of(name: str) -> str | None:
-    """The name of the cell around it; None for an outermost one."""
-    return name.rpartition("/")[0] or None
-
-
-def is_within(name: str, ancestor: str) -> bool:
-    """Whether `name` is `ancestor` or lies in it."""
-    return name == ancestor or name.startswith(ancestor + "/")
-
-
-def reference(text: str) -> str:
-    """A cell's id, or a name in either spelling, as the authority understands it; raises BAD_ID."""
-    if text.startswith(f"{ids.CELL}_"):
-        return ids.parse(ids.CELL, text)
-    name = text.replace(":", "/")
-    if len(name) > limits.CELL_NAME_CHARS_MAX or _NAME.fullmatch(name) is None:
-        raise AetherError("BAD_ID", f"cannot read {text[:80]!r}: neither a cell id nor the name of a cell")
-    return name
-
-
-def in_path(text: str) -> str:
-    """An id or name as it stands in a URL."""
-    return text.replace("/", ":")
 
 
 def check_request(request: CellRequest) -> None:

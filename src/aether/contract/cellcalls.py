@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 
 from aether.contract import limits
 from aether.contract.allocations import CellRequest
 from aether.contract.cells import Limits
+
+STREAM_PROTOCOL: Final = "aether-stream"
+"""What an attached connection speaks once it was upgraded: bytes, as they are."""
 
 
 class AllocateCall(msgspec.Struct, frozen=True, kw_only=True):

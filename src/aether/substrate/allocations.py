@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from aether.contract.allocations import CellState, is_within, parent_of
+from aether.contract.allocations import CellState
+from aether.contract.cellnames import is_within, parent_of
 from aether.contract.clock import epoch_ns
 from aether.contract.records import Record
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from aether.contract.allocations import CellEvent, CellExecutable, CellRequest, CellView, parent_of
+from aether.contract.allocations import CellEvent, CellExecutable, CellRequest, CellView
 from aether.contract.calls import Caller
+from aether.contract.cellnames import parent_of
 from aether.contract.cells import Usage
 from aether.contract.errors import ErrorBody
 from aether.contract.jobs import JobState

@@ -25,8 +25,6 @@ from aether.contract.allocations import (
     CellView,
     check_idle,
     check_request,
-    is_within,
-    parent_of,
     specification,
 )
 from aether.contract.calls import Caller
@@ -39,6 +37,7 @@ from aether.contract.cellcalls import (
     ListCellsCall,
     ResizeCall,
 )
+from aether.contract.cellnames import is_within, parent_of
 from aether.contract.cells import CellSpec, Limits, Usage
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
@@ -274,10 +273,9 @@ class CellHouse:
         for outer in cells.around(cell):
             if outer.frozen:
                 raise AetherError("CELL_FROZEN", f"cannot start an executable in cell {name}: {outer.name} is frozen")
-        if executable is not None:
-            allocations.check_executable(executable)
-            if any(job.intent.detail.get("executable") == executable for job in self.guests(cell)):
-                raise AetherError("NAME_TAKEN", f"cannot start {executable}: cell {name} has one of that name")
+        taken = {job.intent.detail.get("executable") for job in self.guests(cell)} - {None}
+        if executable in taken:
+            raise AetherError("NAME_TAKEN", f"cannot start {executable}: cell {name} has one of that name")
         return cell, self.request_of(cell).limits
 
     # ---- in step with the spawner

@@ -18,7 +18,7 @@ from typing import Final
 from aether.contract import ids, limits
 from aether.contract.calls import Caller
 from aether.contract.canonical import canonical, digest_bytes
-from aether.contract.cellcalls import AttachCall, SignalCall, UpgradeReply, WindowCall
+from aether.contract.cellcalls import STREAM_PROTOCOL, AttachCall, SignalCall, UpgradeReply, WindowCall
 from aether.contract.errors import AetherError
 from aether.contract.jobs import JobView, Stdio
 from aether.contract.records import RecordType
@@ -33,7 +33,6 @@ from aether.substrate.ledger import OpenJob
 from aether.substrate.reading import Reading
 from aether.substrate.views import queued_view
 
-PROTOCOL: Final = "aether-stream"
 START_WAIT_S: Final = 15.0
 _POLL_S: Final = 0.01
 _CHUNK_BYTES: Final = 64 * 1024
@@ -111,7 +110,7 @@ class Talking:
             os.close(fd)
             self._attached.discard(call.job_id)
 
-        return UpgradeReply(PROTOCOL, run, refuse)
+        return UpgradeReply(STREAM_PROTOCOL, run, refuse)
 
     async def _running(
         self, caller: Caller, operation: str, job_id: str, wait_s: float = 0.0

@@ -38,6 +38,7 @@ from aether.contract.jobs import (
 )
 from aether.contract.modelwire import EncodeInputs, PlainParams, PredictInputs, PredictParams, ScoreInputs
 from aether.contract.records import InclusionProof, Receipt, ReceiptEntry
+from tests.unit.api.fake_cells import FakeCells
 
 NOW = "2026-09-21T13:33:20.123456Z"
 DIGEST = "sha256:" + "0" * 64
@@ -98,6 +99,8 @@ class FakeService:
             "cell.explain": self.explain,
             "node.doctor": self.doctor,
         }
+        self.cells = FakeCells(self._job)
+        self.handlers |= self.cells.handlers
 
     def _note(self, caller: calls.Caller) -> None:
         self.callers.append(caller)

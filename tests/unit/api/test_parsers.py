@@ -79,19 +79,19 @@ def test_router_is_total(path: str, method: str) -> None:
             assert error.code in ("NO_SUCH_ROUTE", "METHOD_NOT_ALLOWED", "BAD_ID")
         else:
             assert method in (operation.method, "HEAD")
-            assert set(fields) <= {"job_id", "digest"}
+            assert set(fields) <= {"job_id", "digest", "cell"}
 
 
 def test_router_finds_every_operation() -> None:
     digest = "sha256:" + "0" * 64
     for operation in OPERATIONS:
         for path in (operation.path, *operation.aliases):
-            asked = path.replace("{job_id}", JOB).replace("{digest}", digest)
+            asked = path.replace("{job_id}", JOB).replace("{digest}", digest).replace("{cell}", "a:b")
             found, fields = ROUTER.find(operation.method, asked)
             assert found is operation
-            assert list(fields.values()) == (
-                [JOB] if "job" in str(operation.path_argument) else [digest][: len(fields)]
-            )
+            values = {"job_id": JOB, "digest": digest, "cell": "a/b"}
+            assert fields == {name: values[name] for name in fields}
+            assert set(fields) == {operation.path_argument} - {None}
             assert operation.method in ROUTER.allowed(asked)
 
 
