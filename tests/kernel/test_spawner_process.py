@@ -32,6 +32,7 @@ from aether.contract.errors import AetherError
 from aether.substrate.cells.drivers.native import NativeDriver
 from aether.substrate.cells.drivers.port import Adopted, Handle, Order, Started
 from aether.substrate.cells.logs import JobLogs
+from tests.support.machine import SLOW
 
 ORDINARY = 64_999
 SYSTEM_PYTHON = "/usr/bin/python3"
@@ -187,7 +188,7 @@ def test_kill_takes_the_whole_tree(spawner: Spawner) -> None:
         stubborn = f"trap '' TERM HUP INT; while :; do sleep 1; done; : {marker}"
         script = f'(setsid sh -c "{stubborn}" &); (setsid setsid sh -c "{stubborn}" & ); {stubborn}'
         started = await launch(driver, script)
-        for _ in range(200):
+        for _ in range(200 * SLOW):
             if len(processes(marker)) >= 3:
                 break
             await asyncio.sleep(0.02)
@@ -311,7 +312,7 @@ def test_flood_is_bounded_and_others_are_unharmed(spawner: Spawner) -> None:
 
 def test_logs_are_followed_while_they_are_written(spawner: Spawner) -> None:
     async def step(driver: NativeDriver) -> None:
-        started = await launch(driver, "for i in 1 2 3; do echo $i; sleep 0.2; done; echo done >&2")
+        started = await launch(driver, f"for i in 1 2 3; do echo $i; sleep {0.2 * SLOW}; done; echo done >&2")
         logs = JobLogs(spawner.state / "logs/jobs")
         chunks = [c async for c in logs.read(str(started.handle), started.exec_id, "all", 0, True)]
         assert b"".join(chunks) == b"1\n2\n3\ndone\n" and len(chunks) >= 3
@@ -369,7 +370,7 @@ def test_reconnect_finds_the_exits_that_were_missed(spawner: Spawner) -> None:
         handles.append(await launch(driver, "sleep 60"))
 
     with_driver(spawner, first)
-    time.sleep(0.6)
+    time.sleep(0.6 * SLOW)
 
     async def second(driver: NativeDriver) -> None:
         told: list[ExecEnd] = []

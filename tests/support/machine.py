@@ -6,6 +6,9 @@ import contextlib
 import os
 from pathlib import Path
 
+SLOW = 5 if "AETHER_GUEST" in os.environ else 1
+"""What a wait is multiplied with in the emulated guest of `make test-v2`."""
+
 
 def children(pid: int) -> list[int]:
     """Child pids of `pid` (proc(5)); empty when it is gone."""
