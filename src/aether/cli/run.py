@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aether.cli import bounds
+from aether.cli import bounds, network
 from aether.cli.session import Session, command
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ Examples:
   aether run --file main.py --output 'out/*.csv' --timeout 1m -- python3 main.py
   aether run --dir . --memory 1G --cpu 2 -- make test
   aether run --cpu-weight 20 --sched idle --io-class idle -- python3 crunch.py
+  aether run --python --import numpy --file main.py -- main.py --steps 10
+  aether run --allow pypi.org:443 --allow files.pythonhosted.org:443 -- pip install rich
   aether run --require cell --require netns --detach -- sleep 60
 """
 
@@ -61,18 +63,31 @@ def _run(
     limit: bounds.Limit = None,
     timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Wall time: 10s, 5m.")] = None,
     pids: Annotated[int | None, typer.Option(metavar="N", help="Processes and threads.")] = None,
+    python: Annotated[
+        bool, typer.Option("--python", help="CMD is a script, -c CODE or -m MODULE for a Python started ahead.")
+    ] = False,
+    imports: Annotated[
+        list[str] | None, typer.Option("--import", metavar="MODULE", help="With --python: has this module loaded.")
+    ] = None,
     env: Annotated[list[str] | None, typer.Option(metavar="K=V", help="K=V, for the command.")] = None,
     require: Annotated[
         list[str] | None, typer.Option(metavar="LEVEL", help="Refuse to start without this level.")
     ] = None,
     label: Annotated[list[str] | None, typer.Option(metavar="LABEL", help="A data-flow label.")] = None,
+    allow: network.Allow = None,
+    credential: network.Credentials = None,
+    intercept: network.Intercept = False,
+    learn: network.Learn = False,
     detach: Annotated[bool, typer.Option("--detach", help="Print the job id and leave.")] = False,
 ) -> int:
     from aether.cli.download import save_outputs
     from aether.cli.follow import ended_by_itself, exit_code
     from aether.cli.output import note, progress, show_error, show_json
     from aether.client.client import job_error
+    from aether.contract.cells import Interpreter
 
+    if imports and not python:
+        raise typer.BadParameter("it goes with --python", param_hint="--import")
     asked = bounds.to_limits(
         memory=memory, memory_high=memory_high, cpu=cpu, cpu_weight=cpu_weight, cpus_allowed=cpus_allowed,
         io_weight=io_weight, timeout=timeout, pids=pids, nice=nice, sched=sched, io_class=io_class, more=limit,
@@ -89,6 +104,8 @@ def _run(
                 limits=asked,
                 require=require or [],
                 labels=label or [],
+                network=network.network_of(allow, credential, intercept, learn),
+                python=Interpreter(imports=tuple(imports or ())) if python else None,
                 wait=False,
             )
         if detach:

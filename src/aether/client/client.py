@@ -30,9 +30,11 @@ from aether.client.inputs import gather
 from aether.client.transport import Call, Transport
 from aether.contract import calls, ids, limits, wire
 from aether.contract.activity import ActivityEvent, Trace
-from aether.contract.cells import InputFile, Limits
+from aether.contract.cells import InputFile, Interpreter, Limits
+from aether.contract.egresswire import EgressPage
 from aether.contract.errors import AetherError
 from aether.contract.jobs import TERMINAL, CommandInputs, CommandParams, JobRequest, JobState, JobView
+from aether.contract.network import Network
 from aether.contract.paths import Layout, state_dir
 from aether.contract.records import Receipt
 
@@ -104,10 +106,12 @@ class Client:
         limits: Limits | None = None,
         require: Sequence[str] = (),
         labels: Sequence[str] = (),
+        python: Interpreter | None = None,
+        network: Network | None = None,
         wait: bool = True,
     ) -> JobView:
         """Runs a command in a cell. `files` maps paths in the work directory to files here; `directory` is
-        copied into it whole. Returns the terminal job, or with `wait=False` the accepted one."""
+        copied into it whole; with `python` the command is a script, `-c CODE` or `-m MODULE`. Returns the terminal job, or with `wait=False` the accepted one."""
         inputs = CommandInputs(files=tuple(self.upload(files or {}, directory)))
         params = CommandParams(
             argv=tuple(argv),
@@ -116,6 +120,8 @@ class Client:
             limits=limits or Limits(),
             outputs=tuple(outputs),
             require=tuple(require),
+            python=python,
+            network=network,
         )
         request = JobRequest(
             kind="command",
@@ -203,6 +209,11 @@ class Client:
         with self._transport.open(call) as response:
             while chunk := _read1(response):
                 yield chunk
+
+    def egress(self, job_id: str, *, cursor: int = 0, limit: int = limits.PAGE_ITEMS_DEFAULT) -> EgressPage:
+        """What the job reached or tried to reach, newest first; `cursor` is the previous page's `next_cursor`."""
+        query = [("cursor", str(cursor)), ("limit", str(limit))]
+        return self._json("job.egress", EgressPage, job_id, query=query)
 
     def activity(self, job_id: str, *, follow: bool = False, cursor: int = 0) -> Iterator[tuple[ActivityEvent, int]]:
         """What the processes of the job's cell did, and the cursor behind each event; with `follow` until it ends."""

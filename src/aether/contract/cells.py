@@ -107,6 +107,12 @@ class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return self.root if self.writable else self.work
 
 
+class Interpreter(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Run `argv` by this installation's Python, started ahead where it can be; `imports` are modules it has loaded."""
+
+    imports: tuple[str, ...] = ()
+
+
 class CellSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The isolation a job gets. `argv[0]` is looked up in the cell's PATH; `cwd` is inside the cell.
 
@@ -129,6 +135,7 @@ class CellSpec(msgspec.Struct, frozen=True, kw_only=True):
     isolate_network: bool = True
     isolate_process: bool = True
     network: Network | None = None
+    python: Interpreter | None = None
 
 
 class ExitStatus(msgspec.Struct, frozen=True, kw_only=True):

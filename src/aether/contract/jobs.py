@@ -13,7 +13,8 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 
 from aether.contract import ids, limits
-from aether.contract.cells import REQUIREMENTS, Images, InputFile, Limits, Sched, Usage
+from aether.contract.cellnames import check_executable, check_name
+from aether.contract.cells import REQUIREMENTS, Images, InputFile, Interpreter, Limits, Sched, Usage
 from aether.contract.errors import AetherError, ErrorBody
 from aether.contract.network import Network, check_network
 
@@ -63,6 +64,7 @@ class CommandParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     With `cell` (a name) it is an executable of that allocated cell, `executable` its own name there: of `limits` only
     `timeout_ms` and `grace_ms` count then, the rest are the cell's. Only such a job may have a `stdio` but `logs`.
+    With `python` it is what would follow `python` on a command line, and a started interpreter may run it.
     `network` is what it may reach; without it nothing but its own loopback.
     """
 
@@ -76,6 +78,7 @@ class CommandParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     executable: str | None = None
     stdio: Stdio = "logs"
     network: Network | None = None
+    python: Interpreter | None = None
     images: Images | None = None
 
 
@@ -162,6 +165,7 @@ def parse_command(request: JobRequest) -> tuple[CommandParams, CommandInputs]:
     params = _convert(request.params, CommandParams, "params")
     inputs = _convert(request.inputs, CommandInputs, "inputs")
     _check_argv(params)
+    _check_python(params)
     check_require(params.require)
     _check_env(params.env)
     check_bounds(params.limits)
@@ -171,6 +175,10 @@ def parse_command(request: JobRequest) -> tuple[CommandParams, CommandInputs]:
         if params.cell is not None:
             raise AetherError("BAD_FIELD", "cannot run a command job: params.network is the cell's, not its guests'")
         check_network(params.network)
+    if params.cell is not None:
+        check_name(params.cell)
+    if params.executable is not None:
+        check_executable(params.executable)
     if params.cell is None and (params.executable is not None or params.stdio != "logs"):
         raise AetherError("BAD_FIELD", "cannot run a command job: params.executable and stdio need params.cell")
     return params, inputs
@@ -223,6 +231,25 @@ def _check_argv(params: CommandParams) -> None:
         raise AetherError("BAD_FIELD", "cannot run a command job: params.argv is too long")
     if any("\0" in a for a in argv):
         raise AetherError("BAD_FIELD", "cannot run a command job: params.argv holds a NUL character")
+
+
+def _check_python(params: CommandParams) -> None:
+    """`argv` as the interpreter reads it: a script, -c CODE or -m MODULE; raises BAD_FIELD."""
+    python = params.python
+    if python is None:
+        return
+    first = params.argv[0]
+    if params.cell is not None or params.images is not None:
+        raise AetherError("BAD_FIELD", "cannot run a command job: params.python goes without cell and images")
+    if first.startswith("-") and (first not in ("-c", "-m") or len(params.argv) < 2):
+        why = "params.argv begins with a script, or with -c CODE or -m MODULE"
+        raise AetherError("BAD_FIELD", f"cannot run a command job with params.python: {why}")
+    if len(python.imports) > limits.PYTHON_IMPORTS_MAX:
+        why = f"params.python.imports has more than {limits.PYTHON_IMPORTS_MAX}"
+        raise AetherError("BAD_FIELD", f"cannot run a command job: {why}")
+    for name in python.imports:
+        if len(name) > limits.PYTHON_MODULE_CHARS_MAX or not all(part.isidentifier() for part in name.split(".")):
+            raise AetherError("BAD_FIELD", f"cannot import {name[:80]!r}: not the name of a module")
 
 
 def check_require(words: tuple[str, ...]) -> None:

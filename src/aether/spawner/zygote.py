@@ -71,28 +71,31 @@ class ZygoteRunning:
 
     def events(self) -> list[InitEvent]:
         """PID 1's events as those of the job's executable; `started` as soon as there is both a job and a process."""
-        found = [told for event in self._inner.events() if (told := self._read(event)) is not None]
-        if self._started is not None and self._exec_id is not None:
-            found.insert(0, replace(self._started, exec_id=self._exec_id))
-            self._started = None
-        return found
+        found: list[InitEvent] = []
+        for event in self._inner.events():
+            found += self._read(event)
+        return found + self._job_started() if self._exec_id is not None else found
 
-    def _read(self, event: InitEvent) -> InitEvent | None:
+    def _job_started(self) -> list[InitEvent]:
+        event, self._started = self._started, None
+        return [replace(event, exec_id=self._exec_id or "")] if event is not None else []
+
+    def _read(self, event: InitEvent) -> list[InitEvent]:
         if event.kind == "ready":
             self._ready = event
-            return None
+            return []
         if event.exec_id != NAME:
-            return event
+            return [event]
         if event.kind == "started" and self._ready is not None:
             self._started = event
-            return replace(self._ready, report={**self._ready.report, "process": event.report})
+            return [replace(self._ready, report={**self._ready.report, "process": event.report})]
         if self._exec_id is not None:
-            return replace(event, exec_id=self._exec_id)
+            return [*self._job_started(), replace(event, exec_id=self._exec_id)]
         why = event.why or "its interpreter ended before it was used"
-        return InitEvent("step_failed", why=f"cannot start the cell: {why}", remedy=event.remedy)
+        return [InitEvent("step_failed", why=f"cannot start the cell: {why}", remedy=event.remedy)]
 
     def start(self, spec: ExecSpec, fds: tuple[int, ...]) -> None:
-        """The order, once; raises OSError. Its stdio are three descriptors, /dev/null where the job has none."""
+        """The order, once; raises OSError. `argv[0]` is the interpreter, which is there; /dev/null fills its stdio."""
         if self._exec_id is not None:
             self._inner.start(spec, fds)
             return
@@ -100,7 +103,7 @@ class ZygoteRunning:
         try:
             given = iter(fds)
             stdio = [next(given) if kind == "fd" else null for kind in spec.stdio]
-            order = json.dumps({"argv": spec.argv, "env": dict(spec.env), "cwd": spec.cwd}).encode()
+            order = json.dumps({"argv": spec.argv[1:], "env": dict(spec.env), "cwd": spec.cwd}).encode()
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", stdio))]
             self._channel.sendmsg([order], rights, socket.MSG_NOSIGNAL)
         finally:

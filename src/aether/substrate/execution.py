@@ -343,6 +343,7 @@ def _spec_of(params: CommandParams, body: CellLaunch) -> CellSpec:
         require=params.require,
         labels=tuple(sorted({*body.request.labels, *body.labels})),
         network=params.network,
+        python=params.python,
         images=params.images,
     )
 

@@ -8,9 +8,10 @@ user, not per cell, and `missing` says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
+
+import msgspec
 
 from aether.contract import limits
 from aether.contract.canonical import canonical
@@ -36,13 +37,13 @@ from aether.contract.cellplan import (
     root_layer,
     to_obj,
 )
-from aether.contract.cells import REQUIREMENTS, RUNGS, CellSpec, Images, Limits
+from aether.contract.cells import REQUIREMENTS, CellSpec, Images, Limits
 from aether.contract.errors import AetherError
+from aether.substrate.cells import levels
 from aether.substrate.cells.facts import Facts
+from aether.substrate.cells.interpreter import command_line
 
 JOB_ID: Final = 1000
-DRIVEN: Final = ("process", "cell")
-"""The rungs that the native driver offers."""
 HOST_NAME: Final = "cell"
 WORK: Final = "/work"
 DEFAULT_ENV: Final = {
@@ -53,6 +54,11 @@ DEFAULT_ENV: Final = {
     "USER": "job",
 }
 TMP_BYTES_MIN: Final = 4096
+CGROUP_LIMITS: Final = (
+    "memory_min_bytes", "memory_low_bytes", "memory_high_bytes", "swap_bytes", "cpu_weight", "cpuset_cpus",
+    "cpuset_mems", "io_weight", "io_read_bps", "io_write_bps", "io_read_iops", "io_write_iops",
+)  # fmt: skip
+"""Limits that the kernel leaves open unless they are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +67,9 @@ class Planned:
 
     plan: Plan
     executable: ExecSpec
-    limits: dict[str, int]
+    limits: dict[str, Any]
     missing: dict[str, str]
+    sched: dict[str, Any] | None = None
 
     def document(self) -> bytes:
         """Canonical JSON of all that is asked, which receipts name by digest; the same for every cell of one kind.
@@ -75,10 +82,13 @@ class Planned:
         plan["cell_id"], executable["exec_id"] = "{cell}", "{exec}"
         plan["id_map"] |= {"host_uid": "{uid}", "host_gid": "{gid}"}
         executable["env"] = sorted(executable["env"])
-        return canonical({"plan": plan, "exec": executable, "limits": self.limits})
+        sched = {} if self.sched is None else {"sched": self.sched}
+        return canonical({"plan": plan, "exec": executable, "limits": self.limits} | sched)
 
     def lines(self) -> tuple[str, ...]:
         asked = [f"cgroup limit {name}: {value}" for name, value in self.limits.items()]
+        if self.sched is not None:
+            asked.append("schedule as " + ", ".join(f"{name} {value}" for name, value in self.sched.items() if value))
         lacks = [f"not enforced here: {name}: {reason}" for name, reason in self.missing.items()]
         run = [f"run {' '.join(self.executable.argv)} in {self.executable.cwd}"] if self.executable.argv else []
         return (*describe(self.plan), *asked, *lacks, *run)
@@ -94,9 +104,10 @@ class Blueprint:
 
     plan: dict[str, Any]
     executable: dict[str, Any]
-    limits: dict[str, int]
+    limits: dict[str, Any]
     missing: dict[str, str]
     text: bytes
+    sched: dict[str, Any] | None = None
     digest: str | None = None
 
 
@@ -111,6 +122,7 @@ def blueprint(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts, slot: in
         limits=planned.limits,
         missing=planned.missing,
         text=planned.document(),
+        sched=planned.sched,
     )
 
 
@@ -119,39 +131,36 @@ def work_of(cell_id: str, facts: Facts) -> str:
     return f"{facts.work_root}/{cell_id}"
 
 
-def require(words: Sequence[str], facts: Facts) -> None:
-    """Fail closed before anything is started: raises AetherError LEVEL_UNMET with the reason and the remedy."""
-    for word in words:
-        if word in RUNGS and word not in DRIVEN:
-            message = f"cannot meet the required level {word}: this node has no driver for it"
-            raise AetherError("LEVEL_UNMET", message, f"require one of {', '.join(DRIVEN)}", {"required": word})
-        lack = facts.missing.get(word)
-        if lack is not None and word != "process":
-            message = f"cannot meet the required level {word}: {lack.reason}"
-            raise AetherError("LEVEL_UNMET", message, lack.remedy, {"required": word})
-
-
 def plan_cell(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts, slot: int) -> Planned:
     """The plan of `spec` on this host. `slot` chooses the block of uids when the spawner is root."""
-    require(spec.require, facts)
+    levels.require(spec.require, facts)
     _check_isolation(spec, facts)
+    driver = levels.choose(spec.require, facts)
+    lacks = levels.LACKS.get(driver, {})
+    levels.check_network(driver, spec)
     work = work_of(cell_id, facts)
     is_cell = facts.level == "cell"
     if spec.images is not None and not is_cell:
         raise AetherError("LEVEL_UNMET", "cannot show an image: cells have no mount namespace of their own here")
     plan = Plan(
         cell_id=cell_id,
-        level=facts.level,
+        level=levels.level_of(driver, facts),
         namespaces=tuple(name for name in facts.namespaces if name != "net" or spec.isolate_network),
         id_map=id_map(facts, slot),
         hostname=HOST_NAME,
         steps=_steps(spec, facts, work) if is_cell else (),
         seccomp_profile="cell" if "net" in facts.namespaces else "offline",
-        landlock=_landlock(spec, facts, work),
+        landlock=None if "landlock" in lacks else _landlock(spec, facts, work),
         rlimits=_rlimits(spec, facts),
+        driver=driver,
         shared=() if spec.isolate_network else ("network",),
     )
-    return Planned(plan, exec_spec(spec, cell_id, exec_id, facts), cgroup_limits(spec.limits), _missing(facts))
+    wanted = cgroup_limits(spec.limits)
+    if "cgroup-pids" in lacks:
+        wanted["pids"] += levels.SENTRY_PIDS
+    missing = _missing(facts) | {name: lack.reason for name, lack in lacks.items()}
+    missing |= _unmet_limits(spec.limits, facts)
+    return Planned(plan, exec_spec(spec, cell_id, exec_id, facts), wanted, missing, _sched(spec.limits))
 
 
 def _check_isolation(spec: CellSpec, facts: Facts) -> None:
@@ -166,13 +175,27 @@ def _check_isolation(spec: CellSpec, facts: Facts) -> None:
         raise AetherError("LEVEL_UNMET", f"cannot share the host's network: {why}", "keep isolate_network")
 
 
-def cgroup_limits(asked: Limits) -> dict[str, int]:
-    """What the cell's cgroup is to enforce."""
+def cgroup_limits(asked: Limits) -> dict[str, Any]:
+    """What the cell's cgroup is to enforce: what is asked, and no swap unless it is."""
+    own = {name: getattr(asked, name) for name in CGROUP_LIMITS if getattr(asked, name) is not None}
     return {
         "memory_bytes": asked.memory_bytes,
         "swap_bytes": 0,
         "cpu_millis": asked.cpu_millis,
         "pids": asked.pids + 1,  # PID 1 is ours, not the job's
+    } | own
+
+
+def _sched(asked: Limits) -> dict[str, Any] | None:
+    return None if asked.sched is None else dict(msgspec.to_builtins(asked.sched))
+
+
+def _unmet_limits(asked: Limits, facts: Facts) -> dict[str, str]:
+    """Limits that this host cannot hold, of those that only a job that wants them names."""
+    return {
+        name: facts.limits_missing[name]
+        for name in CGROUP_LIMITS
+        if getattr(asked, name) is not None and name in facts.limits_missing
     }
 
 
@@ -183,7 +206,7 @@ def exec_spec(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts) -> ExecS
     work = WORK if is_cell else f"{facts.work_root}/{cell_id}"
     env = {name: value.replace(WORK, work, 1) if name == "HOME" else value for name, value in DEFAULT_ENV.items()}
     cwd = work + spec.cwd[len(WORK) :] if spec.cwd == WORK or spec.cwd.startswith(WORK + "/") else spec.cwd
-    argv = spec.argv
+    argv = command_line(spec, facts)
     if is_cell and argv and argv[0] == facts.python.host:
         argv = (facts.python.cell, *argv[1:])
         env["PYTHONPATH"] = facts.python.path

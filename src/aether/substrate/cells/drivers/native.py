@@ -1,4 +1,4 @@
-"""Cells through the spawner: levels `cell` and `process`.
+"""Cells through the spawner: levels `cell` and `process`, and what the OCI runtimes of its host add.
 
 The spawner is the truth about what lives; this side keeps only what it needs to answer at once (reports, ends,
 uid slots) and rebuilds it from `cell.list` after every connect. The idempotency key of a cell is its id.
@@ -24,11 +24,14 @@ from aether.contract.cells import CellSpec, ExecEnd, InputFile, Limits, SandboxR
 from aether.contract.errors import AetherError
 from aether.contract.jobs import Stdio
 from aether.contract.wire import CellFile, CellFiles
+from aether.substrate.cells import levels
 from aether.substrate.cells.client import Connector, SpawnerLink
-from aether.substrate.cells.drivers import guests
+from aether.substrate.cells.drivers import guests, listening
 from aether.substrate.cells.drivers.port import Adopted, Explained, Fingerprint, Handle, Order, Started
 from aether.substrate.cells.facts import Facts, read_facts
+from aether.substrate.cells.interpreter import zygote
 from aether.substrate.cells.plan import (
+    DEFAULT_ENV,
     JOB_ID,
     Blueprint,
     blueprint,
@@ -37,7 +40,6 @@ from aether.substrate.cells.plan import (
     exec_spec,
     id_map,
     plan_cell,
-    require,
 )
 from aether.substrate.cells.report import end_of, sandbox_report, usage_of, verify_required
 
@@ -183,10 +185,16 @@ class NativeDriver:
         if self._facts is None or self._connector.link is None:
             return Fingerprint(False, self._connector.reason, (), {}, {})
         facts = self._facts
-        levels = ("process",) if facts.level == "process" else ("process", "cell")
-        shown = {"executor": facts.executor, "instance": facts.instance, "landlock_abi": facts.landlock_abi}
+        drivers = [levels.NATIVE, *(name for name, lack in facts.drivers.items() if lack is None)]
+        shown = {
+            "executor": facts.executor,
+            "drivers": drivers,
+            "instance": facts.instance,
+            "landlock_abi": facts.landlock_abi,
+        }
         missing = {name: (lack.reason, lack.remedy) for name, lack in facts.missing.items()}
-        return Fingerprint(True, "", levels, shown, missing)
+        missing |= {name: (lack.reason, lack.remedy) for name, lack in facts.drivers.items() if lack is not None}
+        return Fingerprint(True, "", levels.levels_here(facts), shown, missing)
 
     async def probe(self) -> dict[str, Any]:
         """All that the host can and cannot enforce, asked now."""
@@ -195,7 +203,7 @@ class NativeDriver:
 
     def check_required(self, words: Sequence[str]) -> None:
         """Whether this host can do what is required; raises AetherError LEVEL_UNMET, UNAVAILABLE."""
-        require(words, self.facts)
+        levels.require(words, self.facts)
 
     def explain(self, spec: CellSpec) -> Explained:
         check_spec(spec)
@@ -276,19 +284,23 @@ class NativeDriver:
             "grace_ms": bounds.grace_ms,
         }
         guest_only = not order.exec_id
+        later = order.listening is not None
         args = asked | {
             "files": _files(files),
             "work": True,
             "once": not guest_only,
-            "exec": None if guest_only else executable,
+            "sched": drawn.sched,
+            "exec": None if guest_only or later else executable,
             "grace_ms": bounds.grace_ms,
         }
         ours, theirs = _channel(order.spec)
-        fds = [fd for _, fd in files] + ([theirs.fileno()] if theirs is not None else [])
+        placed, wired = [fd for _, fd in files], [theirs.fileno()] if theirs is not None else []
         try:
-            reply = await link.call("cell.create", args, fds, key=order.cell_id)
-            uid = reply.value["uid_first"] + (JOB_ID if self.facts.is_root else 0)
-            report = sandbox_report(reply.value["report"], drawn.missing, uid, digest_bytes(drawn.text))
+            reply = await link.call("cell.create", args, placed if later else placed + wired, key=order.cell_id)
+            uid, seen = reply.value["uid_first"] + (JOB_ID if self.facts.is_root else 0), reply.value["report"]
+            if later and "existing" not in reply.value:
+                seen = await listening.begin(link, order, executable, wired)
+            report = sandbox_report(seen, drawn.missing, uid, digest_bytes(drawn.text))
         except BaseException:
             if ours is not None:
                 ours.close()
@@ -321,15 +333,18 @@ class NativeDriver:
             # Block 0 and a cell of no job: the spawner puts others in their place.
             drawn = blueprint(order.spec, OUTLINE, order.exec_id, facts, 0)
             prepare = bool(order.exec_id) and not order.spec.channel
-            drawn = replace(drawn, digest=await self._keep(link, drawn, prepare, again))
+            python = zygote(order.spec, drawn.plan["driver"], DEFAULT_ENV, facts)
+            drawn = replace(drawn, digest=await self._keep(link, drawn, prepare, python, again))
             if len(self._blueprints) >= BLUEPRINTS_MAX:
                 self._blueprints.clear()
             self._blueprints[key] = drawn
         return drawn
 
-    async def _keep(self, link: SpawnerLink, drawn: Blueprint, prepare: bool, again: bool) -> str:
+    async def _keep(
+        self, link: SpawnerLink, drawn: Blueprint, prepare: bool, python: dict[str, Any] | None, again: bool
+    ) -> str:
         """The digest of a plan at the spawner; most commands share one plan."""
-        args = {"plan": drawn.plan, "limits": drawn.limits, "prepare": prepare}
+        args = {"plan": drawn.plan, "limits": drawn.limits, "prepare": prepare, "zygote": python}
         key = self.facts.instance.encode() + msgspec.msgpack.encode(args)
         digest = self._kept.get(key)
         if digest is None or again:
