@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from aether.contract import limits
 from aether.contract.network import Network
 
 Verdict = Literal["allowed", "refused", "failed"]
@@ -78,18 +79,40 @@ class EgressConnection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EgressConnections(msgspec.Struct, frozen=True, kw_only=True):
-    """Event `egress.connections`; `unlisted` rows were left out because too many differed."""
+    """Event `egress.connections`."""
 
     rows: tuple[EgressConnection, ...]
-    unlisted: int = 0
 
 
-class EgressClosed(msgspec.Struct, frozen=True, kw_only=True):
-    """Answers `egress.close`: the last rows, and the sums over the cell's life."""
+class EgressSums(msgspec.Struct, frozen=True, kw_only=True):
+    """Over a cell's life. `unlisted` connections were too many to be told one by one."""
 
-    rows: tuple[EgressConnection, ...] = ()
-    unlisted: int = 0
     connections: int = 0
     refused: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    unlisted: int = 0
+
+
+class EgressClosed(msgspec.Struct, frozen=True, kw_only=True):
+    """Answers `egress.close`: what was not told yet, and the sums."""
+
+    rows: tuple[EgressConnection, ...] = ()
+    sums: EgressSums = EgressSums()
+
+
+class EgressCall(msgspec.Struct, frozen=True, kw_only=True):
+    """`job.egress`: newest first; `cursor` is the previous page's `next_cursor`, 0 begins with the last."""
+
+    job_id: str
+    cursor: int = 0
+    limit: int = limits.PAGE_ITEMS_DEFAULT
+
+
+class EgressPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Its answer. `closed` are the sums, null while the cell lives or where they are not known."""
+
+    job_id: str
+    connections: tuple[EgressConnection, ...]
+    closed: EgressSums | None = None
+    next_cursor: int | None = None

@@ -37,10 +37,12 @@ from aether.substrate.cells.drivers.native import NativeDriver
 from aether.substrate.cells.logs import JobLogs
 from aether.substrate.cells.supervisor import CellSupervisor
 from aether.substrate.egress import EgressDesk
+from aether.substrate.egressreading import EgressReading
 from aether.substrate.entries import Node
 from aether.substrate.execution import Execution
 from aether.substrate.gate import Gate
 from aether.substrate.orchestra import Orchestra
+from aether.substrate.images import ImageDesk
 from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
 from aether.substrate.service import Parts, Service
@@ -101,6 +103,7 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         cells=cells,
         orchestra=orchestra,
         egress=egress,
+        egress_reading=EgressReading(book, reading),
         submitter=Submitter(gate, book, orchestra, execution, cells, house),
         execution=execution,
         reading=reading,
@@ -110,6 +113,7 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         files=CellFileDesk(house, book, cells),
         talking=Talking(gate, book, house, cells, reading),
         watching=Watching(gate, book, house, cells, reading, ActivityLogs(layout.job_logs)),
+        images=ImageDesk(gate, book, orchestra, execution, cells),
         metrics=Metrics("aetherd"),
     )
     return Authority(Service(parts), parts)

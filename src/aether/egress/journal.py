@@ -15,14 +15,14 @@ _Key = tuple[str, int, str | None, str | None, str, str | None, str | None]
 
 
 class Journal:
-    """The rows of one cell since they were last taken."""
+    """The rows of one cell since they were last taken; `unlisted` connections of its life were left out."""
 
     def __init__(self) -> None:
         self._rows: dict[_Key, EgressConnection] = {}
-        self._unlisted = 0
+        self.unlisted = 0
 
     def __bool__(self) -> bool:
-        return bool(self._rows) or self._unlisted > 0
+        return bool(self._rows)
 
     def add(self, row: EgressConnection) -> None:
         key = (row.host, row.port, row.address, row.rule, row.verdict, row.reason, row.credential)
@@ -38,10 +38,10 @@ class Journal:
         elif len(self._rows) < EGRESS_BATCH_ROWS_MAX:
             self._rows[key] = row
         else:
-            self._unlisted += row.count
+            self.unlisted += row.count
 
-    def take(self) -> tuple[tuple[EgressConnection, ...], int]:
-        """The rows and the count of those left out; both start anew."""
-        rows, unlisted = tuple(self._rows.values()), self._unlisted
-        self._rows, self._unlisted = {}, 0
-        return rows, unlisted
+    def take(self) -> tuple[EgressConnection, ...]:
+        """The rows; they start anew."""
+        rows = tuple(self._rows.values())
+        self._rows = {}
+        return rows

@@ -26,6 +26,7 @@ from aether.contract.egresswire import (
     EgressOpen,
     EgressOpened,
     EgressServing,
+    EgressSums,
 )
 from aether.contract.errors import AetherError
 from aether.contract.network import check_network, parse_rule
@@ -144,15 +145,14 @@ class Egress:
         cell = await self._forget(body.cell_id)
         if cell is None:
             return EgressClosed()
-        rows, unlisted = cell.journal.take()
-        return EgressClosed(
-            rows=rows,
-            unlisted=unlisted,
+        sums = EgressSums(
             connections=cell.proxy.connections,
             refused=cell.proxy.refused,
             sent_bytes=cell.proxy.meter.sent_bytes,
             received_bytes=cell.proxy.meter.received_bytes,
+            unlisted=cell.journal.unlisted,
         )
+        return EgressClosed(rows=cell.journal.take(), sums=sums)
 
     async def _forget(self, cell_id: str) -> _Cell | None:
         cell = self._cells.pop(cell_id, None)
@@ -174,9 +174,8 @@ class Egress:
                 link = self._link
                 if link is None or link.closed or not cell.journal:
                     continue
-                rows, unlisted = cell.journal.take()
-                with contextlib.suppress(AetherError):  # aetherd does not read: its own counters are what is lost
-                    link.notify("egress.connections", EgressConnections(rows=rows, unlisted=unlisted))
+                with contextlib.suppress(AetherError):  # aetherd does not read: the sums still count what is lost
+                    link.notify("egress.connections", EgressConnections(rows=cell.journal.take()))
 
 
 def _check_listener(fd: int) -> None:

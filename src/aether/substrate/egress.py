@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import msgspec
@@ -36,6 +36,7 @@ from aether.contract.egresswire import (
     EgressOpen,
     EgressOpened,
     EgressServing,
+    EgressSums,
 )
 from aether.contract.errors import AetherError
 from aether.contract.network import NEEDED, Network
@@ -74,7 +75,8 @@ class _Served:
     subject: Record
     network: Network | None
     listener: int = -1
-    written: int = field(default=0)
+    written: int = 0
+    unlisted: int = 0
 
 
 class EgressDesk:
@@ -185,8 +187,8 @@ class EgressDesk:
         try:
             closed = await self._require().call("egress.close", EgressCell(cell_id=cell_id), EgressClosed)
             self._write_rows(cell_id, served, closed.rows)
-            figures = ("connections", "refused", "sent_bytes", "received_bytes", "unlisted")
-            detail = {name: str(getattr(closed, name)) for name in figures}
+            detail = {name: str(getattr(closed.sums, name)) for name in EgressSums.__struct_fields__}
+            detail["unlisted"] = str(closed.sums.unlisted + served.unlisted)
         except AetherError as error:  # the sums died with egressd, or it drops the cell when it is back
             detail = {"unknown": error.message}
         self._write(cell_id, served, "egress.closed", detail)
@@ -217,9 +219,11 @@ class EgressDesk:
 
     def _write_rows(self, cell_id: str, served: _Served, rows: Sequence[EgressConnection]) -> None:
         for row in rows:
-            served.written += 1
-            if served.written <= limits.EGRESS_RECORDS_PER_JOB_MAX and row.cell_id == cell_id:
+            if served.written < limits.EGRESS_RECORDS_PER_JOB_MAX:
+                served.written += 1
                 self._write(cell_id, served, "egress.connection", connection_detail(row))
+            else:
+                served.unlisted += row.count
 
     def _write(self, cell_id: str, served: _Served, kind: RecordType, detail: dict[str, str]) -> Record:
         job = self._book.ledger.open.get(served.subject.job_id or "")

@@ -29,6 +29,7 @@ from aether.contract.calls import (
 from aether.contract.cellcalls import UpgradeReply
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
+from aether.contract.images import CellDiff
 from aether.contract.jobs import SCHEMA_VERSION, TERMINAL, JobRequest, JobView, parse_command
 from aether.contract.limits import PROTOCOL_VERSION, STOP_GRACE_MS_MAX
 from aether.contract.ports import Link
@@ -57,8 +58,10 @@ from aether.substrate.cellfiles import CellFileDesk
 from aether.substrate.cellhouse import CellHouse
 from aether.substrate.cells.supervisor import CellSupervisor
 from aether.substrate.egress import EgressDesk
+from aether.substrate.egressreading import EgressReading
 from aether.substrate.execution import Execution
 from aether.substrate.gate import Gate
+from aether.substrate.images import ImageDesk
 from aether.substrate.orchestra import Orchestra
 from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
@@ -88,7 +91,9 @@ class Parts:
     house: CellHouse
     files: CellFileDesk
     talking: Talking
+    egress_reading: EgressReading
     watching: Watching
+    images: ImageDesk
     metrics: Metrics
 
 
@@ -105,6 +110,7 @@ class Service:
             "metrics": self._metrics,
             "node.doctor": self._doctor,
             "cell.explain": self._explain,
+            **parts.images.handlers(),
             "job.submit": parts.submitter.submit,
             "job.stop": self._stop,
             "job.get": reading.job,
@@ -133,6 +139,7 @@ class Service:
             "job.signal": parts.talking.signal,
             "job.attach": parts.talking.attach,
             "job.window": parts.talking.window,
+            "job.egress": parts.egress_reading.egress,
             "job.activity": parts.watching.job_activity,
             "cell.activity": parts.watching.cell_activity,
             "job.trace": parts.watching.job_trace,
@@ -251,6 +258,7 @@ class Service:
             "cell.collect": (CellCollect, parts.execution.collect),
             "cell.free": (CellKey, parts.execution.free_now),
             "cell.open": (CellOpen, lambda body: parts.execution.open(link(), body)),
+            "cell.diff": (CellDiff, lambda body: parts.images.diff(link(), body)),
             "job.finish": (JobFinish, parts.execution.finish),
             "worker.launch": (WorkerLaunch, lambda body: parts.workers.launch(link(), body)),
         }
