@@ -58,6 +58,10 @@ class Facts:
     landlock_rules: tuple[LandlockRule, ...]
     python: Python
     missing: dict[str, Lack]
+    limits_missing: dict[str, str]
+    """Limits that the cgroups here cannot hold, with the reason."""
+    drivers: dict[str, Lack | None]
+    """The OCI runtimes: why one cannot be used, or None for one that can."""
 
     def image(self, digest: str) -> str:
         """Where the tree of an image is: below the state directory, which is two above the work directories."""
@@ -90,6 +94,11 @@ def read_facts(hello: dict[str, Any]) -> Facts:
         landlock_rules=base.landlock.rules if base.landlock is not None else (),
         python=Python(hello["python"], host["python"]["executable"], host["python"]["path"]),
         missing=missing,
+        limits_missing=cgroup["missing"],
+        drivers={
+            name: Lack(found["reason"], found["remedy"]) if found["reason"] else None
+            for name, found in hello["drivers"].items()
+        },
     )
 
 

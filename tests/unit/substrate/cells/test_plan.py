@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from aether.contract import limits
 from aether.contract.cellplan import BindRo, BindRw, Rlimit, Tmpfs, parse_exec, parse_plan, to_obj
 from aether.contract.cellplan import exec_to_obj as to_exec_obj
-from aether.contract.cells import CellSpec, Limits
+from aether.contract.cells import CellSpec, Limits, Sched
 from aether.contract.errors import AetherError
 from aether.substrate.cells.facts import Facts, Lack, read_facts
 from aether.substrate.cells.plan import check_spec, plan_cell
@@ -26,6 +26,11 @@ HELLO: dict[str, Any] = {
     "gid": 0,
     "executor": "native",
     "python": "/opt/venv/bin/python",
+    "drivers": {
+        "runc": {"path": "/usr/sbin/runc", "reason": "", "remedy": ""},
+        "crun": {"path": "", "reason": "crun is not installed", "remedy": "apt install crun"},
+        "runsc": {"path": "/usr/bin/runsc", "reason": "", "remedy": ""},
+    },
     "cgroup": {"missing": {"io_weight": "no"}, "remedy": ""},
     "host": {
         "missing": {},
@@ -164,3 +169,17 @@ def test_every_plan_passes_the_parser_that_guards_the_spawner(
     plan = json.loads(json.dumps(to_obj(planned.plan)))
     assert parse_plan(plan, source_roots=("/usr", "/state/cells")) == planned.plan
     assert parse_exec(json.loads(json.dumps(to_exec_obj(planned.executable)))) == planned.executable
+
+
+def test_optional_limits_and_the_class_are_asked_for(facts: Facts) -> None:
+    plain = plan_cell(CellSpec(argv=("true",)), "c", "e", facts, 0)
+    assert set(plain.limits) == {"memory_bytes", "swap_bytes", "cpu_millis", "pids"} and plain.sched is None
+    wanted = Limits(cpu_weight=20, io_weight=30, cpuset_cpus="0-1", swap_bytes=4096, sched=Sched(policy="idle"))
+    planned = plan_cell(CellSpec(argv=("true",), limits=wanted), "c", "e", facts, 0)
+    assert planned.limits["cpu_weight"] == 20 and planned.limits["cpuset_cpus"] == "0-1"
+    assert planned.limits["swap_bytes"] == 4096
+    assert planned.missing["io_weight"] == "no" and "io_weight" not in plain.missing
+    assert planned.sched is not None and planned.sched["policy"] == "idle"
+    assert any("cgroup limit cpu_weight: 20" in line for line in planned.lines())
+    assert any(line.startswith("schedule as policy idle") for line in planned.lines())
+    assert json.loads(planned.document())["sched"]["policy"] == "idle" and planned.document() != plain.document()
