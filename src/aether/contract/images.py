@@ -7,11 +7,13 @@ digest alone, so that the input hash of a job says what it ran in.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
 
 from aether.contract.errors import AetherError
+from aether.contract.ids import parse_digest
 from aether.contract.wire import Grant
 
 LAYER_TYPE: Final = "application/vnd.oci.image.layer.v1.tar"
@@ -19,8 +21,10 @@ LAYER_TYPE: Final = "application/vnd.oci.image.layer.v1.tar"
 LISTING_TYPE: Final = "application/vnd.aether.diff+json"
 DIFF_NAMES: Final = {LISTING_TYPE: "image-diff.json", LAYER_TYPE: "image-layer.tar"}
 """Names of the artifacts that keep a diff; their media types tell them from a job's own files."""
-NAME: Final = re.compile(r"[a-z0-9]+([._/-][a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,63})?")
+NAME_PATTERN: Final = r"(?!sha256:)[a-z0-9]+([._-][a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,63})?"
+NAME: Final = re.compile(NAME_PATTERN)
 NAME_CHARS_MAX: Final = 128
+REFERENCE_PATTERN: Final = rf"^(sha256:[0-9a-f]{{64}}|{NAME_PATTERN})$"
 
 
 class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +74,30 @@ class ImageKey(msgspec.Struct, frozen=True, kw_only=True):
     tenant_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class ImportCall:
+    """`image.import`: the body was spooled to `fd` (an unlinked file the callee owns and closes)."""
+
+    fd: int
+    size_bytes: int
+    media_type: str
+    name: str | None = None
+
+
+class ImageCall(msgspec.Struct, frozen=True, kw_only=True):
+    """`image.show`, `image.remove`: a name or a digest."""
+
+    image: str
+
+
+class CommitCall(msgspec.Struct, frozen=True, kw_only=True):
+    """`image.commit`."""
+
+    base: str
+    layer: str
+    name: str | None = None
+
+
 class CellDiff(msgspec.Struct, frozen=True, kw_only=True):
     """`cell.diff`: what the job's cell changed in its image."""
 
@@ -116,8 +144,17 @@ class ImageCommit(msgspec.Struct, frozen=True, kw_only=True):
     name: str | None = None
 
 
+def reference(text: str) -> str:
+    """A digest, or what can be a name; raises BAD_ID."""
+    if text.startswith("sha256:"):
+        return parse_digest(text)
+    if len(text) > NAME_CHARS_MAX or NAME.fullmatch(text) is None:
+        raise AetherError("BAD_ID", f"cannot find image {text[:80]!r}: it is no name and no digest")
+    return text
+
+
 def check_name(name: str) -> str:
-    """`name` if it can name an image (the grammar of OCI references, lower case); raises BAD_FIELD."""
-    if len(name) > NAME_CHARS_MAX or NAME.fullmatch(name) is None or name.startswith("sha256:"):
+    """`name` if it can name an image (an OCI reference of one component, `name` or `name:tag`); raises BAD_FIELD."""
+    if len(name) > NAME_CHARS_MAX or NAME.fullmatch(name) is None:
         raise AetherError("BAD_FIELD", f"cannot name an image {name[:80]!r}: it must match {NAME.pattern}")
     return name

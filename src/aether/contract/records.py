@@ -24,6 +24,8 @@ RecordType = Literal[
     "policy.loaded",
     "access.denied",
     "document.stored",
+    "image.imported",
+    "image.removed",
     "job.intent",
     "job.started",
     "job.stop",
