@@ -35,8 +35,8 @@ from aether.spawner.linux.cgroup_host import open_driver
 from aether.spawner.linux.executors import best_executor, oci_executors
 from aether.spawner.linux.oci import drivers_here
 from aether.spawner.linux.probe import probe as probe_host
-from aether.spawner.loop import Loop
 from aether.spawner.linux.sched import missing as sched_missing
+from aether.spawner.loop import Loop
 from aether.spawner.observerlink import ObserverLink
 from aether.spawner.offload import offload
 from aether.spawner.operations import Operations
@@ -44,8 +44,8 @@ from aether.spawner.orphans import Orphans
 from aether.spawner.rules import Rules, host_devices
 from aether.spawner.server import Server
 from aether.spawner.tracing import Tracer
-from aether.spawner.warm import Warm
 from aether.spawner.upkeep import Upkeep
+from aether.spawner.warm import Warm
 from aether.spawner.workdir import WorkRoot, remove_tree
 from aether.spawner.workops import WorkOps
 
@@ -110,10 +110,10 @@ class Spawner:
         self.tracer = Tracer(self.loop, self.observer)
         self._work_ops = work_ops
         self._sweeper = -1
-        self.lifecycle.orphans = Orphans(self._children)
-        warm = Warm(self.loop, self.lifecycle, work_ops, rules.work)
-        operations = Operations(self.lifecycle, self.cgroups, work_ops, warm, rules, self._facts, self._probe)
         Upkeep(self.loop, self.cgroups, self.lifecycle.cells, self.server.emit).start()
+        self.lifecycle.orphans = Orphans(self._children)
+        self.warm = Warm(self.loop, self.lifecycle, work_ops, rules.work)
+        operations = Operations(self.lifecycle, self.cgroups, work_ops, self.warm, rules, self._facts, self._probe)
         operations.tracer = self.tracer
         self.server.handle = operations.handle
         self._started_wall_us = now_wall_us()
@@ -229,12 +229,12 @@ class Spawner:
             "python": sys.executable,
             "host": {name: self._host[name] for name in HOST_FACTS},
             "cgroup": self.cgroups.probe(),
+            "sched": {"missing": sched_missing()},
             "observer": self.observer.facts(),
         }
 
     def _probe(self) -> dict[str, Any]:
-            "sched": {"missing": sched_missing()},
-        return {**probe_host(), "cgroup_driver": self.cgroups.probe()}
+        return {**probe_host(), "cgroup_driver": self.cgroups.probe(), "warm": self.warm.facts()}
 
     def run(self) -> None:
         # What is alive now lives as long as the process: no collection in the middle of a launch walks it again.
