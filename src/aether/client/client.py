@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,10 +27,13 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from aether.api.operations import BY_NAME
+from aether.client.cells import Cells, Session
 from aether.client.inputs import gather
-from aether.client.transport import Call, Transport
+from aether.client.transport import Call, Transport, UnixConnection
+from aether.client.upgrade import open_stream
 from aether.contract import calls, ids, limits, wire
 from aether.contract.activity import ActivityEvent, Trace
+from aether.contract.cellcalls import STREAM_PROTOCOL
 from aether.contract.cells import InputFile, Interpreter, Limits
 from aether.contract.egresswire import EgressPage
 from aether.contract.errors import AetherError
@@ -257,6 +261,55 @@ class Client:
     def story(self, job_id: str) -> wire.Story:
         """What happened to the job, step by step."""
         return self._json("job.story", wire.Story, job_id)
+
+    def signal(self, job_id: str, signal: int) -> JobView:
+        """Sends a signal to a running command and its process group."""
+        headers = {"Content-Type": "application/json", "Idempotency-Key": ids.new(ids.REQUEST)}
+        return self._json("job.signal", JobView, job_id, body=msgspec.json.encode({"signal": signal}), headers=headers)
+
+    def window(self, job_id: str, rows: int, columns: int) -> JobView:
+        """Tells an executable the size of its terminal."""
+        body = msgspec.json.encode({"rows": rows, "columns": columns})
+        return self._json("job.window", JobView, job_id, body=body, headers={"Content-Type": "application/json"})
+
+    def attach(self, job_id: str) -> socket.socket:
+        """A connection to the terminal or the standard input of an executable: raw bytes, the caller's to close."""
+        call = self._call("job.attach", job_id, extra_s=WAIT_S_STEP)
+        connection = UnixConnection(self._transport.socket_path, call.timeout_s or TIMEOUT_S_DEFAULT)
+        return open_stream(connection, call, STREAM_PROTOCOL)
+
+    # ---- allocated cells
+
+    @property
+    def cells(self) -> Cells:
+        """The operations on allocated cells."""
+        return Cells(self)
+
+    def cell(self, name: str, **fields: Any) -> Session:
+        """A session in the cell of that name: the one that is there, or a new one. With `fields` (those of
+        `Cells.allocate`) always a new one; raises NAME_TAKEN."""
+        return Session(self, self.cells, name, fields)
+
+    def call_json(self, name: str, reply: type[T], argument: str | None = None, **rest: Any) -> T:
+        """Any operation that answers JSON."""
+        return self._json(name, reply, argument, **rest)
+
+    def copy(self, name: str, argument: str, query: Sequence[tuple[str, str]], out: BinaryIO) -> int:
+        """Any operation that answers bytes, written to `out`; returns how many."""
+        size = 0
+        with self._transport.open(self._call(name, argument, query=query)) as response:
+            while chunk := _read1(response):
+                size += len(chunk)
+                out.write(chunk)
+        return size
+
+    def upload_to(
+        self, name: str, reply: type[T], argument: str, query: Sequence[tuple[str, str]], source: Any
+    ) -> T:
+        """Any operation that takes bytes: of a path, a seekable binary file, or as they are."""
+        with _opened(source) as (body, size):
+            headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+            return self._json(name, reply, argument, query=query, body=body, headers=headers)
 
     # ---- artifacts
 
