@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aether.cli import images
 from aether.cli.session import Session, command
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="cell")
     settings = {"allow_interspersed_args": False}
     command(group, "explain", help=_EXPLAIN, context_settings=settings)(_explain)
+    images.register_cell(group)
     example = '\n\n\b\nExample:\n  eval "$(aether completion bash)"'
     app.command("completion", help="Print a shell completion script." + example)(_completion)
 

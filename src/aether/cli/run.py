@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aether.cli import bounds, network
+from aether.cli import bounds, images, network
 from aether.cli.session import Session, command
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ Examples:
   aether run --cpu-weight 20 --sched idle --io-class idle -- python3 crunch.py
   aether run --python --import numpy --file main.py -- main.py --steps 10
   aether run --allow pypi.org:443 --allow files.pythonhosted.org:443 -- pip install rich
+  aether run --image tools --writable-root --keep-diff -- make install
   aether run --require cell --require netns --detach -- sleep 60
 """
 
@@ -74,6 +75,10 @@ def _run(
         list[str] | None, typer.Option(metavar="LEVEL", help="Refuse to start without this level.")
     ] = None,
     label: Annotated[list[str] | None, typer.Option(metavar="LABEL", help="A data-flow label.")] = None,
+    image: images.Image = None,
+    writable_root: images.WritableRoot = False,
+    workspace: images.Workspace = None,
+    keep_diff: images.KeepDiff = False,
     allow: network.Allow = None,
     credential: network.Credentials = None,
     intercept: network.Intercept = False,
@@ -95,12 +100,16 @@ def _run(
     with session.client() as client:
         ensure_instance(session, client)
         with progress("submitting the job"):
+            choice = images.Choice(image, writable_root, workspace, keep_diff)
+            asks = images.prepare(client, argv, _environment(env or []), choice)
             job: JobView = client.run(
-                argv,
+                asks.argv,
                 files=_files(file or []),
                 directory=directory,
                 outputs=output or [],
-                env=_environment(env or []),
+                env=asks.env,
+                cwd=asks.cwd,
+                images=asks.images,
                 limits=asked,
                 require=require or [],
                 labels=label or [],
@@ -116,8 +125,8 @@ def _run(
             show_json(job)
         elif not ended_by_itself(job):
             show_error(job_error(job))
-        if job.artifacts:
-            names = save_outputs(client, job.artifacts, output_dir, force=force)
+        if outputs := images.outputs_of(job):
+            names = save_outputs(client, outputs, output_dir, force=force)
             if sys.stderr.isatty() and not session.as_json:
                 note(f"wrote {', '.join(names)}")
         return exit_code(job)

@@ -34,9 +34,10 @@ from aether.client.upgrade import open_stream
 from aether.contract import calls, ids, limits, wire
 from aether.contract.activity import ActivityEvent, Trace
 from aether.contract.cellcalls import STREAM_PROTOCOL
-from aether.contract.cells import InputFile, Interpreter, Limits
+from aether.contract.cells import Images, InputFile, Interpreter, Limits
 from aether.contract.egresswire import EgressPage
 from aether.contract.errors import AetherError
+from aether.contract.images import LAYER_TYPE, LISTING_TYPE, CommitCall, DiffListing, ImageInfo, ImageList
 from aether.contract.jobs import TERMINAL, CommandInputs, CommandParams, JobRequest, JobState, JobView
 from aether.contract.network import Network
 from aether.contract.paths import Layout, state_dir
@@ -112,6 +113,7 @@ class Client:
         labels: Sequence[str] = (),
         python: Interpreter | None = None,
         network: Network | None = None,
+        images: Images | None = None,
         wait: bool = True,
     ) -> JobView:
         """Runs a command in a cell. `files` maps paths in the work directory to files here; `directory` is
@@ -126,6 +128,7 @@ class Client:
             require=tuple(require),
             python=python,
             network=network,
+            images=images,
         )
         request = JobRequest(
             kind="command",
@@ -347,6 +350,51 @@ class Client:
         """One page of the tenant's artifacts, or of one job's."""
         query = [("limit", str(limit)), ("cursor", cursor), ("job", job_id)]
         return self._json("artifact.list", wire.ArtifactPage, query=query)
+
+    # ---- images
+
+    def image_import(self, source: str | os.PathLike[str], *, name: str | None = None) -> ImageInfo:
+        """Sends an OCI layout (its tar, or its directory) or any directory, and has it unpacked."""
+        from aether.client.imagefile import opened_image
+
+        with opened_image(source) as archive, _opened(archive) as (body, size):
+            headers = {"Content-Type": "application/x-tar", "Content-Length": str(size)}
+            query = [("name", name)]
+            extra_s = float(limits.IMAGE_UNPACK_S_MAX)
+            return self._json("image.import", ImageInfo, query=query, body=body, headers=headers, extra_s=extra_s)
+
+    def images(self) -> ImageList:
+        """The tenant's images, newest first."""
+        return self._json("image.list", ImageList)
+
+    def image_show(self, image: str) -> ImageInfo:
+        """An image by name or digest."""
+        return self._json("image.show", ImageInfo, image)
+
+    def image_remove(self, image: str) -> ImageInfo:
+        """Takes a name away, or by digest the image with all its names."""
+        return self._json("image.remove", ImageInfo, image)
+
+    def image_diff(self, job_id: str) -> DiffListing:
+        """What a job that kept its diff changed in its image; raises NO_LAYER for any other."""
+        found = self._kept(self.get(job_id), LISTING_TYPE)
+        return msgspec.json.decode(self.artifact_bytes(found), type=DiffListing)
+
+    def image_commit(self, job_id: str, *, name: str | None = None) -> ImageInfo:
+        """A new image: what a job changed on top of the image that it ran in."""
+        job = self.get(job_id)
+        call = CommitCall(base=job.image or "", layer=self._kept(job, LAYER_TYPE), name=name)
+        headers = {"Content-Type": "application/json"}
+        body, extra_s = msgspec.json.encode(call), float(limits.IMAGE_UNPACK_S_MAX)
+        return self._json("image.commit", ImageInfo, body=body, headers=headers, extra_s=extra_s)
+
+    @staticmethod
+    def _kept(job: JobView, media_type: str) -> str:
+        """The digest of the artifact of that type."""
+        for ref in job.artifacts:
+            if ref.media_type == media_type:
+                return ref.digest
+        raise AetherError("NO_LAYER", f"cannot tell what {job.job_id} changed: it kept no diff", "run it with --keep-diff")
 
     # ---- the node
 
