@@ -13,9 +13,10 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from aether.client import Client
 from aether.contract.errors import AetherError
@@ -39,6 +40,25 @@ def save_outputs(client: Client, artifacts: Sequence[ArtifactRef], directory: Pa
     finally:
         os.close(root)
     return [artifact.name for artifact in artifacts]
+
+
+@contextmanager
+def written(path: Path, *, force: bool) -> Iterator[BinaryIO]:
+    """A file that appears under `path` once the block ended well; raises OUTPUT_REFUSED for a name that is taken."""
+    temporary = path.parent / f".aether-{secrets.token_hex(8)}"
+    try:
+        with temporary.open("xb") as out:
+            yield out
+        if force:
+            temporary.rename(path)
+        else:
+            os.link(temporary, path)
+    except FileExistsError as error:
+        raise _refused(str(path), "a file of this name exists", "") from error
+    except OSError as error:
+        raise _refused(str(path), error.strerror or str(error), "") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _save(client: Client, artifact: ArtifactRef, root: int, *, force: bool) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aether.cli import cells
 from aether.cli import images
 from aether.cli.session import Session, command
 
@@ -27,11 +28,12 @@ def register(app: typer.Typer) -> None:
     command(app, "health", help="Whether the node works; exits 120 when it is degraded.")(_health)
     command(app, "metrics", help="Print metrics in the Prometheus text format.")(_metrics)
     command(app, "doctor", help="What this machine can enforce, with remedies; works without an instance.")(_doctor)
-    group = typer.Typer(help="Cells.", no_args_is_help=True, rich_markup_mode=None)
+    group = typer.Typer(help="Cells: make, use and free them.", no_args_is_help=True, rich_markup_mode=None)
     app.add_typer(group, name="cell")
     settings = {"allow_interspersed_args": False}
     command(group, "explain", help=_EXPLAIN, context_settings=settings)(_explain)
     images.register_cell(group)
+    cells.register(group)
     example = '\n\n\b\nExample:\n  eval "$(aether completion bash)"'
     app.command("completion", help="Print a shell completion script." + example)(_completion)
 

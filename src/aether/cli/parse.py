@@ -52,6 +52,18 @@ def cpu_millis(text: str) -> int:
     return int(Decimal(text) * 1000)
 
 
+def signal_number(text: str) -> int:
+    """`HUP`, `SIGHUP` or `1`; `RTMIN+3` is written as its number."""
+    import signal
+
+    if text.isascii() and text.isdigit() and 1 <= int(text) < signal.NSIG:
+        return int(text)
+    name = text.upper() if text.upper().startswith("SIG") else f"SIG{text.upper()}"
+    if name not in signal.Signals.__members__:
+        _refuse("signal", text, "write it like TERM, SIGHUP or 9")
+    return int(signal.Signals[name])
+
+
 def environment(entries: Iterable[str]) -> dict[str, str]:
     """`K=V` entries; the last of one name wins."""
     found = {}
