@@ -14,10 +14,9 @@ _IMAGE: Final = "/v0/images/{image}"
 
 
 class CommitBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The body of `image.commit`: the image below (name or digest), and the artifact that a job's kept diff is."""
+    """The body of `image.commit`: a job that kept its diff, and the new image's name."""
 
-    base: str
-    layer: str
+    job_id: str
     name: str | None = None
 
 
@@ -26,7 +25,7 @@ IMAGE_OPERATIONS: Final[tuple[Operation, ...]] = (
         name="image.import",
         method="PUT",
         path="/v0/images",
-        summary=f"Unpack the body, a tar of an OCI image layout (at most {limits.UPLOAD_BYTES_MAX} bytes), as an image.",
+        summary=f"Unpack the body, the tar of an OCI image layout (at most {limits.UPLOAD_BYTES_MAX} bytes).",
         request=images.ImportCall,
         reply=images.ImageInfo,
         access="control",
@@ -53,7 +52,7 @@ IMAGE_OPERATIONS: Final[tuple[Operation, ...]] = (
         name="image.commit",
         method="POST",
         path="/v0/images/commit",
-        summary="A new image: `base` with what a job changed in it (the layer it kept) on top.",
+        summary="A new image: what a job changed, on top of the image that it ran in.",
         request=images.CommitCall,
         reply=images.ImageInfo,
         access="control",
@@ -62,7 +61,7 @@ IMAGE_OPERATIONS: Final[tuple[Operation, ...]] = (
         body="json",
         body_type=CommitBody,
         statuses=(201,),
-        errors=(*JSON_ERRORS, *WRITE_ERRORS, "BAD_ID", "NOT_FOUND", "GONE", "BAD_IMAGE"),
+        errors=(*JSON_ERRORS, *WRITE_ERRORS, "BAD_ID", "NOT_FOUND", "NO_LAYER", "GONE", "BAD_IMAGE"),
     ),
     Operation(
         name="image.show",

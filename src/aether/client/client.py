@@ -37,7 +37,7 @@ from aether.contract.cellcalls import STREAM_PROTOCOL
 from aether.contract.cells import Images, InputFile, Interpreter, Limits
 from aether.contract.egresswire import EgressPage
 from aether.contract.errors import AetherError
-from aether.contract.images import LAYER_TYPE, LISTING_TYPE, CommitCall, DiffListing, ImageInfo, ImageList
+from aether.contract.images import LISTING_TYPE, CommitCall, DiffListing, ImageInfo, ImageList
 from aether.contract.jobs import TERMINAL, CommandInputs, CommandParams, JobRequest, JobState, JobView
 from aether.contract.network import Network
 from aether.contract.paths import Layout, state_dir
@@ -377,24 +377,16 @@ class Client:
 
     def image_diff(self, job_id: str) -> DiffListing:
         """What a job that kept its diff changed in its image; raises NO_LAYER for any other."""
-        found = self._kept(self.get(job_id), LISTING_TYPE)
-        return msgspec.json.decode(self.artifact_bytes(found), type=DiffListing)
+        for ref in self.get(job_id).artifacts:
+            if ref.media_type == LISTING_TYPE:
+                return msgspec.json.decode(self.artifact_bytes(ref.digest), type=DiffListing)
+        raise AetherError("NO_LAYER", f"cannot tell what {job_id} changed: it kept no diff", "run it with --keep-diff")
 
     def image_commit(self, job_id: str, *, name: str | None = None) -> ImageInfo:
         """A new image: what a job changed on top of the image that it ran in."""
-        job = self.get(job_id)
-        call = CommitCall(base=job.image or "", layer=self._kept(job, LAYER_TYPE), name=name)
         headers = {"Content-Type": "application/json"}
-        body, extra_s = msgspec.json.encode(call), float(limits.IMAGE_UNPACK_S_MAX)
+        body, extra_s = msgspec.json.encode(CommitCall(job_id=job_id, name=name)), float(limits.IMAGE_UNPACK_S_MAX)
         return self._json("image.commit", ImageInfo, body=body, headers=headers, extra_s=extra_s)
-
-    @staticmethod
-    def _kept(job: JobView, media_type: str) -> str:
-        """The digest of the artifact of that type."""
-        for ref in job.artifacts:
-            if ref.media_type == media_type:
-                return ref.digest
-        raise AetherError("NO_LAYER", f"cannot tell what {job.job_id} changed: it kept no diff", "run it with --keep-diff")
 
     # ---- the node
 

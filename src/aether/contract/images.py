@@ -93,8 +93,7 @@ class ImageCall(msgspec.Struct, frozen=True, kw_only=True):
 class CommitCall(msgspec.Struct, frozen=True, kw_only=True):
     """`image.commit`."""
 
-    base: str
-    layer: str
+    job_id: str
     name: str | None = None
 
 
@@ -136,10 +135,9 @@ class ImageQuery(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImageCommit(msgspec.Struct, frozen=True, kw_only=True):
-    """`image.commit`: the image `base` with the artifact `layer` on top, as one more image."""
+    """`image.commit`: what a job changed on top of the image that it changed, as one more image."""
 
-    base: str
-    layer: str
+    job_id: str
     tenant_id: str
     name: str | None = None
 

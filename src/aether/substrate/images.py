@@ -99,12 +99,12 @@ class ImageDesk:
         return await self._recorded("image.removed", caller, admission, "image.remove", info, ref)
 
     async def commit(self, caller: Caller, call: CommitCall) -> ImageInfo:
-        base, layer = reference(call.base), ids.parse_digest(call.layer)
-        admission = self._gate.admit(caller, "image.commit", Resource(kind=_KIND, id=base))
+        job_id = ids.parse(ids.JOB, call.job_id)
+        admission = self._gate.admit(caller, "image.commit", Resource(kind=_KIND, id=job_id))
         self._check_room()
         if call.name is not None:
             check_name(call.name)
-        body = ImageCommit(base=base, layer=layer, tenant_id=admission.principal.tenant_id, name=call.name)
+        body = ImageCommit(job_id=job_id, tenant_id=admission.principal.tenant_id, name=call.name)
         info = await self._orchestra.link().call("image.commit", body, ImageInfo)
         return await self._recorded("image.imported", caller, admission, "image.commit", info, call.name)
 

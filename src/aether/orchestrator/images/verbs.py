@@ -10,6 +10,7 @@ import msgspec
 
 from aether.contract import images
 from aether.contract.errors import AetherError
+from aether.contract.jobs import parse_command
 from aether.contract.ports import Handler, Link
 from aether.contract.store import Store
 from aether.orchestrator.artifacts.store import ArtifactStore
@@ -69,12 +70,17 @@ class ImageVerbs:
         return await self._images.remove(body.ref, body.tenant_id)
 
     async def commit(self, body: images.ImageCommit) -> images.ImageInfo:
-        known = await self._store.find_artifact(body.layer, body.tenant_id)
-        if known is None or known.media_type != images.LAYER_TYPE:
-            raise AetherError("NOT_FOUND", f"cannot commit: there is no layer {body.layer[:100]!r}")
-        fd, _ = await self._artifacts.open_fd(known.digest)
+        row = await self._store.get(body.job_id)
+        if row is None or row.request is None or row.tenant_id != body.tenant_id:
+            raise AetherError("NOT_FOUND", f"cannot find job {body.job_id}")
+        layer = next((ref.digest for ref in row.view.artifacts if ref.media_type == images.LAYER_TYPE), None)
+        asked = parse_command(row.request)[0].images if layer is not None else None
+        if layer is None or asked is None or asked.changed is None:
+            why = f"cannot commit what {body.job_id} changed: it kept no diff"
+            raise AetherError("NO_LAYER", why, "run it with --keep-diff")
+        fd, _ = await self._artifacts.open_fd(layer)
         try:
-            return await self._images.commit(body.base, fd, body.tenant_id, body.name)
+            return await self._images.commit(asked.changed, fd, body.tenant_id, body.name)
         finally:
             os.close(fd)
 
