@@ -155,10 +155,15 @@ def test_weights_share_one_cpu(driver: CgroupDriver, need: Callable[..., None]) 
         driver.create(name, CgroupLimits(cpu_weight=weight, cpuset_cpus=cpu))
         for name, weight in (("heavy", 900), ("light", 100))
     )
-    processes = [join(handle, "while True: pass\n") for handle in (heavy, light)]
-    time.sleep(2.5)
-    used = [driver.usage(handle).cpu_user_us or 0 for handle in (heavy, light)]
-    assert used[0] > 2 * used[1], used
+    busy = "print('up', flush=True)\nwhile True: pass\n"
+    processes = [join(handle, busy) for handle in (heavy, light)]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == b"up\n"
+    before = [driver.usage(handle).cpu_user_us or 0 for handle in (heavy, light)]
+    time.sleep(2.0)
+    after = [driver.usage(handle).cpu_user_us or 0 for handle in (heavy, light)]
+    used = [late - early for early, late in zip(before, after, strict=True)]
+    assert used[0] > 3 * used[1], used
     end(driver, heavy, processes[0])
     end(driver, light, processes[1])
 

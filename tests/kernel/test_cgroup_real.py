@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from aether.spawner.linux.cgroup import CgroupDriver, CgroupHandle
-from aether.spawner.linux.cgroup_limits import CgroupLimits
 from aether.spawner.linux.cgroup_host import locate, open_driver
+from aether.spawner.linux.cgroup_limits import CgroupLimits
 
 
 @pytest.fixture
