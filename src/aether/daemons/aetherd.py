@@ -41,8 +41,8 @@ from aether.substrate.egressreading import EgressReading
 from aether.substrate.entries import Node
 from aether.substrate.execution import Execution
 from aether.substrate.gate import Gate
-from aether.substrate.orchestra import Orchestra
 from aether.substrate.images import ImageDesk
+from aether.substrate.orchestra import Orchestra
 from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
 from aether.substrate.service import Parts, Service
@@ -111,7 +111,7 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         workers=Workers(gate, book, execution, layout),
         house=house,
         files=CellFileDesk(house, book, cells),
-        talking=Talking(gate, book, house, cells, reading),
+        talking=Talking(gate, book, house, cells, execution, reading),
         watching=Watching(gate, book, house, cells, reading, ActivityLogs(layout.job_logs)),
         images=ImageDesk(gate, book, orchestra, execution, cells),
         metrics=Metrics("aetherd"),

@@ -45,6 +45,7 @@ from aether.substrate.cells.drivers.port import Adopted
 from aether.substrate.cells.supervisor import CellSupervisor, Launched
 from aether.substrate.egress import EgressDesk
 from aether.substrate.ledger import OpenJob
+from aether.substrate.lines import Held, Lines
 from aether.substrate.metering.settle import settlement
 from aether.substrate.orchestra import Orchestra
 
@@ -67,6 +68,7 @@ class Execution:
         self._egress = egress
         self._launching: dict[str, asyncio.Lock] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self.lines = Lines()
 
     # ---- verbs
 
@@ -177,7 +179,17 @@ class Execution:
             start = functools.partial(self._cells.launch, job.place)
             return await self._egress.launch(job, spec, files, start)
         check_enterable(self._book.ledger.cells.live.get(job.place), job.place)
-        return await self._cells.join(job.place, job.executable, spec, stdio, files)
+        found = await self._cells.join(job.place, job.executable, spec, stdio, files)
+        if stdio == "tty":
+            await self._hold_terminal(job)
+        return found
+
+    async def _hold_terminal(self, job: OpenJob) -> None:
+        with contextlib.suppress(AetherError):  # whoever attaches asks for it, and hears why there is none
+            _, fd = await self._cells.terminal(job.place, job.executable)
+            self.lines.keep(job.grant.job_id, Held(fd, job.intent.tenant_id or "", job.intent.detail["cell"]))
+        if job.end is not None or job.grant.job_id not in self._book.ledger.open:
+            self.lines.ended(job.grant.job_id)
 
     def conclude(self, job: OpenJob, finish: JobFinish) -> Record:
         """Writes the outcome, not yet durable."""
@@ -221,6 +233,7 @@ class Execution:
             end = replace(end, exit=replace(end.exit, reason=CELL_FREED if cell.reason == "freed" else cell.reason))
         if job is not None and job.end is None:
             job.end = end
+            self.lines.ended(job.grant.job_id)
             self._tell_exit(job, end)
         elif job is None and cell is None:
             self.free(end.cell_id)
@@ -257,7 +270,8 @@ class Execution:
         self._in_background(self._free(cell_id))
 
     async def drain(self) -> None:
-        """Waits for cells that are being freed."""
+        """Waits for cells that are being freed; lets go of the terminals."""
+        self.lines.close()
         while self._background:
             await asyncio.wait(self._background)
 

@@ -28,8 +28,10 @@ from aether.substrate.book import Book
 from aether.substrate.cellentries import Order
 from aether.substrate.cellhouse import CellHouse
 from aether.substrate.cells.supervisor import CellSupervisor
+from aether.substrate.execution import Execution
 from aether.substrate.gate import Gate
 from aether.substrate.ledger import OpenJob
+from aether.substrate.lines import Held
 from aether.substrate.reading import Reading
 from aether.substrate.views import queued_view
 
@@ -41,8 +43,11 @@ _CHUNK_BYTES: Final = 64 * 1024
 class Talking:
     """Handlers of `job.signal`, `job.attach`, `job.window`."""
 
-    def __init__(self, gate: Gate, book: Book, house: CellHouse, cells: CellSupervisor, reading: Reading) -> None:
+    def __init__(
+        self, gate: Gate, book: Book, house: CellHouse, cells: CellSupervisor, execution: Execution, reading: Reading
+    ) -> None:
         self._gate = gate
+        self._execution = execution
         self._book = book
         self._house = house
         self._cells = cells
@@ -79,24 +84,13 @@ class Talking:
     async def attach(self, caller: Caller, call: AttachCall) -> UpgradeReply:
         """`job.attach`: waits for the start of an executable that is about to; raises NOT_READY for one that has
         neither terminal nor standard input, or that somebody else is attached to."""
-        admission, job = await self._running(caller, "job.attach", call.job_id, START_WAIT_S)
         if call.job_id in self._attached or len(self._attached) >= limits.ATTACHED_MAX:
-            raise AetherError(
-                "NOT_READY",
-                f"cannot attach to {call.job_id}: another connection is attached",
-                "detach the other connection first",
-            )
+            why = f"cannot attach to {call.job_id}: another connection is attached"
+            raise AetherError("NOT_READY", why, "detach the other connection first")
         self._attached.add(call.job_id)
         try:
-            order = self._house.order(caller, admission, "job.attach")
-            stdio, fd = await self._cells.terminal(job.place, job.executable)
+            stdio, fd = await self._line(caller, call.job_id)
         except BaseException:
-            self._attached.discard(call.job_id)
-            raise
-        try:
-            await self._record("job.attach", job, order, {"stdio": stdio})
-        except BaseException:
-            os.close(fd)
             self._attached.discard(call.job_id)
             raise
 
@@ -111,6 +105,44 @@ class Talking:
             self._attached.discard(call.job_id)
 
         return UpgradeReply(STREAM_PROTOCOL, run, refuse)
+
+    async def _line(self, caller: Caller, job_id: str) -> tuple[Stdio, int]:
+        """What to attach to, once that is recorded. The terminal of a command that is over already is at hand too."""
+        admission, job, held = await self._told(caller, job_id)
+        if job is None:
+            assert held is not None
+            fd = self._execution.lines.take(job_id)
+            if fd is None:
+                raise AetherError("NOT_READY", f"cannot attach to {job_id}: it is over")
+            return "tty", fd
+        order = self._house.order(caller, admission, "job.attach")
+        fd = self._execution.lines.take(job_id)
+        stdio: Stdio = "tty"
+        if fd is None:
+            stdio, fd = await self._cells.terminal(job.place, job.executable)
+        try:
+            await self._record("job.attach", job, order, {"stdio": stdio})
+        except BaseException:
+            os.close(fd)
+            raise
+        return stdio, fd
+
+    async def _told(self, caller: Caller, job_id: str) -> tuple[Admission, OpenJob | None, Held | None]:
+        """Leave to attach, and the running job, or the terminal that one left."""
+        held = self._execution.lines.find(job_id)
+        job = self._book.ledger.open.get(job_id)
+        if held is not None and (job is None or job.end is not None):
+            admission = self._gate.admit(caller, "job.attach", Resource(kind="job", id=job_id))
+            if held.tenant_id != admission.principal.tenant_id or not admission.sees(held.cell):
+                raise AetherError("NOT_FOUND", f"cannot find job {job_id}")
+            return admission, None, held
+        try:
+            admission, job = await self._running(caller, "job.attach", job_id, START_WAIT_S)
+        except AetherError as error:
+            if error.code != "NOT_READY" or self._execution.lines.find(job_id) is None:
+                raise
+            return await self._told(caller, job_id)  # it was over as soon as it began
+        return admission, job, None
 
     async def _running(
         self, caller: Caller, operation: str, job_id: str, wait_s: float = 0.0
