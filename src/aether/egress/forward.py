@@ -69,6 +69,8 @@ async def next_request(cell: Side) -> h11.Request | None:
         raise RefusedError("slow", "the request's head took too long") from None
     if not isinstance(event, h11.Request):
         return None
+    if event.http_version not in (b"1.0", b"1.1"):
+        raise RefusedError("request", "the request is of no version that this proxy speaks")
     check_framing(event.headers)
     return event
 

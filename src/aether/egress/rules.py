@@ -71,7 +71,7 @@ class Rules:
             return Allowed(str(first), first.tcp)
         if self.learn and (isinstance(host, str) or is_public(host)):
             return Allowed(LEARN, False)
-        raise RefusedError("not-allowed", "no rule allows it")
+        raise RefusedError("not-allowed", f"no rule allows {host}:{port}")
 
     def check_address(self, address: Address, port: int) -> None:
         """Whether this address may be dialled; raises RefusedError `address`."""
