@@ -193,6 +193,14 @@ def _limits_of_guest(timeout: str | None) -> Any:
     return Limits(timeout_ms=duration_ms(timeout)) if timeout is not None else None
 
 
+def _command(argv: list[str]) -> list[str]:
+    """What follows `--`: options end at the cell's name, so the two dashes arrive as a word of the command."""
+    words = argv[1:] if argv[0] == "--" else argv
+    if not words:
+        raise typer.BadParameter("it is empty", param_hint="-- CMD")
+    return words
+
+
 def _start(
     session: Session,
     name: Name,
@@ -207,7 +215,7 @@ def _start(
 
     with session.client() as client:
         job = client.cells.start(
-            name, argv, name=executable, env=environment(env or []), cwd=cwd, limits=_limits_of_guest(timeout)
+            name, _command(argv), name=executable, env=environment(env or []), cwd=cwd, limits=_limits_of_guest(timeout)
         )
     show_json(job) if session.as_json else print(job.job_id)
 
@@ -236,7 +244,7 @@ def _exec(
     with session.client() as client:
         job = client.cells.start(
             name,
-            argv,
+            _command(argv),
             env=variables,
             cwd=cwd,
             limits=_limits_of_guest(timeout),
