@@ -195,6 +195,8 @@ def main() -> None:
         cell.executor.close()
         return
     actions = request.get("actions", [["wait", "first"]])
+    if request["executor"] in oci.KINDS:
+        cell.until(("Container", ""), ("RuntimeRefused", ""))
     cell.until(("Started", "first"), ("ExecFailed", "first"), ("StepFailed", ""), ("RuntimeRefused", ""))
     for action in actions:
         cell.act(*action)

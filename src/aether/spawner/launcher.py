@@ -51,6 +51,7 @@ class Running:
         self.pidfd = pidfd
         self.closed = False
         self._container: initwire.Container | None = None
+        self._held: list[initwire.Event] = []
         self._control = control
         self._plan = plan
         self._executor = executor
@@ -87,8 +88,17 @@ class Running:
             if event is None:
                 self.closed = True
             else:
-                found.append(self._read(event))
+                found += [self._read(each) for each in self._in_order(event)]
         return found
+
+    def _in_order(self, event: initwire.Event) -> list[initwire.Event]:
+        """What is said from inside a container waits for what is said of it from outside."""
+        outside = isinstance(event, initwire.Container | initwire.RuntimeRefused)
+        if self._plan.driver == "native" or self._container is not None or outside:
+            held, self._held = self._held, []
+            return [event, *held]
+        self._held.append(event)
+        return []
 
     def _read(self, event: initwire.Event) -> InitEvent:
         match event:

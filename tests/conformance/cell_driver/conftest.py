@@ -1,8 +1,9 @@
-"""Two drivers behind one harness: the same programs by name, as shell scripts in cells and as functions."""
+"""Every driver behind one harness: the same programs by name, as shell scripts in cells and as functions."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 
 import pytest
 
+from aether.contract.cellplan import DRIVERS
+from aether.spawner.linux.oci import find_runtimes
 from aether.substrate.cells.drivers.memory import MemoryDriver, Run
 from aether.substrate.cells.drivers.native import NativeDriver
 
@@ -62,6 +65,9 @@ async def copy(run: Run) -> int:
 
 
 class Harness(Protocol):
+    require: tuple[str, ...]
+    """What every cell asks for, so that the driver under test builds it."""
+
     def argv(self, program: str) -> tuple[str, ...]: ...
 
     def driver(self) -> Any:
@@ -82,6 +88,7 @@ class MemoryHarness:
         }
         self._driver = MemoryDriver(programs, {"netns": ("the double has no network", "use a real driver")})
         self.lacks = "netns"
+        self.require = ()
 
     def argv(self, program: str) -> tuple[str, ...]:
         return (program,)
@@ -92,9 +99,12 @@ class MemoryHarness:
 
 
 class NativeHarness:
-    def __init__(self, state: Path) -> None:
+    """Drivers of one spawner; `name` is required of every cell."""
+
+    def __init__(self, state: Path, name: str) -> None:
         self._socket = state / "run/spawner.sock"
         self.lacks = ""
+        self.require = (name,)
 
     def argv(self, program: str) -> tuple[str, ...]:
         return ("sh", "-c", SCRIPTS[program])
@@ -128,8 +138,12 @@ def spawner_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert {entry.name for entry in (state / "cells").iterdir()} == {".lock", ".instances"}
 
 
-@pytest.fixture(params=["memory", "native"])
+@pytest.fixture(params=["memory", *DRIVERS])
 def harness(request: pytest.FixtureRequest) -> Harness:
-    if request.param == "memory":
+    name = request.param
+    if name == "memory":
         return MemoryHarness()
-    return NativeHarness(request.getfixturevalue("spawner_state"))
+    lack = find_runtimes(os.environ)[name] if name != "native" else None
+    if lack is not None and lack.reason:
+        pytest.skip(f"{lack.reason}: {lack.remedy}")
+    return NativeHarness(request.getfixturevalue("spawner_state"), name)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from aether.contract import ids
@@ -28,6 +29,7 @@ class Cells:
 
     def order(self, program: str, cell_id: str | None = None, **more: Any) -> Order:
         files = more.pop("files", ())
+        more["require"] = (*self._harness.require, *more.get("require", ()))
         spec = CellSpec(argv=self._harness.argv(program), **more)
         cell_id = cell_id or ids.new(ids.CELL)
         return Order(cell_id, "exec" + cell_id[4:], spec, files)
@@ -232,7 +234,7 @@ def test_every_end_is_told_once(harness: Any) -> None:
 def test_a_program_that_is_not_there(harness: Any) -> None:
     async def step(driver: Any, cells: Cells) -> None:
         order = cells.order("ok")
-        missing = Order(order.cell_id, order.exec_id, CellSpec(argv=("/no/such/program",)))
+        missing = Order(order.cell_id, order.exec_id, msgspec.structs.replace(order.spec, argv=("/no/such/program",)))
         with pytest.raises(AetherError) as refused:
             await driver.launch(missing)
         assert refused.value.code == "CELL_FAILED" and "exec" in refused.value.message
@@ -244,7 +246,7 @@ def test_a_program_that_is_not_there(harness: Any) -> None:
 def test_explain_starts_nothing(harness: Any) -> None:
     async def step(driver: Any, cells: Cells) -> None:
         before = len(await driver.adopt())
-        found = driver.explain(CellSpec(argv=harness.argv("ok")))
+        found = driver.explain(cells.order("ok").spec)
         assert found.lines and found.plan and found.plan_text.startswith(b"{")
         assert len(await driver.adopt()) == before
 

@@ -132,7 +132,7 @@ class OciExecutor:
         self.bundle(plan)  # refused here rather than in the shim, where there is no way back
         lowered = lower_plan(plan, self._roots, self._facts)
         message = initwire.encode_launch(for_container(lowered, plan), 0, False, first_exec)
-        order = oci_shim.Order(self.runtime, plan, lowered, message, str(native.BINARY), started_us)
+        order = oci_shim.Order(self.runtime, plan, lowered, str(native.BINARY), started_us)
         layers = layers_userns(lowered)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         cgroups = list(attach.write_zero)
@@ -140,13 +140,14 @@ class OciExecutor:
             flags = os.O_WRONLY | os.O_CLOEXEC
             cgroups.append(os.open("cgroup.procs", flags, dir_fd=attach.cgroup2_dir))
         try:
+            initwire.send(ours, message, fds)  # before anything else that is asked of the cell
             pid = kernel.clone(0, None)
         except OSError as error:
             ours.close()
             raise LaunchError("clone", error.errno or 0, remedy("clone", error.errno or 0)) from error
         else:
             if pid == 0:
-                held = oci_shim.Held(ours.detach(), theirs.detach(), tuple(cgroups), tuple(fds), layers)
+                held = oci_shim.Held(theirs.detach(), tuple(cgroups), layers)
                 oci_shim.run_shim(order, held)
         finally:
             theirs.close()

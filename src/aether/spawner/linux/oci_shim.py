@@ -16,8 +16,8 @@ Lifetimes
   read-only: runc as `--rootless` ignores what it then cannot write; crun refuses hosts where v1 and v2 are mounted
   side by side, so a v2 mount beside v1 is hidden from it.
 
-Said on the control socket: `Container` (what the kernel shows of the container from outside), then the program is
-handed to aether-init, which says the rest; or `RuntimeRefused` with the runtime's own words.
+Said on the control socket: `Container` (what the kernel shows of the container from outside) or `RuntimeRefused`
+with the runtime's own words. All else on it is between the spawner and aether-init, whose program waits in it.
 """
 
 from __future__ import annotations
@@ -81,25 +81,22 @@ class Runtime:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One container: `program` is the whole plan lowered, `message` the launch for aether-init."""
+    """One container: `program` is the whole plan lowered, `init` aether-init on the host."""
 
     runtime: Runtime
     plan: cp.Plan
     program: pg.Program
-    message: bytes
     init: str
     started_us: int
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Descriptors of a shim: both ends of the control socket, cgroup files to join, the executable's, and the user
-    namespace that maps the owner of layers, if any."""
+    """Descriptors of a shim: the container's end of the control socket, cgroup files to join, and the user namespace
+    that maps the owner of layers, if any."""
 
-    ours: int
-    theirs: int
+    control: int
     cgroups: tuple[int, ...]
-    fds: tuple[int, ...]
     layers: int | None
 
 
@@ -107,7 +104,7 @@ def run_shim(order: Order, held: Held) -> NoReturn:
     """In a child of the spawner: never returns, whatever is raised."""
     try:
         held = _own(held)
-        control = socket.socket(fileno=held.theirs)
+        control = socket.socket(fileno=held.control)
         try:
             pid = _build(order, held)
         except (RuntimeRefusedError, OSError) as error:
@@ -115,8 +112,6 @@ def run_shim(order: Order, held: Held) -> NoReturn:
             os._exit(1)
         setup_us = time.monotonic_ns() // 1000 - order.started_us
         initwire.send(control, initwire.encode_container(look_at(pid, setup_us)))
-        with socket.socket(fileno=held.ours) as spawner_side:
-            initwire.send(spawner_side, order.message, held.fds)
         control.close()
         kernel.syscall("close_range", 3, 0x7FFFFFFF, 0)
         _wait_for(pid)
@@ -135,7 +130,7 @@ def _own(held: Held) -> Held:
     for signo in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signo, signal.SIG_DFL)
     layers = (held.layers,) if held.layers is not None else ()
-    wanted = (held.ours, held.theirs, *held.cgroups, *held.fds, *layers)
+    wanted = (held.control, *held.cgroups, *layers)
     first = min(1000, os.sysconf("SC_OPEN_MAX") // 2)
     moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, first) for fd in wanted]
     kernel.syscall("close_range", 3, min(moved) - 1, 0)
@@ -143,9 +138,8 @@ def _own(held: Held) -> Held:
     null = os.open("/dev/null", os.O_RDWR)
     for number in range(3):
         os.dup2(null, number)
-    count = 2 + len(held.cgroups)
-    end = count + len(held.fds)
-    return Held(moved[0], moved[1], tuple(moved[2:count]), tuple(moved[count:end]), moved[end] if layers else None)
+    count = 1 + len(held.cgroups)
+    return Held(moved[0], tuple(moved[1:count]), moved[count] if layers else None)
 
 
 # ---------------------------------------------------------------------------------------------- the bundle
@@ -182,6 +176,12 @@ def _prepare(order: Order, place: str, userns: int | None) -> None:
     mounts.perform(base, pg.mount(0, ROOTFS, "tmpfs", _ROOTFS_OPTIONS, pg.NOSUID | pg.NODEV), layers)
     sources = _stage(order, base, place, layers)
     _make_root(order, base, sources, layers)
+    if "user" in order.plan.namespaces and not any(step.op == "overlay" for step in order.plan.steps):
+        # Without this its own root could not pass a directory of mode 0700 on the way to a mount point.
+        ids = order.plan.id_map
+        root = Path(f"{place}{ROOTFS}")
+        for path in (root, *root.rglob("*")):
+            os.chown(path, ids.host_uid + ids.init_uid, ids.host_gid + ids.init_uid, follow_symlinks=False)
     config = oci_config(order.plan, order.runtime.kind, f"{place}/init", sources)
     Path(f"{place}/bundle/config.json").write_text(json.dumps(config))
     _hide_cgroups()
@@ -205,7 +205,7 @@ def _stage(order: Order, base: int, place: str, layers: mounts.Layers) -> dict[i
 
 
 def _make_root(order: Order, base: int, sources: dict[int, str], layers: mounts.Layers) -> None:
-    """What `rootfs` must hold. The runtime makes no mount points: in a user namespace it does not own the root."""
+    """What `rootfs` must hold, mount points among it: a runtime in a user namespace may write nothing here."""
     rootfs = mounts.open_beneath(base, ROOTFS[1:], os.O_PATH | os.O_DIRECTORY)
     covered: list[str] = []
     for op in order.program.ops:
@@ -270,7 +270,7 @@ def _call(command: Sequence[str], log: int, held: Held | None) -> None:
             for number in (1, 2):
                 os.dup2(log, number)
             if held is not None:
-                os.dup2(held.theirs, CONTROL_FD)
+                os.dup2(held.control, CONTROL_FD)
             os.execve(command[0], command, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
         except OSError as error:
             os.write(log, f"{command[0]}: {error.strerror}".encode())
@@ -297,8 +297,8 @@ def _wait_for_exec(pid: int) -> None:
     until = time.monotonic() + EXEC_WAIT_S
     while time.monotonic() < until:
         try:
-            if Path(f"/proc/{pid}/comm").read_text().strip() == Path(INIT_PATH).name:
-                return
+            if Path(f"/proc/{pid}/comm").read_text().strip().endswith("aether-init"):
+                return  # by its file's name or, a little later, by the one it gives itself
         except OSError as error:
             raise RuntimeRefusedError("the container ended before it began") from error
         time.sleep(0.0005)

@@ -28,9 +28,15 @@ def sandbox_report(seen: dict[str, Any], missing: dict[str, str], uid: int, plan
             enforced["no_capabilities"] = True
     if seen.get("landlock_abi"):
         enforced["landlock"] = seen["landlock_abi"]
+    if seen.get("sched"):
+        enforced["sched"] = seen["sched"]
     for limit, source in seen.get("limits", {}).items():
         enforced[LIMIT_WORDS.get(limit, limit)] = source
-    if seen.get("level") == "cell" and "pidns" in enforced and "mountns" in enforced:
+    driver = seen.get("driver", "native")
+    enforced[driver] = True if driver == "native" else seen["executor"]
+    if "sandbox" in seen:
+        _sandboxed(enforced, seen["sandbox"], missing)
+    if seen.get("level") != "process" and "pidns" in enforced and "mountns" in enforced:
         enforced["cell"] = True
     absent = {name: reason for name, reason in missing.items() if name not in enforced}
     return SandboxReport(
@@ -41,6 +47,16 @@ def sandbox_report(seen: dict[str, Any], missing: dict[str, str], uid: int, plan
         uid=uid,
         plan_digest=plan_digest,
     )
+
+
+def _sandboxed(enforced: dict[str, Any], sandbox: dict[str, Any], missing: dict[str, str]) -> None:
+    """A cell in gVisor's kernel: the sandbox is what the host's kernel confines; inside, the word is gVisor's own."""
+    if sandbox["seccomp"] and {"userns", "mountns", "netns"} <= enforced.keys():
+        enforced["gvisor"] = True
+    if "pid" in sandbox["namespaces"]:
+        enforced["pidns"] = "gvisor"
+    for name in missing.keys() & enforced.keys():
+        del enforced[name]
 
 
 def verify_required(spec: CellSpec, report: SandboxReport) -> None:

@@ -43,8 +43,39 @@ def test_full() -> None:
         "landlock": 7,
         "cgroup-memory": "cgroup1:memory.limit_in_bytes",
         "cell": True,
+        "native": True,
     }
     assert report.missing == {"cgroup-cpu": "no"} and report.uid == 7
+
+
+def test_a_runtime_is_named_with_its_version() -> None:
+    report = sandbox_report(SEEN | {"driver": "runc", "executor": "runc 1.1.5"}, {}, 7, "sha256:x")
+    assert report.enforced["runc"] == "runc 1.1.5" and report.enforced["cell"] and "native" not in report.enforced
+    verify_required(CellSpec(argv=("x",), require=("runc",)), report)
+
+
+GVISOR = SEEN | {
+    "driver": "runsc",
+    "executor": "runsc 2024",
+    "level": "gvisor",
+    "namespaces": {"user": 1, "mnt": 3, "net": 4},
+    "landlock_abi": 0,
+    "sandbox": {"seccomp": True, "namespaces": ["user", "pid"]},
+    "limits": {"memory_bytes": "cgroup1:memory.limit_in_bytes", "pids": "cgroup1:pids.max"},
+}
+
+
+def test_gvisor_is_claimed_of_a_sandbox_that_the_host_confines() -> None:
+    report = sandbox_report(GVISOR, {"cgroup-pids": "its own threads", "landlock": "none"}, 7, "sha256:x")
+    assert report.level == "gvisor" and report.enforced["gvisor"] is True and report.enforced["cell"] is True
+    assert report.enforced["pidns"] == "gvisor" and "cgroup-pids" not in report.enforced
+    assert report.missing == {"cgroup-pids": "its own threads", "landlock": "none"}
+    for change in (
+        {"sandbox": {"seccomp": False, "namespaces": ["pid"]}},
+        {"namespaces": {"mnt": 3, "net": 4}},
+        {"namespaces": {"user": 1, "mnt": 3}},
+    ):
+        assert "gvisor" not in sandbox_report(GVISOR | change, {}, 7, "sha256:x").enforced
 
 
 @pytest.mark.parametrize(
