@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,6 @@ from typing import Any
 import msgspec
 import pytest
 
-import aether
 from aether.contract import ids
 from aether.contract.cellplan import LandlockRule
 from aether.contract.cells import CellSpec, ExecEnd, Limits
@@ -33,96 +29,17 @@ from aether.substrate.cells.drivers.native import NativeDriver
 from aether.substrate.cells.drivers.port import Adopted, Handle, Order, Started
 from aether.substrate.cells.logs import JobLogs
 from tests.support.machine import SLOW
-
-ORDINARY = 64_999
-SYSTEM_PYTHON = "/usr/bin/python3"
-MIB = 1 << 20
-
-
-class Spawner:
-    """One state directory and the spawner processes that use it, one after the other."""
-
-    def __init__(self, uid: int | None) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="aether-test-"))
-        self.state = self.directory / "state"
-        self.state.mkdir()
-        self.uid = uid
-        self._python, self._env = sys.executable, dict(os.environ)
-        if uid is not None:
-            source = Path(aether.__file__).parents[1]
-            shutil.copytree(source / "aether", self.directory / "src/aether", ignore=shutil.ignore_patterns("*.pyc"))
-            self._python, self._env = SYSTEM_PYTHON, {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{self.directory}/src"}
-            os.chown(self.state, uid, uid)
-        self.directory.chmod(0o711)
-        self.state.chmod(0o711)
-        self.process = self.start()
-
-    def start(self) -> subprocess.Popen[bytes]:
-        command = [self._python, "-m", "aether.spawner.main", "--state", str(self.state)]
-        ids_of: dict[str, Any] = {} if self.uid is None else {"user": self.uid, "group": self.uid, "extra_groups": []}
-        process = subprocess.Popen(command, env=self._env, cwd="/", **ids_of)
-        self.process = process
-        deadline = time.monotonic() + 15
-        while not self._answers():
-            assert process.poll() is None and time.monotonic() < deadline, "the spawner did not start"
-            time.sleep(0.02)
-        return process
-
-    def _answers(self) -> bool:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-            return sock.connect_ex(str(self.state / "run/spawner.sock")) == 0
-
-    @property
-    def instances(self) -> list[str]:
-        return (self.state / "cells/.instances").read_text().split()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def close(self) -> None:
-        named = self.instances
-        if self.process.poll() is None:
-            self.process.terminate()
-            assert self.process.wait(20) == 0
-        assert_nothing_left(self, named)
-        shutil.rmtree(self.directory)
-
-    @asynccontextmanager
-    async def driver(self) -> Any:
-        driver = NativeDriver(self.state / "run/spawner.sock")
-        driver.start()
-        for _ in range(500):
-            if not driver.reason:
-                break
-            await asyncio.sleep(0.01)
-        assert not driver.reason, driver.reason
-        try:
-            yield driver
-        finally:
-            await driver.close()
-
-
-def assert_nothing_left(spawner: Spawner, instances: list[str]) -> None:
-    for instance in instances:
-        assert not list(Path("/sys/fs/cgroup").glob(f"**/aether-{instance}*"))
-    assert {entry.name for entry in (spawner.state / "cells").iterdir()} == {".lock", ".instances"}
-    assert str(spawner.state) not in Path("/proc/self/mountinfo").read_text()
-    assert not processes(str(spawner.state))
-
-
-def processes(marker: str) -> list[int]:
-    """Pids whose command line or environment holds `marker`."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            if marker.encode() in text:
-                found.append(int(entry.name))
-    return found
+from tests.support.spawnerprocess import (
+    MIB,
+    ORDINARY,
+    SYSTEM_PYTHON,
+    Spawner,
+    assert_nothing_left,
+    launch,
+    processes,
+    run,
+    with_driver,
+)
 
 
 @pytest.fixture(params=["own", "ordinary"])
@@ -137,28 +54,6 @@ def spawner(request: pytest.FixtureRequest) -> Iterator[Spawner]:
     running = Spawner(uid)
     yield running
     running.close()
-
-
-Step = Callable[[NativeDriver], Awaitable[None]]
-
-
-def with_driver(spawner: Spawner, step: Step) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(60), spawner.driver() as driver:
-            await step(driver)
-
-    asyncio.run(main())
-
-
-async def launch(driver: NativeDriver, script: str, **more: Any) -> Started:
-    cell_id = ids.new(ids.CELL)
-    spec = CellSpec(argv=("sh", "-c", script), **more)
-    return await driver.launch(Order(cell_id, "exec" + cell_id[4:], spec))
-
-
-async def run(driver: NativeDriver, script: str, **more: Any) -> tuple[Started, ExecEnd]:
-    started = await launch(driver, script, **more)
-    return started, await driver.wait(started.handle, started.exec_id)
 
 
 def enforced(driver: NativeDriver, word: str) -> None:

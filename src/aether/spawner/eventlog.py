@@ -52,9 +52,17 @@ def line(**fields: Any) -> bytes:
 
 
 def shown(raw: bytes) -> str:
-    """Untrusted bytes as text of printable characters; all others are escaped as in Python."""
+    """Untrusted bytes as text of printable characters; all others are escaped."""
     text = raw.decode("utf-8", "backslashreplace")
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(char: str) -> str:
+    """By hand: the codec would be a module to load, which a process without privileges may not be able to read."""
+    code = ord(char)
+    if char.isprintable():
+        return char
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def event_line(event: layout.Event, epoch_us: int) -> bytes:

@@ -24,6 +24,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "cell.freeze": {"cell": "c", "frozen": True},
     "cell.limit": {"cell": "c", "limits": {"pids": 5}},
     "cell.usage": {"cell": "c"},
+    "cell.trace": {"cell": "c", "on": True},
     "cell.list": {},
     "cell.free": {"cell": "c"},
     "exit.ack": {"cell": "c", "exec": "e"},
