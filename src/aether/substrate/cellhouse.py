@@ -93,7 +93,8 @@ class CellHouse:
         self._making.add(cell.cell_id)
         try:
             await self._book.durable(cell.allocated)
-            made = await self._cells.allocate(cell.cell_id, self.cell_spec(cell))
+            within = next((outer.cell_id for outer in self._book.ledger.cells.around(cell)), None)
+            made = await self._cells.allocate(cell.cell_id, self.cell_spec(cell), within)
         except AetherError as error:
             if cell.ended is None:
                 self._write_end(cell, None, FAILED, None, error)

@@ -85,9 +85,10 @@ class CellSupervisor:
         order = Order(cell_id, exec_of(cell_id), spec, files, listening)
         return _launched(cell_id, await self._driver.launch(order))
 
-    async def allocate(self, cell_id: str, spec: CellSpec) -> Launched:
+    async def allocate(self, cell_id: str, spec: CellSpec, within: str | None = None) -> Launched:
         """Make a cell without an executable; repeated for the same id it answers with the cell that is there."""
-        return _launched(cell_id, await self._driver.allocate(cell_id, spec))
+        around = Handle(within) if within is not None else None
+        return _launched(cell_id, await self._driver.allocate(cell_id, spec, around))
 
     async def join(
         self, cell_id: str, exec_id: str, spec: CellSpec, stdio: Stdio, files: Sequence[tuple[InputFile, int]]

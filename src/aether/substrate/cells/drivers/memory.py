@@ -183,10 +183,12 @@ class MemoryDriver:
         self._cells[order.cell_id] = cell
         return started
 
-    async def allocate(self, cell_id: str, spec: CellSpec) -> Started:
+    async def allocate(self, cell_id: str, spec: CellSpec, within: Handle | None = None) -> Started:
         known = self.found(Handle(cell_id))
         if known is not None:
             return known
+        if within is not None and within not in self._cells:
+            raise AetherError("NO_SUCH_CELL", f"cannot find cell {within}")
         text, report = self._confined(spec)
         started = Started(Handle(cell_id), "", report, text, None)
         self._cells[cell_id] = _Cell(started, time.time_ns() // 1000, {}, spec.limits)

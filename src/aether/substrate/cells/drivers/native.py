@@ -357,7 +357,7 @@ class NativeDriver:
     async def adopt(self) -> list[Adopted]:
         return await self._list(self._connector.require())
 
-    async def allocate(self, cell_id: str, spec: CellSpec) -> Started:
+    async def allocate(self, cell_id: str, spec: CellSpec, within: Handle | None = None) -> Started:
         check_spec(spec)
         link = self._connector.require()
         known = self.found(Handle(cell_id))
@@ -370,7 +370,8 @@ class NativeDriver:
         else:
             drawn = blueprint(spec, cell_id, "", self.facts, 0)
             asked = {"plan": drawn.plan, "limits": drawn.limits}
-        return await self._create(link, order, drawn, asked, None, [])
+        nests = {"nestable": True, "parent": within}
+        return await self._create(link, order, drawn, asked | nests, None, [])
 
     async def start_exec(self, handle: Handle, exec_id: str, spec: CellSpec, stdio: Stdio = "logs") -> None:
         executable = exec_to_obj(exec_spec(spec, handle, exec_id, self.facts))

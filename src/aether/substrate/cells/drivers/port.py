@@ -104,8 +104,12 @@ class Driver(Protocol):
         """Every cell that lives or ended without being freed."""
         ...
 
-    async def allocate(self, cell_id: str, spec: CellSpec) -> Started:
-        """A cell without an executable (`spec.argv` is empty), until it is freed; idempotent by cell id."""
+    async def allocate(self, cell_id: str, spec: CellSpec, within: Handle | None = None) -> Started:
+        """A cell without an executable (`spec.argv` is empty), until it is freed; idempotent by cell id.
+
+        `within` is the allocated cell around it, whose limits bound both, and with which it is frozen and ends.
+        LIMIT_REFUSED when it asks for more than there is around it.
+        """
         ...
 
     async def start_exec(self, handle: Handle, exec_id: str, spec: CellSpec, stdio: Stdio = "logs") -> None:
