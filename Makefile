@@ -8,7 +8,7 @@ SEED ?= 7
 KILLS ?= 200
 SECONDS_LONG ?= 60
 
-.PHONY: help setup native demo test test-v2 lint crash bench train-demo docs fuzz clean
+.PHONY: help setup native demo test test-v2 lint crash alternation bench train-demo docs fuzz clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ lint: setup $(VENV)/.dev ## ruff and mypy --strict
 
 crash: setup $(VENV)/.dev ## Kill roles at random points under load: make crash SEED=7 KILLS=200
 	$(BIN)/python -m tests.simulation.crash --seed $(SEED) --kills $(KILLS)
+
+alternation: setup $(VENV)/.dev ## A thousand jobs of two tenants in turn on warm cells, each looking for the other's traces
+	ALTERNATIONS=1000 $(BIN)/python -m pytest tests/security/test_alternation.py
 
 bench: setup $(VENV)/.dev ## Every benchmark; tables on the screen, JSON in bench/out/
 	$(BIN)/python -m bench.run --seconds $(SECONDS_LONG)

@@ -1,0 +1,165 @@
+"""The launcher alone: /bin/true with everything on, cold and from the pool, and a Python job, beside their peers.
+
+Through the spawner's socket, from the request to the word of the exit with all output kept, interleaved in one run.
+The pooled cell and the interpreter are given time to stand before they are asked for: this is what a caller waits.
+`sustained` is the other question: launches one after the other and four at a time, without a pause.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from aether.contract.cells import CellSpec, Interpreter
+from aether.substrate.cells.drivers.native import NativeDriver
+from aether.substrate.cells.drivers.port import Handle, Order
+from bench import harness
+from bench.cells import spawn_and_wait
+
+BWRAP = (
+    "--unshare-user", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "--die-with-parent",
+)  # fmt: skip
+PAUSE_S = 0.06
+"""An interpreter is started within this time, a cell prepared well before."""
+_numbers = itertools.count(1)
+
+
+@contextmanager
+def spawner() -> Iterator[Path]:
+    """A spawner of its own; the path of its socket."""
+    state = Path(tempfile.mkdtemp(prefix="aether-bench-"))
+    process = subprocess.Popen([sys.executable, "-m", "aether.spawner.main", "--state", str(state)])
+    try:
+        while not (state / "run/spawner.sock").exists():
+            time.sleep(0.02)
+        yield state / "run/spawner.sock"
+    finally:
+        process.terminate()
+        process.wait()
+        shutil.rmtree(state, ignore_errors=True)
+
+
+class Launches:
+    """Kinds of launches of one driver. A cold one asks for a plan that nobody has asked for before."""
+
+    def __init__(self, driver: NativeDriver) -> None:
+        self._driver = driver
+
+    async def _run(self, spec: CellSpec) -> float:
+        name = f"cell-{next(_numbers)}"
+        start = time.perf_counter()
+        started = await self._driver.launch(Order(name, f"exec-{name}", spec))
+        end = await self._driver.wait(started.handle, started.exec_id)
+        taken_ms = (time.perf_counter() - start) * 1e3
+        if end.exit.code != 0:
+            raise SystemExit(f"cannot measure: a launch ended with {end.exit}")
+        await self._driver.free(Handle(name))
+        return taken_ms
+
+    async def cold(self) -> float:
+        # A channel is nothing that /bin/true uses: it keeps the plan out of the pool.
+        return await self._run(CellSpec(argv=("/bin/true",), channel=True))
+
+    async def pooled(self) -> float:
+        return await self._run(CellSpec(argv=("/bin/true",)))
+
+    async def python(self) -> float:
+        return await self._run(CellSpec(argv=("-c", "pass"), python=Interpreter()))
+
+    async def python_cold(self) -> float:
+        return await self._run(CellSpec(argv=(sys.executable, "-c", "pass"), channel=True))
+
+
+def peer(argv: list[str]) -> Callable[[], Awaitable[float]]:
+    async def run() -> float:
+        start = time.perf_counter()
+        spawn_and_wait(argv)
+        return (time.perf_counter() - start) * 1e3
+
+    return run
+
+
+async def measure(socket: Path, count: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    driver = NativeDriver(socket)
+    connected = asyncio.Event()
+    driver.on_connect(lambda _: connected.set())
+    driver.start()
+    await connected.wait()
+    launches = Launches(driver)
+    kinds: dict[str, Callable[[], Awaitable[float]]] = {
+        "posix_spawn": peer(["/bin/true"]),
+        "aether cold": launches.cold,
+        "aether pooled": launches.pooled,
+        "aether python": launches.python,
+        "aether python cold": launches.python_cold,
+        "python3 -IS": peer(["python3", "-IS", "-c", "pass"]),
+    }
+    if bwrap := shutil.which("bwrap"):
+        kinds["bwrap"] = peer([bwrap, *BWRAP, "/bin/true"])
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for number in range(count + 10):
+        for name, kind in kinds.items():
+            await asyncio.sleep(PAUSE_S / len(kinds))
+            taken_ms = await kind()
+            if number >= 10:
+                times[name].append(taken_ms)
+    rates = {}
+    for width in (1, 4):
+        start, done = time.perf_counter(), 0
+        while time.perf_counter() - start < 5.0:
+            await asyncio.gather(*(launches.pooled() for _ in range(width)))
+            done += width
+        rates[f"sustained_{width}_per_s"] = done / (time.perf_counter() - start)
+    rates["burst_100_ms"] = await burst(driver, 100)
+    await driver.close()
+    return times, rates
+
+
+async def burst(driver: NativeDriver, count: int) -> float:
+    """`count` cells at once: until the last has started."""
+    names = [f"cell-{next(_numbers)}" for _ in range(count)]
+    spec = CellSpec(argv=("/bin/sleep", "30"))
+    start = time.perf_counter()
+    await asyncio.gather(*(driver.launch(Order(name, f"exec-{name}", spec)) for name in names))
+    taken_ms = (time.perf_counter() - start) * 1e3
+    await asyncio.gather(*(driver.free(Handle(name)) for name in names))
+    return taken_ms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--count", type=int, default=200)
+    count = parser.parse_args().count
+    os.environ.setdefault("LC_ALL", "C.UTF-8")
+    with spawner() as socket:
+        times, rates = asyncio.run(measure(socket, count))
+    base = statistics.median(times.get("bwrap") or times["posix_spawn"])
+    rows: list[dict[str, Any]] = [
+        {
+            "launcher": name,
+            "n": len(values),
+            "p50_ms": statistics.median(values),
+            "p99_ms": harness.percentile(values, 0.99),
+            "ratio_to_peer": statistics.median(values) / base,
+        }
+        for name, values in times.items()
+    ]
+    harness.report("launch", rows, rates)
+    for name, value in rates.items():
+        print(f"{name} {value:.1f}")
+
+
+if __name__ == "__main__":
+    main()
