@@ -193,3 +193,31 @@ def test_a_real_cell_that_somebody_took_out_is_brought_back(state: Path) -> None
         await driver.free(started.handle)
 
     with_driver(state, step)
+
+
+def test_allocated_cells_lie_in_one_another(state: Path) -> None:
+    async def step(driver: NativeDriver) -> None:
+        if "pids" in driver.facts.limits_missing:
+            pytest.skip(driver.facts.limits_missing["pids"])
+        outer, inner = ids.new(ids.CELL), ids.new(ids.CELL)
+        around = await driver.allocate(outer, CellSpec(argv=(), limits=Limits(pids=50)))
+        within = await driver.allocate(inner, CellSpec(argv=(), limits=Limits(pids=20)), around.handle)
+        instance = (state / "cells/.instances").read_text().strip()
+        (bound,) = Path("/sys/fs/cgroup").glob(f"**/aether-{instance}/{outer}/{inner}/pids.max")
+        assert bound.read_text() == "21\n"
+        with pytest.raises(AetherError, match="LIMIT_REFUSED"):
+            await driver.allocate(ids.new(ids.CELL), CellSpec(argv=(), limits=Limits(pids=60)), around.handle)
+        await driver.resize(within.handle, Limits(pids=40, cpu_weight=50))
+        assert bound.read_text() == "41\n"
+        with pytest.raises(AetherError, match="LIMIT_REFUSED"):
+            await driver.resize(around.handle, Limits(pids=30))
+        spec = CellSpec(argv=("sh", "-c", "while :; do :; done"))
+        await driver.start_exec(within.handle, "exec" + inner[4:], spec)
+        await driver.freeze(around.handle, True)
+        await asyncio.sleep(0.2 * SLOW)
+        used = [(await driver.usage(within.handle)).cpu_user_us for _ in range(2) if not await asyncio.sleep(0.2)]
+        assert used[0] == used[1]
+        await driver.free(within.handle)
+        await driver.free(around.handle)
+
+    with_driver(state, step)
