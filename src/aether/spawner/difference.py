@@ -40,6 +40,7 @@ class Difference:
 
     tar: tarfile.TarFile
     bytes_max: int
+    skipped: frozenset[str] = frozenset()
     changes: list[dict[str, Any]] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     seen: int = 0
@@ -53,6 +54,8 @@ class Difference:
             if self.seen > limits.DIFF_ENTRIES_MAX:
                 raise ValueError(f"more than {limits.DIFF_ENTRIES_MAX} entries were changed")
             path = f"{prefix}{name}"
+            if path in self.skipped:
+                continue
             about = os.stat(name, dir_fd=upper, follow_symlinks=False)
             below = _lower_status(lower, name)
             if is_whiteout(upper, name, about):
@@ -125,10 +128,12 @@ class Difference:
             self.refused[readable(path)] = why
 
 
-def write_difference(upper: int, lower: int, layer: BinaryIO, bytes_max: int) -> dict[str, Any]:
+def write_difference(
+    upper: int, lower: int, layer: BinaryIO, bytes_max: int, skipped: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """Writes the layer and returns `{changes, refused}`. Raises OSError, ValueError when it is out of bounds."""
     with tarfile.open(fileobj=layer, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-        found = Difference(tar, bytes_max)
+        found = Difference(tar, bytes_max, skipped)
         found.walk(upper, lower, "", 0)
     layer.flush()
     return {"changes": found.changes, "refused": found.refused}

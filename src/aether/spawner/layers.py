@@ -17,13 +17,19 @@ import posixpath
 from typing import Any
 
 from aether.contract import limits
-from aether.contract.cellplan import Overlay, Plan, scratch_of
+from aether.contract.cellplan import Mask, Overlay, Plan, scratch_of
 from aether.spawner.workdir import Owner, remove_tree
 
 
 def layers_of(plan: Plan) -> tuple[Overlay, ...]:
     """The overlays of a plan that keep their changes."""
     return tuple(step for step in plan.steps if isinstance(step, Overlay) and step.upper is not None)
+
+
+def own_paths(plan: Plan) -> frozenset[str]:
+    """What the steps of the plan make in the root themselves, relative to it: no change of the job's."""
+    paths = [path for step in plan.steps for path in (step.paths if isinstance(step, Mask) else (step.path,))]
+    return frozenset(path.lstrip("/") for path in paths)
 
 
 def prepare(root: int, overlay: Overlay, owner: Owner) -> None:
@@ -52,12 +58,13 @@ def open_for_diff(root: int, overlay: Overlay) -> tuple[int, int, int]:
     return upper, lower, os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=root)
 
 
-def difference(upper: int, lower: int, layer: int) -> dict[str, Any]:
-    """What lies in the layer, written to `layer` too; in a process of its own. Raises OSError, ValueError."""
+def difference(upper: int, lower: int, layer: int, skipped: frozenset[str]) -> dict[str, Any]:
+    """What lies in the layer but at `skipped`, written to `layer` too; in a process of its own. Raises OSError,
+    ValueError."""
     from aether.spawner.difference import write_difference  # tarfile is not for the spawner's start
 
     with open(layer, "wb", closefd=False) as file:
-        return write_difference(upper, lower, file, limits.UPLOAD_BYTES_MAX)
+        return write_difference(upper, lower, file, limits.UPLOAD_BYTES_MAX, skipped)
 
 
 def _names(overlay: Overlay) -> tuple[str, str]:

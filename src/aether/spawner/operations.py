@@ -161,7 +161,7 @@ class Operations:
 
     def _launch(self, cell: Cell, plan: Plan, args: dict[str, Any], wired: Wired | None) -> None:
         try:
-            self._work.add_layers(cell.place, cell.owner, layers_of(plan))
+            self._work.add_layers(cell.place, cell.owner, plan)
         except OSError as error:
             refused = RefusedError("CELL_FAILED", f"cannot make the layers of cell {cell.cell_id}: {error}")
             self._lifecycle.abandon(cell, wired, refused)

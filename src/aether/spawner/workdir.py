@@ -187,6 +187,8 @@ def collect(directory: int, globs: list[str], owner: Owner, *, files_max: int, b
     for path, about in _walk(directory, found):
         if not any(pattern.matches(path) for pattern in patterns):
             continue
+        if stat.S_ISCHR(about.st_mode) and about.st_rdev == 0:
+            continue  # deleted from what lies below (overlayfs); nobody but the kernel makes one
         reason = refusal(about, owner)
         if not safe_path(path):
             found.refuse(ascii(path), "its name is not plain UTF-8 text")

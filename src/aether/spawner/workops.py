@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aether.contract import limits
-from aether.contract.cellplan import Overlay
+from aether.contract.cellplan import Overlay, Plan
 from aether.spawner import layers, workdir, workfiles
 from aether.spawner.loop import Loop
 from aether.spawner.offload import json_memfd, offload
@@ -34,7 +34,7 @@ class WorkOps:
         self._loop = loop
         self._root = root
         self._prepared: dict[str, Owner] = {}
-        self._layers: dict[str, tuple[Overlay, ...]] = {}
+        self._layers: dict[str, tuple[tuple[Overlay, ...], frozenset[str]]] = {}
         self.busy: Counter[str] = Counter()
         self.children: set[int] = set()
 
@@ -177,23 +177,25 @@ class WorkOps:
         except WorkError as error:
             raise RefusedError("OUTPUT_REFUSED", f"cannot read outputs: {error}") from error
 
-    def add_layers(self, place: str, owner: Owner, overlays: tuple[Overlay, ...]) -> None:
+    def add_layers(self, place: str, owner: Owner, plan: Plan) -> None:
         """Make the directories of the cell's overlays; they go with its work directory. Raises OSError."""
+        overlays = layers.layers_of(plan)
         if overlays:
-            self._layers[place] = overlays
+            self._layers[place] = overlays, layers.own_paths(plan)
             for overlay in overlays:
                 layers.prepare(self._root.fileno(), overlay, owner)
 
     def diff(self, place: str, answer: Answer) -> None:
         """Answers with a memfd of `{changes, refused}` and a file that holds the same as an OCI layer."""
-        overlay = next(iter(self._layers.get(place, ())), None)
-        if overlay is None:
+        if place not in self._layers:
             why = "neither its root nor its work directory keeps changes apart"
             raise RefusedError("NO_LAYER", f"cannot tell what cell {place} changed: {why}")
-        upper, lower, layer = layers.open_for_diff(self._root.fileno(), overlay)
+        overlays, ours = self._layers[place]
+        upper, lower, layer = layers.open_for_diff(self._root.fileno(), overlays[0])
+        skipped = ours if overlays[0].path == "/" else frozenset()
 
         def walk() -> dict[str, Any]:
-            return layers.difference(upper, lower, layer)
+            return layers.difference(upper, lower, layer, skipped)
 
         def done(answer_fd: int, error: str) -> None:
             if error:
@@ -209,7 +211,7 @@ class WorkOps:
 
     def remove(self, cell_id: str, then: Then) -> None:
         """A small, flat directory at once, any other by a child."""
-        overlays = self._layers.pop(cell_id, ())
+        overlays, _ = self._layers.pop(cell_id, ((), frozenset()))
         if not overlays and self._root.remove_flat(cell_id):
             then()
             return
