@@ -64,7 +64,7 @@ def set_capabilities(low: int) -> None:
 def drop_privilege(program: Program, userns: int | None, phase: list[int]) -> None:
     ids = program.ids
     block = ids.count > 1
-    uid, gid, kept = ids.init_uid, ids.init_uid, 0
+    (uid, gid), kept = program.seen_ids(ids.init_uid, ids.init_uid), 0
     if block:
         phase[0] = phase_number("ids")
         kernel.syscall("setgroups", 0, None)
@@ -72,8 +72,6 @@ def drop_privilege(program: Program, userns: int | None, phase: list[int]) -> No
         phase[0] = phase_number("user namespace")
         kernel.setns(userns, kernel.CLONE_NEWUSER)
         os.close(userns)
-    elif block:
-        uid, gid = ids.host_uid + ids.init_uid, ids.host_gid + ids.init_uid
     phase[0] = phase_number("capabilities")
     for cap in range(program.last_cap + 1):
         try:

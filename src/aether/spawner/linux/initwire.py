@@ -21,9 +21,10 @@ from functools import lru_cache
 from typing import Final
 
 from aether.contract.cellplan import ExecSpec, Rlimit
-from aether.spawner.linux.program import RESOURCES, STEPS_KEPT, Op, Program
+from aether.spawner.linux import kernel
+from aether.spawner.linux.program import NO_ID, RESOURCES, STEPS_KEPT, Op, Program
 
-WIRE_VERSION: Final = 3
+WIRE_VERSION: Final = 4
 MESSAGE_BYTES_MAX: Final = 160 * 1024
 FDS_MAX: Final = 64
 
@@ -32,6 +33,7 @@ LAUNCHED, READY, STEP_FAILED, STARTED, EXEC_FAILED, EXITED = 16, 17, 18, 19, 20,
 CONTAINER, RUNTIME_REFUSED = 22, 23
 
 HEADER: Final = struct.Struct("<HHI")
+_EXITED: Final = struct.Struct("<I4x5Q104s")  # wait4(2): status, then struct rusage of a 64-bit machine
 NAMESPACE_KINDS: Final = ("user", "pid", "mnt", "net", "ipc", "uts", "cgroup")
 EXEC_STEPS: Final = (
     "none", "session", "stdio", "descriptors", "terminal", "rlimits", "ids", "capabilities", "no_new_privs",
@@ -43,7 +45,7 @@ PHASES: Final = (
     "program", "user namespace", "clone", "cgroup", "namespaces", "id map", "host name", "loopback", "new root",
     "pivot", "ids", "capabilities", "no_new_privs", "landlock", "seccomp", "signals",
 )  # fmt: skip
-PROGRAM_CGROUP2, PROGRAM_JOIN_USERNS, PROGRAM_PER_EXEC_LANDLOCK, PROGRAM_EXEC = 1, 2, 4, 8
+PROGRAM_JOIN_USERNS, PROGRAM_PER_EXEC_LANDLOCK, PROGRAM_EXEC, PROGRAM_LAYERS = 1, 2, 4, 8
 EXEC_TTY: Final = 8
 
 
@@ -210,8 +212,9 @@ def encode_exec_failed(exec_id: str, step: str, code: int) -> bytes:
 
 def encode_exited(exec_id: str, exit_code: int, usage: tuple[int, int, int]) -> bytes:
     """`exit_code` as of os.waitstatus_to_exitcode: negative is a signal."""
-    pair = (-exit_code, 0) if exit_code < 0 else (0, exit_code)
-    return _message(EXITED, _text(exec_id), struct.pack("<II3Q", *pair, *usage))
+    status = -exit_code if exit_code < 0 else exit_code << 8
+    utime, stime = (divmod(us, 1_000_000) for us in usage[:2])
+    return _message(EXITED, _text(exec_id), _EXITED.pack(status, *utime, *stime, usage[2], b""))
 
 
 def encode_container(seen: Container) -> bytes:
@@ -230,14 +233,20 @@ def _operation(op: Op) -> bytes:
     return numbers + _text(op.path) + _text(op.text) + _text(op.text2)
 
 
-def encode_launch(program: Program, attach_count: int, cgroup2: bool, spec: ExecSpec | None) -> bytes:
-    """The whole program and, if any, the first executable, for the native launcher."""
-    flags = PROGRAM_CGROUP2 * cgroup2 | PROGRAM_JOIN_USERNS * program.join_userns
+def encode_launch(program: Program, started_us: int, attach_count: int, cgroup2: bool, spec: ExecSpec | None) -> bytes:
+    """The whole program and, if any, the first executable, for the native launcher; `started_us` of the monotonic
+    clock is where Ready.setup_us counts from."""
+    flags = PROGRAM_JOIN_USERNS * program.join_userns
+    flags |= PROGRAM_LAYERS * (NO_ID not in program.layer_owner)
     flags |= PROGRAM_PER_EXEC_LANDLOCK * program.per_exec_landlock | PROGRAM_EXEC * (spec is not None)
     ids = program.ids
-    parts = [struct.pack("<QQII", program.clone_flags, program.unshare_flags, flags, attach_count)]
-    numbers = (ids.host_uid, ids.host_gid, ids.count, ids.init_uid, ids.job_uid, ids.job_gid, *program.layer_owner)
-    parts.append(struct.pack("<8I", *numbers))
+    clone_flags = program.clone_flags | kernel.CLONE_INTO_CGROUP * cgroup2
+    parts = [struct.pack("<QQQII", started_us, clone_flags, program.unshare_flags, flags, attach_count)]
+    job = (ids.job_uid, ids.job_gid)
+    if ids.count > 1:
+        job = program.seen_ids(*job)
+    init = program.seen_ids(ids.init_uid, ids.init_uid)
+    parts.append(struct.pack("<7I", ids.host_uid, ids.host_gid, ids.count, *init, *job))
     parts += [struct.pack("<I", program.last_cap), _text(program.hostname), struct.pack("<I", len(program.ops))]
     parts += [_operation(op) for op in program.ops]
     landlock = program.landlock
@@ -349,10 +358,11 @@ def _decode_event(r: Reader) -> Event:
         case 20:
             return ExecFailed(r.text(64), _name(EXEC_STEPS, r.u32()), r.u32())
         case 21:
-            exec_id, signal, code = r.text(64), r.u32(), r.u32()
-            by_signal = signal != 0
-            usage = (r.u64(), r.u64(), r.u64())
-            return Exited(exec_id, None if by_signal else code, signal if by_signal else None, *usage)
+            exec_id = r.text(64)
+            status, user_s, user_us, system_s, system_us, maxrss_kb, _ = _EXITED.unpack(r.take(_EXITED.size))
+            signal = status & 0x7F
+            pair = (None, signal) if signal else (status >> 8 & 0xFF, None)
+            return Exited(exec_id, *pair, user_s * 1_000_000 + user_us, system_s * 1_000_000 + system_us, maxrss_kb)
         case 22:
             pid, mode, nnp = (r.u32() for _ in range(3))
             inodes = {kind: r.u64() for kind in NAMESPACE_KINDS}

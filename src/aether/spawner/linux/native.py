@@ -11,6 +11,7 @@ import errno
 import os
 import signal
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,7 @@ from aether.contract.cellplan import ExecSpec, Plan
 from aether.spawner.linux import initwire, program
 from aether.spawner.linux.executor import Attach, Launched, LaunchError, lower_plan
 from aether.spawner.linux.remedies import remedy
+from aether.spawner.linux.userns import Blocks, of_layers
 
 BINARY: Final = Path(__file__).resolve().parent.parent / "native" / "aether-init"
 ANSWER_TIMEOUT_S: Final = 10.0
@@ -36,6 +38,7 @@ class NativeExecutor:
         self._roots = tuple(source_roots)
         self._binary = str(binary)
         self._facts = program.host_facts()
+        self._blocks = Blocks()
         self._socket: socket.socket | None = None
         self.launcher_pid = 0
 
@@ -47,16 +50,18 @@ class NativeExecutor:
     ) -> Launched:
         if len(fds) != (first_exec.fd_count if first_exec else 0):
             raise LaunchError("descriptors", 0, "pass one descriptor per entry of the specification")
+        started_us = time.monotonic_ns() // 1000
         lowered = lower_plan(plan, self._roots, self._facts)
         cgroup2 = attach.cgroup2_dir is not None
         try:
-            message = initwire.encode_launch(lowered, len(attach.write_zero), cgroup2, first_exec)
+            message = initwire.encode_launch(lowered, started_us, len(attach.write_zero), cgroup2, first_exec)
         except initwire.WireError as error:
             raise LaunchError("program", errno.E2BIG, "use fewer steps, or shorter arguments") from error
+        userns, layers = self._blocks.of(lowered), of_layers(lowered)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            dirs = [attach.cgroup2_dir] if attach.cgroup2_dir is not None else []
-            answer = self._call(message, [theirs.fileno(), *dirs, *attach.write_zero, *fds])
+            optional = [fd for fd in (attach.cgroup2_dir, userns, layers) if fd is not None]
+            answer = self._call(message, [theirs.fileno(), *optional, *attach.write_zero, *fds])
             pid, phase, code = initwire.decode_launched(answer)
             if pid <= 0:
                 name = initwire.phase_of(phase)[1]
@@ -69,6 +74,8 @@ class NativeExecutor:
             raise
         finally:
             theirs.close()
+            if layers is not None:
+                os.close(layers)
 
     def _call(self, message: bytes, fds: Sequence[int]) -> bytes:
         for attempt in (1, 2):
@@ -77,14 +84,14 @@ class NativeExecutor:
                 initwire.send(sock, message, fds)
                 answer = sock.recv(initwire.MESSAGE_BYTES_MAX)
             except TimeoutError:
-                self.close()
+                self._end_launcher()
                 why = "the launcher did not answer; see whether the host is overloaded"
                 raise LaunchError("launcher", 0, why) from None
             except (BrokenPipeError, ConnectionResetError):
                 answer = b""
             if answer:
                 return answer
-            self.close()
+            self._end_launcher()
             if attempt == 2:
                 break
         raise LaunchError("launcher", 0, f"{self._binary} ended at once: run it by hand to see why")
@@ -114,6 +121,10 @@ class NativeExecutor:
         return ours
 
     def close(self) -> None:
+        self._blocks.close()
+        self._end_launcher()
+
+    def _end_launcher(self) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None

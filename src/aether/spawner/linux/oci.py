@@ -25,8 +25,8 @@ from aether.spawner.linux import initwire, kernel, native, oci_config, oci_shim
 from aether.spawner.linux import program as pg
 from aether.spawner.linux.executor import Attach, Launched, LaunchError, lower_plan
 from aether.spawner.linux.oci_shim import Runtime
-from aether.spawner.linux.portable import layers_userns
 from aether.spawner.linux.remedies import remedy
+from aether.spawner.linux.userns import of_layers
 
 KINDS: Final = ("runc", "crun", "runsc")
 SETTING: Final = "AETHER_OCI_RUNTIME"
@@ -131,9 +131,9 @@ class OciExecutor:
         started_us = time.monotonic_ns() // 1000
         self.bundle(plan)  # refused here rather than in the shim, where there is no way back
         lowered = lower_plan(plan, self._roots, self._facts)
-        message = initwire.encode_launch(for_container(lowered, plan), 0, False, first_exec)
+        message = initwire.encode_launch(for_container(lowered, plan), started_us, 0, False, first_exec)
         order = oci_shim.Order(self.runtime, plan, lowered, str(native.BINARY), started_us)
-        layers = layers_userns(lowered)
+        layers = of_layers(lowered)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         cgroups = list(attach.write_zero)
         if attach.cgroup2_dir is not None:

@@ -108,7 +108,7 @@ def run_shim(order: Order, held: Held) -> NoReturn:
         try:
             pid = _build(order, held)
         except (RuntimeRefusedError, OSError) as error:
-            initwire.send(control, initwire.encode_runtime_refused(f"{order.runtime.name}: {error}"[:WHY_CHARS_MAX]))
+            _refuse(control, f"{order.runtime.name}: {error}"[:WHY_CHARS_MAX])
             os._exit(1)
         setup_us = time.monotonic_ns() // 1000 - order.started_us
         initwire.send(control, initwire.encode_container(look_at(pid, setup_us)))
@@ -117,6 +117,17 @@ def run_shim(order: Order, held: Held) -> NoReturn:
         _wait_for(pid)
     finally:
         os._exit(1)
+
+
+def _refuse(control: socket.socket, why: str) -> None:
+    """The last word. What was asked of the container is read first: a socket that is closed with unread messages
+    gives its peer ECONNRESET before what was sent to it (unix(7); af_unix.c, unix_release_sock)."""
+    control.shutdown(socket.SHUT_RD)
+    control.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while control.recv(initwire.MESSAGE_BYTES_MAX):
+            pass
+    initwire.send(control, initwire.encode_runtime_refused(why))
 
 
 def _own(held: Held) -> Held:

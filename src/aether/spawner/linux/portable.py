@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import time
 from collections.abc import Sequence
@@ -19,8 +18,7 @@ from aether.spawner.linux import confine, initwire, kernel, mounts, program
 from aether.spawner.linux.executor import Attach, Launched, LaunchError, lower_plan
 from aether.spawner.linux.reaper import Reaper
 from aether.spawner.linux.remedies import remedy
-
-USERNS_KEPT = 64
+from aether.spawner.linux.userns import Blocks, of_layers
 
 
 class PortableExecutor:
@@ -31,7 +29,7 @@ class PortableExecutor:
     def __init__(self, source_roots: Sequence[str]) -> None:
         self._roots = tuple(source_roots)
         self._facts = program.host_facts()
-        self._kept: dict[tuple[int, int, int], int] = {}
+        self._blocks = Blocks()
 
     def pids(self) -> frozenset[int]:
         return frozenset()
@@ -42,8 +40,7 @@ class PortableExecutor:
         if len(fds) != (first_exec.fd_count if first_exec else 0):
             raise LaunchError("descriptors", 0, "pass one descriptor per entry of the specification")
         lowered = lower_plan(plan, self._roots, self._facts)
-        userns = self._userns(lowered) if lowered.join_userns else None
-        layers = layers_userns(lowered)
+        userns, layers = self._blocks.of(lowered), of_layers(lowered)
         started_us = time.monotonic_ns() // 1000
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -60,57 +57,8 @@ class PortableExecutor:
         ours.setblocking(False)
         return Launched(pid, os.pidfd_open(pid), ours)
 
-    def _userns(self, lowered: program.Program) -> int:
-        """A user namespace with the block mapped; kept, because a block serves one cell at a time."""
-        ids = lowered.ids
-        key = (ids.host_uid, ids.host_gid, ids.count)
-        if key in self._kept:
-            return self._kept[key]
-        try:
-            fd = _make_userns((0, 0), key[:2], key[2])
-        except OSError as error:
-            raise _no_userns(error) from error
-        if len(self._kept) >= USERNS_KEPT:
-            os.close(self._kept.pop(next(iter(self._kept))))
-        self._kept[key] = fd
-        return fd
-
     def close(self) -> None:
-        for fd in self._kept.values():
-            os.close(fd)
-        self._kept.clear()
-
-
-def _no_userns(error: OSError) -> LaunchError:
-    code = error.errno or 0
-    return LaunchError("user namespace", code, remedy("user namespace", code))
-
-
-def layers_userns(lowered: program.Program) -> int | None:
-    """For mount_setattr(2), MOUNT_ATTR_IDMAP: ids of the file system are "inside", those that are seen "host"."""
-    if program.NO_ID in lowered.layer_owner:
-        return None
-    ids = lowered.ids
-    try:
-        return _make_userns(lowered.layer_owner, (ids.host_uid + ids.job_uid, ids.host_gid + ids.job_gid), 1)
-    except OSError as error:
-        raise _no_userns(error) from error
-
-
-def _make_userns(inside: tuple[int, int], host: tuple[int, int], count: int) -> int:
-    """A user namespace with `count` uids and gids mapped from `inside` on to `host` on."""
-    pid = kernel.clone(kernel.CLONE_NEWUSER, None)
-    if pid == 0:
-        signal.pause()
-        os._exit(0)
-    try:
-        for i, name in enumerate(("uid_map", "gid_map")):
-            with open(f"/proc/{pid}/{name}", "w") as f:
-                f.write(f"{inside[i]} {host[i]} {count}")
-        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        self._blocks.close()
 
 
 def _become_init(
@@ -133,7 +81,7 @@ def _become_init(
         os.setsid()
         confine.drop_privilege(lowered, kept.userns, phase)
         confine.restrict(lowered, phase)
-        reaper = Reaper(lowered, control, kept.userns is not None, started_us)
+        reaper = Reaper(lowered, control, started_us)
         reaper.serve(first_exec, kept.fds)
     except OSError as error:
         with contextlib.suppress(OSError):

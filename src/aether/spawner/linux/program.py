@@ -74,6 +74,11 @@ class Program:
     rlimits: tuple[cp.Rlimit, ...]
     filter: bytes
 
+    def seen_ids(self, uid: int, gid: int) -> tuple[int, int]:
+        """Ids of a block as setresuid(2) takes them: those inside where the cell's user namespace is joined, else
+        those of the host."""
+        return (uid, gid) if self.join_userns else (self.ids.host_uid + uid, self.ids.host_gid + gid)
+
 
 def host_facts() -> HostFacts:
     return HostFacts(kernel.ARCH, landlock.probe_abi(), kernel.last_capability())

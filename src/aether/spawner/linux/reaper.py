@@ -36,10 +36,9 @@ class _Executable:
 
 
 class Reaper:
-    def __init__(self, program: Program, control: socket.socket, joined: bool, started_us: int) -> None:
+    def __init__(self, program: Program, control: socket.socket, started_us: int) -> None:
         self._program = program
         self._control = control
-        self._joined = joined
         self._started_us = started_us
         self._live: dict[int, _Executable] = {}
 
@@ -97,7 +96,7 @@ class Reaper:
             self._send(initwire.encode_exec_failed(spec.exec_id, "fork", error.errno or 0))
             return
         if pid == 0:
-            _become(self._program, self._joined, spec, fds, write_end)
+            _become(self._program, spec, fds, write_end)
         os.close(write_end)
         self._live[pid] = _Executable(spec.exec_id, read_end)
 
@@ -173,7 +172,7 @@ def _signal_group(pid: int, signo: int) -> None:
         return
 
 
-def _become(program: Program, joined: bool, spec: ExecSpec, fds: Sequence[int], pipe: int) -> NoReturn:
+def _become(program: Program, spec: ExecSpec, fds: Sequence[int], pipe: int) -> NoReturn:
     """In the executable's process: never returns."""
     step = "session"
     try:
@@ -188,8 +187,7 @@ def _become(program: Program, joined: bool, spec: ExecSpec, fds: Sequence[int], 
         step = "ids"
         ids = program.ids
         if ids.count > 1:
-            uid = ids.job_uid + (0 if joined else ids.host_uid)
-            gid = ids.job_gid + (0 if joined else ids.host_gid)
+            uid, gid = program.seen_ids(ids.job_uid, ids.job_gid)
             os.setresgid(gid, gid, gid)
             os.setresuid(uid, uid, uid)
         step = "capabilities"

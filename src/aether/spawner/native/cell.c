@@ -10,16 +10,9 @@
 #include <linux/seccomp.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
-#include <time.h>
 
 /* execute, write_file, read_file, truncate, ioctl_dev: older headers lack the names of the last two. */
 enum { FILE_RIGHTS = 1 | 2 | 4 | 1 << 14 | 1 << 15 };
-
-int64_t now_us(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
-}
 
 int close_after(int fd, int result) {
     int error = errno;
@@ -34,7 +27,7 @@ noreturn void fail(const struct cell *cell, uint32_t step) {
     _exit(1);
 }
 
-int write_file(const char *path, const char *text) {
+static int write_file(const char *path, const char *text) {
     int fd = open(path, O_WRONLY | O_CLOEXEC);
     return fd < 0 ? -1 : close_after(fd, write(fd, text, strlen(text)) < 0 ? -1 : 0);
 }
@@ -77,6 +70,7 @@ static void enter_namespaces(const struct cell *cell) {
     if (flags & CLONE_NEWNET && loopback_up() < 0) fail(cell, PHASE_LOOPBACK);
 }
 
+/* Nothing is inheritable, which empties the ambient set too (capabilities(7)). */
 int set_capabilities(uint32_t low) {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
     struct __user_cap_data_struct data[2] = {{.effective = low, .permitted = low}};
@@ -88,26 +82,22 @@ int set_capabilities(uint32_t low) {
 static void drop_privilege(const struct cell *cell) {
     const struct program *p = cell->program;
     int block = p->id_count > 1;
-    uint32_t base = 0, kept = 0;
+    uint32_t kept = 0;
     if (block && syscall(SYS_setgroups, 0, NULL) < 0) fail(cell, PHASE_IDS);
     if (cell->userns >= 0) { /* setns(2) after setresuid is EPERM, and it refills the bounding set */
         if (setns(cell->userns, CLONE_NEWUSER) < 0) fail(cell, PHASE_USERNS);
         close(cell->userns);
-    } else if (block) {
-        base = p->host_uid;
     }
     for (uint32_t cap = 0; cap <= p->last_cap; cap++) /* needs CAP_SETPCAP: before the ids change */
         if (prctl(PR_CAPBSET_DROP, cap, 0, 0, 0) < 0 && errno != EPERM) fail(cell, PHASE_CAPABILITIES);
     if (block) {
-        uid_t uid = base + p->init_uid;
-        gid_t gid = base ? p->host_gid + p->init_uid : p->init_uid;
         kept = 1u << CAP_SETUID | 1u << CAP_SETGID | 1u << CAP_KILL;
         prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0);
-        if (syscall(SYS_setresgid, gid, gid, gid) < 0 || syscall(SYS_setresuid, uid, uid, uid) < 0)
+        if (syscall(SYS_setresgid, p->init_gid, p->init_gid, p->init_gid) < 0 ||
+            syscall(SYS_setresuid, p->init_uid, p->init_uid, p->init_uid) < 0)
             fail(cell, PHASE_IDS);
         prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0);
     }
-    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
     if (set_capabilities(kept) < 0) fail(cell, PHASE_CAPABILITIES);
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0) fail(cell, PHASE_NO_NEW_PRIVS);
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0); /* no ptrace, no /proc/1/mem, no /proc/1/fd for the same id */
@@ -146,7 +136,6 @@ noreturn void run_cell(struct cell *cell) {
     /* After the ids: a change of credentials clears it (prctl(2)). A spawner that died before shows as EOF. */
     if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0) fail(cell, PHASE_SIGNALS);
     if (!(p->clone_flags & CLONE_NEWPID)) prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
-    prctl(PR_SET_NAME, "aether-init", 0, 0, 0);
     confine(cell);
     serve_cell(cell);
 }

@@ -9,6 +9,7 @@
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/wait.h>
+#include <time.h>
 
 enum { EXECUTABLES_MAX = 32, FD_HIGH = 128 };
 
@@ -37,12 +38,11 @@ static struct exec_request request;
 
 static noreturn void give_up(int pipe, enum exec_step step, int error) {
     struct report report = {.step = step, .error = (uint32_t)error};
-    if (write(pipe, &report, sizeof report) < 0) _exit(126);
-    _exit(127);
+    _exit(write(pipe, &report, sizeof report) < 0 ? 126 : 127);
 }
 
 static void place_descriptors(int *pipe, const struct exec_request *r, const int *fds) {
-    int wanted[3 + EXTRA_FDS_MAX], count = 3 + (int)r->extra_fds, next = 0;
+    int wanted[3 + EXTRA_FDS_MAX + 1], count = 3 + (int)r->extra_fds, next = 0;
     *pipe = fcntl(*pipe, F_DUPFD_CLOEXEC, FD_HIGH);
     for (int i = 0; i < count; i++) { /* first out of the way: a source may sit on a target */
         int null = i < 3 && r->flags & (EXEC_NULL_0 << i);
@@ -50,9 +50,9 @@ static void place_descriptors(int *pipe, const struct exec_request *r, const int
         wanted[i] = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, FD_HIGH);
         if (wanted[i] < 0) give_up(*pipe, EXEC_STDIO, errno);
     }
-    for (int i = 0; i < count; i++)
-        if (dup2(wanted[i], i) < 0) give_up(*pipe, EXEC_DESCRIPTORS, errno);
-    if (dup3(*pipe, count, O_CLOEXEC) < 0) give_up(*pipe, EXEC_DESCRIPTORS, errno);
+    wanted[count] = *pipe;
+    for (int i = 0; i <= count; i++)
+        if (dup3(wanted[i], i, i < count ? 0 : O_CLOEXEC) < 0) give_up(*pipe, EXEC_DESCRIPTORS, errno);
     *pipe = count;
     /* Really closed, not only close-on-exec: an open descriptor counts against RLIMIT_NOFILE. gVisor takes no
      * number above that of the highest descriptor there can be. */
@@ -64,22 +64,18 @@ static void place_descriptors(int *pipe, const struct exec_request *r, const int
 static void set_limits(int pipe, const struct limit *limits, uint32_t count) {
     for (uint32_t i = 0; i < count; i++) {
         struct rlimit old, new = {limits[i].soft, limits[i].hard};
-        int resource = (int)limits[i].resource;
-        if (getrlimit((unsigned)resource, &old) < 0) give_up(pipe, EXEC_RLIMITS, errno);
+        if (getrlimit(limits[i].resource, &old) < 0) give_up(pipe, EXEC_RLIMITS, errno);
         if (new.rlim_max > old.rlim_max) new.rlim_max = old.rlim_max;
         if (new.rlim_cur > new.rlim_max) new.rlim_cur = new.rlim_max;
-        if (setrlimit((unsigned)resource, &new) < 0) give_up(pipe, EXEC_RLIMITS, errno);
+        if (setrlimit(limits[i].resource, &new) < 0) give_up(pipe, EXEC_RLIMITS, errno);
     }
 }
 
 static void drop_to_job(int pipe, const struct cell *cell) {
     const struct program *p = cell->program;
-    if (p->id_count > 1) {
-        uid_t uid = p->job_uid + (cell->userns < 0 ? p->host_uid : 0);
-        gid_t gid = p->job_gid + (cell->userns < 0 ? p->host_gid : 0);
-        if (syscall(SYS_setresgid, gid, gid, gid) < 0 || syscall(SYS_setresuid, uid, uid, uid) < 0)
-            give_up(pipe, EXEC_IDS, errno);
-    }
+    if (p->id_count > 1 && (syscall(SYS_setresgid, p->job_gid, p->job_gid, p->job_gid) < 0 ||
+                            syscall(SYS_setresuid, p->job_uid, p->job_uid, p->job_uid) < 0))
+        give_up(pipe, EXEC_IDS, errno);
     if (set_capabilities(0) < 0) give_up(pipe, EXEC_CAPABILITIES, errno);
     if (p->flags & PROGRAM_PER_EXEC_LANDLOCK && p->landlock_size && apply_landlock(p) < 0)
         give_up(pipe, EXEC_LANDLOCK, errno);
@@ -87,31 +83,29 @@ static void drop_to_job(int pipe, const struct cell *cell) {
 
 static void report_facts(int pipe, uint32_t last_cap) {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
-    struct report r = {.pid = (uint32_t)getpid(), .uid = geteuid(), .gid = getegid()};
-    int groups = getgroups(0, NULL);
-    r.groups = groups < 0 ? 0 : (uint32_t)groups;
-    r.no_new_privs = prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1;
-    r.seccomp = (uint32_t)prctl(PR_GET_SECCOMP, 0, 0, 0, 0);
-    r.dumpable = (uint32_t)prctl(PR_GET_DUMPABLE, 0, 0, 0, 0);
+    struct report r = {
+        .pid = (uint32_t)getpid(), .uid = geteuid(), .gid = getegid(), .groups = (uint32_t)getgroups(0, NULL),
+        .no_new_privs = prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1,
+        .seccomp = (uint32_t)prctl(PR_GET_SECCOMP, 0, 0, 0, 0),
+        .dumpable = (uint32_t)prctl(PR_GET_DUMPABLE, 0, 0, 0, 0)};
     if (syscall(SYS_capget, &header, r.caps) < 0) memset(r.caps, 0xff, sizeof r.caps);
     for (uint32_t cap = 0; cap <= last_cap; cap++)
         if (prctl(PR_CAPBSET_READ, cap, 0, 0, 0) == 1) r.bounding |= 1ull << cap;
     if (write(pipe, &r, sizeof r) != sizeof r) _exit(126);
 }
 
-static int run_program(const char *const *argv, const char *const *env) {
-    char *const *args = (char *const *)(uintptr_t)argv, *const *vars = (char *const *)(uintptr_t)env;
+static int run_program(char *const *argv, char *const *env) {
     char path[PATH_BYTES_MAX * 2];
     const char *search = "/usr/local/bin:/usr/bin:/bin", *end;
     int error = ENOENT;
-    if (strchr(argv[0], '/')) return execve(argv[0], args, vars), errno;
-    for (; *env; env++)
-        if (!strncmp(*env, "PATH=", 5)) search = *env + 5;
+    if (strchr(argv[0], '/')) return execve(argv[0], argv, env), errno;
+    for (char *const *variable = env; *variable; variable++)
+        if (!strncmp(*variable, "PATH=", 5)) search = *variable + 5;
     for (; *search; search = end + !!*end) {
         end = strchrnul(search, ':');
         int size = snprintf(path, sizeof path, "%.*s/%s", (int)(end - search), search, *argv);
         if (end == search || size >= (int)sizeof path) continue;
-        execve(path, args, vars);
+        execve(path, argv, env);
         if (errno != ENOENT && errno != ENOTDIR) error = errno;
     }
     return error;
@@ -176,21 +170,14 @@ static void settle(const struct cell *cell, struct executable *e) {
     e->pid = 0;
 }
 
-static void report_exit(const struct cell *cell, struct executable *e, int status, const struct rusage *usage) {
-    struct PACKED { uint32_t signal, code; int64_t user_us, system_us, maxrss_kb; } body = {
-        WIFSIGNALED(status) ? (uint32_t)WTERMSIG(status) : 0, WIFEXITED(status) ? (uint32_t)WEXITSTATUS(status) : 0,
-        usage->ru_utime.tv_sec * 1000000 + usage->ru_utime.tv_usec,
-        usage->ru_stime.tv_sec * 1000000 + usage->ru_stime.tv_usec, usage->ru_maxrss};
-    e->pid = 0;
-    send_event(cell, MSG_EXITED, e->id, &body, sizeof body);
-}
-
 static void reap(const struct cell *cell) {
-    struct rusage usage;
-    int status;
-    for (pid_t pid; (pid = wait4(-1, &status, WNOHANG, &usage)) > 0;)
-        for (int i = 0; i < EXECUTABLES_MAX; i++)
-            if (table[i].pid == pid) report_exit(cell, &table[i], status, &usage);
+    struct { int status, unused; struct rusage usage; } body = {0};
+    for (pid_t pid; (pid = wait4(-1, &body.status, WNOHANG, &body.usage)) > 0;)
+        for (struct executable *e = table; e < table + EXECUTABLES_MAX; e++) {
+            if (e->pid != pid) continue;
+            e->pid = 0;
+            send_event(cell, MSG_EXITED, e->id, &body, sizeof body);
+        }
 }
 
 /* The executable `id`, or with NULL every one. */
@@ -210,7 +197,6 @@ static void handle_request(const struct cell *cell) {
     struct executable *started = NULL;
     const char *id;
     ssize_t size = receive_message(cell->control, message, sizeof message, fds, &fd_count);
-    if (size < 0 && (errno == EINTR || errno == EAGAIN)) return;
     size_t bytes = size < 0 ? 0 : (size_t)size;
     if (parse_exec(message, bytes, &request) == 0)
         started = start(cell, &request, fds, fd_count);
@@ -224,7 +210,8 @@ static void handle_request(const struct cell *cell) {
 
 static void send_ready(const struct cell *cell) {
     static const char *const kinds[] = {"user", "pid", "mnt", "net", "ipc", "uts", "cgroup"};
-    struct PACKED { uint64_t namespaces[7]; uint32_t landlock_abi; int64_t setup_us; } body = {0};
+    struct PACKED { uint64_t namespaces[7]; uint32_t landlock_abi; uint64_t setup_us; } body = {0};
+    struct timespec now;
     char path[32];
     struct stat st;
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
@@ -232,7 +219,8 @@ static void send_ready(const struct cell *cell) {
         if (stat(path, &st) == 0) body.namespaces[i] = st.st_ino;
     }
     if (cell->program->landlock_size) body.landlock_abi = cell->program->landlock_abi;
-    body.setup_us = now_us() - cell->started_us;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    body.setup_us = (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000 - cell->program->started_us;
     send_event(cell, MSG_READY, NULL, &body, sizeof body);
 }
 

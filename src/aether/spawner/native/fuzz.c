@@ -26,7 +26,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         for (uint32_t i = 0; i < program.filter_count * 8; i++) total += program.filter[i];
     }
     if (parse_exec(copy, size, &request) == 0)
-        for (const char **s = request.argv; *s; s++) total += touch(*s);
+        for (char **s = request.argv; *s; s++) total += touch(*s);
     if (parse_signal(copy, size, &id, &signo) == 0) total += touch(id);
     free(copy);
     return total == (size_t)-1;

@@ -1,7 +1,5 @@
 /* What the parts of aether-init share: the cell under construction and how a failure leaves it. */
-#ifndef AETHER_INIT_H
-#define AETHER_INIT_H
-
+#pragma once
 #define _GNU_SOURCE
 #include "wire.h"
 
@@ -31,12 +29,9 @@ struct cell {
     int layers;               /* user namespace in which the owner of mapped layers is the job, or -1 */
     const int *attach, *exec_fds;
     int exec_fd_count;
-    int64_t started_us;
 };
 
-int64_t now_us(void);
 int close_after(int fd, int result); /* closes `fd`, keeps errno, returns `result` */
-int write_file(const char *path, const char *text);
 noreturn void fail(const struct cell *cell, uint32_t step); /* reports errno at a step of the plan or a phase */
 
 int loopback_up(void);                                           /* cell.c: 0 or -1 */
@@ -50,5 +45,3 @@ noreturn void serve_cell(const struct cell *cell);               /* exec.c: PID 
 #define PACKED __attribute__((packed))
 int send_message(int fd, uint16_t type, const char *id, const void *body, size_t size);
 ssize_t receive_message(int fd, uint8_t *data, size_t size, int *fds, int *fd_count);
-
-#endif

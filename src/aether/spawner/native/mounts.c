@@ -17,6 +17,11 @@ static int open_beneath(int dir, const char *path, uint64_t flags, uint64_t reso
     return (int)syscall(SYS_openat2, dir, *path ? path : ".", &how, sizeof how);
 }
 
+static int open_source(const struct op *op, uint64_t flags, uint64_t resolve) {
+    int allowed = open(op->text, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    return allowed < 0 ? -1 : close_after(allowed, open_beneath(allowed, op->text2, O_PATH | flags, resolve));
+}
+
 static int open_inside(int root, const char *path) {
     return open_beneath(root, path + 1, O_PATH, RESOLVE_NO_SYMLINKS);
 }
@@ -88,19 +93,13 @@ static struct { int fd, mapped; } layers[LAYERS_MAX];
 static unsigned layer_count;
 
 static int add_layer(const struct cell *cell, int root, const struct op *op) {
-    int fd, allowed = -1, mapped = op->flags & LAYER_MAPPED;
+    int mapped = op->flags & LAYER_MAPPED, made = op->flags & LAYER_NEW;
     if (layer_count == LAYERS_MAX) return errno = E2BIG, -1;
-    if (op->flags & LAYER_NEW) {
-        fd = make_dir(root, op->path, 0755) < 0 ? -1 : open_inside(root, op->path);
-    } else {
-        allowed = open(op->text, O_PATH | O_DIRECTORY | O_CLOEXEC);
-        fd = allowed < 0 ? -1 : open_beneath(allowed, op->text2, O_PATH | O_DIRECTORY, RESOLVE_NO_SYMLINKS);
-    }
-    close_after(allowed, 0);
+    if ((made || (mapped && op->path[1])) && make_dir(root, op->path, 0755) < 0) return -1;
+    int fd = made ? open_inside(root, op->path) : open_source(op, O_DIRECTORY, RESOLVE_NO_SYMLINKS);
     if (fd >= 0 && mapped) {
         fd = close_after(fd, clone_tree(fd, SEALED & ~MOUNT_ATTR_NOEXEC, cell->layers));
-        if (fd < 0 || (op->path[1] && make_dir(root, op->path, 0755) < 0)) return close_after(fd, -1);
-        if (attach_tree(fcntl(fd, F_DUPFD_CLOEXEC, 0), root, op->path) < 0) return close_after(fd, -1);
+        if (fd >= 0 && attach_tree(fcntl(fd, F_DUPFD_CLOEXEC, 0), root, op->path) < 0) return close_after(fd, -1);
     }
     if (fd < 0) return -1;
     layers[layer_count].fd = fd;
@@ -132,7 +131,8 @@ static int new_mount(const char *type, const char *options, unsigned attributes)
     for (; !failed && sscanf(options, " %31[^=]=%1024[^\n]%n", key, value, &used) == 2; options += used) {
         int flag = !strcmp(value, "@");
         if (*value == '@' && !flag) name_layer(value, sizeof value, (unsigned)value[1] - '0');
-        failed = syscall(SYS_fsconfig, context, flag ? FSCONFIG_SET_FLAG : FSCONFIG_SET_STRING, key, flag ? NULL : value, 0) < 0;
+        unsigned how = flag ? FSCONFIG_SET_FLAG : FSCONFIG_SET_STRING;
+        failed = syscall(SYS_fsconfig, context, how, key, flag ? NULL : value, 0) < 0;
     }
     failed = failed || syscall(SYS_fsconfig, context, FSCONFIG_CMD_CREATE, NULL, NULL, 0) < 0;
     return close_after(context, failed ? -1 : (int)syscall(SYS_fsmount, context, FSMOUNT_CLOEXEC, attributes));
@@ -143,9 +143,7 @@ static int bind(int root, const struct op *op) {
     int device = op->flags & BIND_DEVICE, tree = -1;
     unsigned attributes = MOUNT_ATTR_NOSUID | (device ? MOUNT_ATTR_NOEXEC : MOUNT_ATTR_NODEV);
     if (!op->flags) attributes |= MOUNT_ATTR_RDONLY;
-    int allowed = open(op->text, O_PATH | O_DIRECTORY | O_CLOEXEC);
-    if (allowed < 0) return -1;
-    int source = close_after(allowed, open_beneath(allowed, op->text2, O_PATH, op->flags ? RESOLVE_NO_SYMLINKS : 0));
+    int source = open_source(op, 0, op->flags ? RESOLVE_NO_SYMLINKS : 0);
     if (source < 0 || fstat(source, &st) < 0) return close_after(source, -1);
     if (device && !S_ISCHR(st.st_mode)) return errno = ENODEV, close_after(source, -1);
     if ((S_ISDIR(st.st_mode) ? make_dir(root, op->path, 0755) : make_file(root, op->path, NULL, 0444)) == 0)
@@ -178,7 +176,8 @@ static int mask(int root, const char *path) {
     if (S_ISDIR(st.st_mode))
         return attach_tree(new_mount("tmpfs", "nr_inodes=2\nmode=0555", SEALED), root, path);
     int null = open_inside(root, "/dev/null");
-    return null < 0 ? -1 : attach_tree(close_after(null, clone_tree(null, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC, -1)), root, path);
+    int tree = null < 0 ? -1 : clone_tree(null, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC, -1);
+    return attach_tree(close_after(null, tree), root, path);
 }
 
 static int add_mount(int root, const struct op *op) {

@@ -7,11 +7,8 @@ struct reader { const uint8_t *at, *end; int bad; };
 
 static uint64_t number(struct reader *r, size_t bytes) {
     uint64_t value = 0;
-    if (r->bad || (size_t)(r->end - r->at) < bytes) {
-        r->bad = 1;
-        return 0;
-    }
-    for (size_t i = 0; i < bytes; i++) value |= (uint64_t)r->at[i] << (8 * i);
+    if (r->bad || (size_t)(r->end - r->at) < bytes) return r->bad = 1, 0;
+    memcpy(&value, r->at, bytes); /* little-endian, as both architectures are */
     r->at += bytes;
     return value;
 }
@@ -28,10 +25,8 @@ static uint32_t bounded(struct reader *r, uint32_t max) {
 /* A length, the bytes without NUL, one NUL. The result is usable as a C string in place. */
 static const char *text(struct reader *r, size_t max) {
     size_t size = u32(r);
-    if (r->bad || size > max || (size_t)(r->end - r->at) < size + 1 || memchr(r->at, 0, size) || r->at[size]) {
-        r->bad = 1;
-        return "";
-    }
+    if (r->bad || size > max || (size_t)(r->end - r->at) < size + 1 || memchr(r->at, 0, size) || r->at[size])
+        return r->bad = 1, "";
     const char *start = (const char *)r->at;
     r->at += size + 1;
     return start;
@@ -55,9 +50,9 @@ static uint32_t read_limits(struct reader *r, struct limit *out) {
     return count;
 }
 
-static uint32_t read_strings(struct reader *r, const char **out, uint32_t max) {
+static uint32_t read_strings(struct reader *r, char **out, uint32_t max) {
     uint32_t count = bounded(r, max);
-    for (uint32_t i = 0; i < count; i++) out[i] = text(r, MESSAGE_BYTES_MAX);
+    for (uint32_t i = 0; i < count; i++) out[i] = (char *)(uintptr_t)text(r, MESSAGE_BYTES_MAX);
     out[count] = NULL;
     return count;
 }
@@ -67,7 +62,7 @@ static void read_exec(struct reader *r, struct exec_request *out) {
     out->cwd = text(r, PATH_BYTES_MAX);
     out->flags = u32(r);
     out->extra_fds = bounded(r, EXTRA_FDS_MAX);
-    out->fd_count = 3 + (int)out->extra_fds - __builtin_popcount(out->flags & (EXEC_NULL_0 | EXEC_NULL_1 | EXEC_NULL_2));
+    out->fd_count = 3 + (int)out->extra_fds - __builtin_popcount(out->flags & EXEC_NULLS);
     out->limit_count = read_limits(r, out->limits);
     out->argc = read_strings(r, out->argv, ARGS_MAX);
     out->envc = read_strings(r, out->env, ENV_MAX);
@@ -83,17 +78,19 @@ static void read_op(struct reader *r, struct op *out) {
     out->text = text(r, MESSAGE_BYTES_MAX);
     out->text2 = text(r, PATH_BYTES_MAX);
     if (out->kind < OP_DIR || out->kind > OP_LAYER || out->path[0] != '/') r->bad = 1;
-    if ((out->kind == OP_BIND || (out->kind == OP_LAYER && !(out->flags & LAYER_NEW))) && (out->text[0] != '/' || out->text2[0] == '/')) r->bad = 1;
+    int has_source = out->kind == OP_BIND || (out->kind == OP_LAYER && !(out->flags & LAYER_NEW));
+    if (has_source && (out->text[0] != '/' || out->text2[0] == '/')) r->bad = 1;
 }
 
 int parse_program(const uint8_t *message, size_t size, struct program *out) {
     struct reader r = open_message(message, size, MSG_LAUNCH);
+    out->started_us = u64(&r);
     out->clone_flags = u64(&r);
     out->unshare_flags = u64(&r);
     out->flags = u32(&r);
     out->attach_count = bounded(&r, ATTACH_MAX);
-    uint32_t *ids[] = {&out->host_uid, &out->host_gid, &out->id_count, &out->init_uid, &out->job_uid, &out->job_gid,
-                       &out->layer_uid, &out->layer_gid};
+    uint32_t *ids[] = {&out->host_uid, &out->host_gid, &out->id_count, &out->init_uid, &out->init_gid, &out->job_uid,
+                       &out->job_gid};
     for (size_t i = 0; i < sizeof ids / sizeof *ids; i++) *ids[i] = u32(&r);
     out->last_cap = bounded(&r, 63);
     out->hostname = text(&r, 64);

@@ -2,14 +2,12 @@
  *
  * Parsing allocates nothing: every pointer of a parsed form points into the message, which must outlive it.
  * A parse function returns 0, or -1 for anything that is not exactly one message of its type. */
-#ifndef AETHER_WIRE_H
-#define AETHER_WIRE_H
-
+#pragma once
 #include <stddef.h>
 #include <stdint.h>
 
 enum {
-    WIRE_VERSION = 3,
+    WIRE_VERSION = 4,
     MESSAGE_BYTES_MAX = 160 * 1024,
     MESSAGE_FDS_MAX = 64,
     OPS_MAX = 512,
@@ -32,8 +30,8 @@ enum message_type {
 
 enum op_kind { OP_DIR = 1, OP_SYMLINK, OP_FILE, OP_BIND, OP_MOUNT, OP_DEVICE, OP_SEAL, OP_MASK, OP_LAYER };
 enum op_flag { BIND_WRITABLE = 1, BIND_DEVICE = 2, LAYER_NEW = 1, LAYER_MAPPED = 2 };
-enum program_flag { PROGRAM_CGROUP2 = 1, PROGRAM_JOIN_USERNS = 2, PROGRAM_PER_EXEC_LANDLOCK = 4, PROGRAM_EXEC = 8 };
-enum exec_flag { EXEC_NULL_0 = 1, EXEC_NULL_1 = 2, EXEC_NULL_2 = 4, EXEC_TTY = 8 };
+enum program_flag { PROGRAM_JOIN_USERNS = 1, PROGRAM_PER_EXEC_LANDLOCK = 2, PROGRAM_EXEC = 4, PROGRAM_LAYERS = 8 };
+enum exec_flag { EXEC_NULL_0 = 1, EXEC_NULLS = 7, EXEC_TTY = 8 };
 
 struct op { /* one operation of the plan; `step` is its index there, for failure messages */
     uint32_t kind, step, mode, flags;
@@ -49,14 +47,14 @@ struct exec_request {
     uint32_t flags, extra_fds, limit_count, argc, envc;
     int fd_count; /* descriptors that must come with it */
     struct limit limits[RLIMITS_MAX];
-    const char *argv[ARGS_MAX + 1], *env[ENV_MAX + 1]; /* NULL-terminated */
+    char *argv[ARGS_MAX + 1], *env[ENV_MAX + 1]; /* NULL-terminated */
 };
 
 struct program {
-    uint64_t clone_flags, unshare_flags;
+    uint64_t started_us, clone_flags, unshare_flags; /* started: when the spawner was asked, CLOCK_MONOTONIC */
     uint32_t flags, attach_count;
-    uint32_t host_uid, host_gid, id_count, init_uid, job_uid, job_gid;
-    uint32_t layer_uid, layer_gid, last_cap; /* who owns the layers that LAYER_MAPPED shows as the job's */
+    uint32_t host_uid, host_gid, id_count; /* what one id is mapped to; more than one is a block */
+    uint32_t init_uid, init_gid, job_uid, job_gid, last_cap;
     const char *hostname;
     uint32_t op_count, rule_count, limit_count, filter_count, landlock_size, landlock_abi;
     uint64_t landlock_attr[3]; /* handled fs, handled net, scoped */
@@ -70,5 +68,3 @@ struct program {
 int parse_program(const uint8_t *message, size_t size, struct program *out);
 int parse_exec(const uint8_t *message, size_t size, struct exec_request *out);
 int parse_signal(const uint8_t *message, size_t size, const char **id, int *signo);
-
-#endif

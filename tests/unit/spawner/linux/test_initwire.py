@@ -113,8 +113,8 @@ def sample_messages() -> list[bytes]:
         "e1", ("true", "a"), (("PATH", "/bin"),), "/", ("null", "fd", "fd"), 2, (cp.Rlimit("cpu", 1, 2),)
     )
     return [
-        initwire.encode_launch(lowered, 4, True, spec),
-        initwire.encode_launch(lowered, 0, False, None),
+        initwire.encode_launch(lowered, 5, 4, True, spec),
+        initwire.encode_launch(lowered, 5, 0, False, None),
         initwire.encode_exec(spec),
         initwire.encode_signal("e1", 15),
     ]
