@@ -285,7 +285,9 @@ KINDS: dict[str, Callable[[Json], bool]] = {
 }
 # fmt: off
 TYPES = ("|node.started|node.stopped|ticket.minted|policy.loaded|access.denied|document.stored"
-         "|job.intent|job.started|job.stop|job.outcome|")
+         "|job.intent|job.started|job.stop|job.outcome|job.signal|job.attach|job.trace"
+         "|cell.allocated|cell.started|cell.frozen|cell.thawed|cell.resized|cell.trace|cell.put|cell.freed|cell.lost"
+         "|image.imported|image.removed|egress.opened|egress.connection|egress.closed|")
 TEXTS = "tenant_id principal request_id traceparent operation job_id kind op model_id model_version cell_id state"
 FIGURES = ("wall_us cpu_user_us cpu_system_us memory_peak_bytes io_read_bytes io_write_bytes pids_peak oom_kills "
            "throttled_us stdout_bytes stderr_bytes output_dropped_bytes batch_size")

@@ -154,6 +154,33 @@ def other_records() -> list[Record]:
     ]
 
 
+CELL = "cell_01900000-0000-7000-8000-000000000001"
+
+
+def added_records() -> list[Record]:
+    """One record of each type that came after the golden log was written; the log itself stays as it is."""
+    shared: dict[str, Any] = {"tenant_id": "default", "principal": "uid:1000", "cell_id": CELL}
+    spec = {"name": "agent", "spec": digest_bytes(b"{}")}
+    named = {"name": "agent"}
+    talk: dict[str, Any] = {**shared, "job_id": job_id(1), "attempt": 1, "kind": "command", "op": "run"}
+    code = CodeRef(
+        plan_digest=digest_bytes(plan(1)), sandbox_digest=digest_bytes(report(1)), engine="cell", rung="cell"
+    )
+    put = {**named, "path": "in/ü.txt", "digest": digest_bytes(b"in"), "size_bytes": "2"}
+    return [
+        base("cell.allocated", 300, operation="cell.allocate", effect="cell", detail=spec, **shared),
+        base("cell.started", 301, effect="cell", code=code, detail={**named, "host_uid": "1879049192"}, **shared),
+        base("cell.put", 302, operation="cell.put", effect="control", detail=put, **shared),
+        base("cell.frozen", 303, operation="cell.freeze", effect="control", detail=named, **shared),
+        base("cell.thawed", 304, operation="cell.thaw", effect="control", detail=named, **shared),
+        base("cell.resized", 305, operation="cell.resize", effect="control", detail=spec, **shared),
+        base("job.signal", 306, operation="job.signal", effect="control", detail={"signal": "15"}, **talk),
+        base("job.attach", 307, operation="job.attach", effect="control", detail={"stdio": "tty"}, **talk),
+        base("cell.freed", 308, operation="cell.free", effect="control", detail={**named, "reason": "freed"}, **shared),
+        base("cell.lost", 309, effect="control", detail={**named, "reason": "cell-died"}, **shared),
+    ]
+
+
 def make_records() -> list[Record]:
     """The golden log's records in order."""
     records = other_records()
@@ -234,7 +261,7 @@ def write_golden(target: Path) -> None:
     """Writes all golden files below `target`."""
     records = make_records()
     (target / "records").mkdir(parents=True)
-    for record in records:
+    for record in (*records, *added_records()):
         path = target / f"records/{record.type}.json"
         if not path.exists():
             path.write_bytes(canonical_record(record))
