@@ -1,4 +1,4 @@
-"""`aether job activity|trace`: what the processes of a cell do, as the kernel tells it."""
+"""`aether job activity|trace`, `aether cell activity|trace`: what the processes of a cell do, as the kernel sees."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from aether.contract.activity import ActivityEvent, Trace
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A job id.")]
+Cell = Annotated[str, typer.Argument(metavar="NAME", help="A cell's name or id.")]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Until the cell is over.")]
 Seconds = Annotated[str, typer.Option("--seconds", metavar="TIME", help="How long: 5, 500ms.")]
 
@@ -30,6 +31,18 @@ TRACE_HELP: Final = """Count the system calls of a running job's cell for a whil
 Example:
   aether job trace JOB --seconds 5
 """
+CELL_ACTIVITY_HELP: Final = """Show which programs ran in a cell, how they ended, and the signals they got.
+
+\b
+Example:
+  aether cell activity -f agent
+"""
+CELL_TRACE_HELP: Final = """Count the system calls of a cell for a while, and show the last ones.
+
+\b
+Example:
+  aether cell trace agent --seconds 5
+"""
 LAST_SHOWN: Final = 20
 
 
@@ -44,6 +57,20 @@ def trace_job(session: Session, job_id: Job, seconds: Seconds = "5") -> None:
 
     with session.client() as client, progress("tracing"):
         found = client.trace(job_id, duration_ms=duration_ms(seconds))
+    show_trace(session, found)
+
+
+def of_cell(session: Session, cell: Cell, follow: Follow = False) -> None:
+    with session.client() as client:
+        show_events(session, lambda cursor: client.cells.activity(cell, follow=follow, cursor=cursor))
+
+
+def trace_cell(session: Session, cell: Cell, seconds: Seconds = "5") -> None:
+    from aether.cli.output import progress
+    from aether.cli.parse import duration_ms
+
+    with session.client() as client, progress("tracing"):
+        found = client.cells.trace(cell, duration_ms=duration_ms(seconds))
     show_trace(session, found)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from aether.cli import bounds
+from aether.cli import activity, bounds
 from aether.cli.session import Session, command
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def register(group: typer.Typer) -> None:
     command(group, "put", help=_PUT)(_put)
     command(group, "get", help=_GET)(_get)
     command(group, "ls", help="List a directory of a cell's work directory.")(_ls)
+    command(group, "activity", help=activity.CELL_ACTIVITY_HELP)(activity.of_cell)
+    command(group, "trace", help=activity.CELL_TRACE_HELP)(activity.trace_cell)
     command(group, "events", help="Tell what happened to a cell; with --follow until it ended.")(_events)
 
 

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Final, Protocol, TypeVar
 import msgspec
 
 from aether.contract import ids, limits
+from aether.contract.activity import ActivityEvent, Trace
 from aether.contract.allocations import (
     CellEvent,
     CellEvents,
@@ -51,6 +52,10 @@ class Calls(Protocol):
     def call_json(self, name: str, reply: type[T], argument: str | None = None, **rest: Any) -> T: ...
 
     def copy(self, name: str, argument: str, query: Sequence[tuple[str, str]], out: BinaryIO) -> int: ...
+
+    def activity_of(self, name: str, of: str, follow: bool, cursor: int) -> Iterator[tuple[ActivityEvent, int]]: ...
+
+    def trace_of(self, name: str, of: str, duration_ms: int) -> Trace: ...
 
     def upload_to(
         self, name: str, reply: type[T], argument: str, query: Sequence[tuple[str, str]], source: Any
@@ -142,6 +147,14 @@ class Cells:
             if ended or (page.next_index <= start and not follow):
                 return
             start = max(start, page.next_index)
+
+    def activity(self, cell: str, *, follow: bool = False, cursor: int = 0) -> Iterator[tuple[ActivityEvent, int]]:
+        """What its processes did, and the cursor behind each event; with `follow` until the cell is freed."""
+        return self._calls.activity_of("cell.activity", cell, follow, cursor)
+
+    def trace(self, cell: str, *, duration_ms: int = limits.TRACE_MS_DEFAULT) -> Trace:
+        """Counts its system calls; returns when that is over."""
+        return self._calls.trace_of("cell.trace", cell, duration_ms)
 
     def put(self, cell: str, path: str, source: Any, *, executable: bool = False) -> FileKept:
         """Writes a file (path or seekable binary file) or bytes to `path` of the work directory."""

@@ -224,13 +224,14 @@ class Client:
 
     def activity(self, job_id: str, *, follow: bool = False, cursor: int = 0) -> Iterator[tuple[ActivityEvent, int]]:
         """What the processes of the job's cell did, and the cursor behind each event; with `follow` until it ends."""
-        return self._activity("job.activity", job_id, follow, cursor)
+        return self.activity_of("job.activity", job_id, follow, cursor)
 
     def trace(self, job_id: str, *, duration_ms: int = limits.TRACE_MS_DEFAULT) -> Trace:
         """Counts the system calls of the job's cell; returns when that is over."""
-        return self._trace("job.trace", job_id, duration_ms)
+        return self.trace_of("job.trace", job_id, duration_ms)
 
-    def _activity(self, name: str, of: str, follow: bool, cursor: int) -> Iterator[tuple[ActivityEvent, int]]:
+    def activity_of(self, name: str, of: str, follow: bool, cursor: int) -> Iterator[tuple[ActivityEvent, int]]:
+        """The events that an operation streams, each with the cursor behind it."""
         query = [("cursor", str(cursor)), ("follow", "1" if follow else "0")]
         call = self._call(name, of, query=query, extra_s=float(limits.TIMEOUT_MS_MAX) if follow else 0.0)
         with self._transport.open(call) as response:
@@ -242,7 +243,8 @@ class Client:
                     cursor = event.count or 0 if event.kind == "gap" else cursor + len(line) + 1
                     yield event, cursor
 
-    def _trace(self, name: str, of: str, duration_ms: int) -> Trace:
+    def trace_of(self, name: str, of: str, duration_ms: int) -> Trace:
+        """The answer of an operation that traces."""
         body = msgspec.json.encode({"duration_ms": duration_ms})
         headers = {"Content-Type": "application/json"}
         return self._json(name, Trace, of, body=body, headers=headers, extra_s=duration_ms / 1000)
@@ -306,9 +308,7 @@ class Client:
                 out.write(chunk)
         return size
 
-    def upload_to(
-        self, name: str, reply: type[T], argument: str, query: Sequence[tuple[str, str]], source: Any
-    ) -> T:
+    def upload_to(self, name: str, reply: type[T], argument: str, query: Sequence[tuple[str, str]], source: Any) -> T:
         """Any operation that takes bytes: of a path, a seekable binary file, or as they are."""
         with _opened(source) as (body, size):
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}

@@ -10,8 +10,8 @@ Protocol with the spawner, one JSON object per SOCK_SEQPACKET message:
     -> {"op": "traced", "cell", "duration_ms"} with the trace's area;   <- {"ev": "traced", "cell"}
 
 All that needs privilege happens before the first event is read. A wake-up is followed by BATCH_S of sleep, so that a
-burst costs one: the kernel wakes nobody while unread events lie in the ring. It gives way to the work it observes
-(nice). What a fork bomb can do: fill its own bucket in the kernel, and its own file to its bound.
+burst costs one: the kernel wakes nobody while unread events lie in the ring. It gives way to the work it observes:
+nice, and SCHED_BATCH, whose wake-ups preempt nobody (sched(7)). What a fork bomb can do: fill its own bucket in the kernel, and its own file to its bound.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from aether.spawner.linux.bpf.permission import explain
 from aether.spawner.linux.bpf.ring import Ring
 
 RING_BYTES: Final = 2 << 20
-BATCH_S: Final = 0.01
+BATCH_S: Final = 0.03
 BATCH_RECORDS_MAX: Final = 4096
 DRAIN_BATCHES_MAX: Final = 8
-NICE: Final = 5
+NICE: Final = 10
 
 
 class Observer:
@@ -171,6 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     ring = begin(link)
     drop_privileges(options.uid, options.gid)
     os.nice(NICE)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     link.setblocking(False)
     Observer(link, directory, ring).run()
     return 0
