@@ -17,6 +17,9 @@ from typing import Final
 import msgspec
 
 from aether.api import params
+from aether.api.celloperations import CELL_OPERATIONS
+from aether.api.egressoperations import EGRESS_OPERATIONS
+from aether.api.imageoperations import IMAGE_OPERATIONS
 from aether.api.operation import (
     CELL_ERRORS,
     JOB_ERRORS,
@@ -26,7 +29,7 @@ from aether.api.operation import (
     WRITE_ERRORS,
     Operation,
 )
-from aether.api.watchoperations import JOB_WATCH_OPERATIONS
+from aether.api.watchoperations import CELL_WATCH_OPERATIONS, JOB_WATCH_OPERATIONS
 from aether.contract import calls, limits, wire
 from aether.contract.jobs import JobRequest, JobView
 from aether.contract.records import Receipt
@@ -277,7 +280,11 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         effect="read",
         idempotent=True,
     ),
+    *EGRESS_OPERATIONS,
     *JOB_WATCH_OPERATIONS,
+    *CELL_WATCH_OPERATIONS,
+    *CELL_OPERATIONS,
+    *IMAGE_OPERATIONS,
 )
 
 BY_NAME: Final[Mapping[str, Operation]] = {operation.name: operation for operation in OPERATIONS}
