@@ -79,6 +79,11 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     io_write_iops: int | None = None
     sched: Sched | None = None
 
+    @property
+    def raises(self) -> bool:
+        """Whether they put the cell before others."""
+        return self.sched is not None and self.sched.raises
+
 
 class InputFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A file to place at `path` (relative to /work): an artifact's digest. `mode` is 0o644 or 0o755."""

@@ -331,7 +331,9 @@ class CellHouse:
     # ---- inside
 
     def _admit(self, caller: Caller, request: CellRequest) -> Admission:
-        resource = Resource(kind="cell", id=request.name, labels=request.labels, cells=(request.name,))
+        resource = Resource(
+            kind="cell", id=request.name, labels=request.labels, cells=(request.name,), raises=request.limits.raises
+        )
         admission = self._gate.admit(caller, "cell.allocate", resource)
         if not (request.isolate_network and request.isolate_process):
             try:

@@ -80,8 +80,9 @@ class Submitter:
         cells = (params.cell,) if params is not None and params.cell is not None else ()
         reached = params.network.wanted() if params is not None and params.network is not None else {}
         resource = Resource(
-            kind=request.kind, op=request.op, model=model, labels=request.labels, cells=cells, **reached
-        )
+            kind=request.kind, op=request.op, model=model, labels=request.labels, cells=cells,
+            raises=params is not None and not cells and params.limits.raises, **reached,
+        )  # fmt: skip
         admission = self._gate.admit(caller, "job.submit", resource)
         principal = admission.principal
         key_hash = None

@@ -6,7 +6,8 @@ Rules, in this order; the first that fails is the answer:
   ticket stands in: role `queen` for root and the instance's owner, `user` for others;
 - every caveat of every link allows the request (TICKET_EXPIRED, TICKET_DENIED);
 - the policy allows it for every role that the ticket names (POLICY_DENIED, with the deciding policies); a job that
-  wants a network is also asked as `job.network`, `job.learn` and, once per secret, `job.credential`.
+  wants a network is also asked as `job.network`, `job.learn` and, once per secret, `job.credential`; a cell that is
+  to be scheduled before others as `cell.prioritize`.
 
 The answer says which accounts a spend is charged to and their limits; reserving is the caller's next step.
 Minting is a record: `on_minted` is called before an implicit ticket is used for the first time by this process.
@@ -60,6 +61,8 @@ class Resource:
     cells: tuple[str, ...] = ()
     credentials: tuple[str, ...] = ()
     """`host:port source` of each secret that a job wants to be sent."""
+    raises: bool = False
+    """Whether a cell is to be scheduled before others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,12 +213,15 @@ class Access:
 
 
 def _questions(operation: str, resource: Resource) -> list[Question]:
-    """What the policy is asked: the operation, and for a job with a network that, learning, and each credential."""
+    """What the policy is asked: the operation, for a job with a network that, learning and each credential, and for one
+    that goes before others that."""
     asked = [Question(operation, resource.kind, resource.op, resource.model, resource.labels, resource.id)]
     if resource.hosts:
         asked.append(Question("job.network", resource.kind, labels=resource.labels, hosts=resource.hosts))
     if LEARN in resource.hosts:
         asked.append(Question("job.learn", resource.kind, labels=resource.labels))
+    if resource.raises:
+        asked.append(Question("cell.prioritize", resource.kind, labels=resource.labels, id=resource.id))
     for credential in resource.credentials:
         asked.append(Question("job.credential", resource.kind, labels=resource.labels, id=credential))
     return asked

@@ -151,3 +151,14 @@ def test_a_ticket_narrows_hosts_and_a_policy_may_read_them() -> None:
     assert kit.refused(1000, resource=reaching("a.test:443", "b.test:443")).details["policies"] == "no-b"
     kit.admit(1001, resource=reaching("a.test:443", credentials=("a.test:443 env:KEY",)))
     assert kit.refused(1001, resource=reaching("b.test:443", credentials=("evil.test:443 env:KEY",)))
+
+
+def test_going_before_others_is_a_question_of_its_own() -> None:
+    kit = Kit()
+    raised = Resource(kind="command", op="run", raises=True)
+    assert kit.admit(1000, resource=raised).policy.determining == ("operator",)
+    refused = kit.refused(1001, "job.submit", raised)
+    assert refused.code == "POLICY_DENIED" and "cell.prioritize" in refused.message
+    text = POLICY.text + '@id("urgent")permit(principal in Role::"user", action == Action::"cell.prioritize", resource);'
+    kit.access.policy = Policy(text)
+    assert kit.admit(1001, resource=raised).policy.determining == ("urgent", "user-submit")
