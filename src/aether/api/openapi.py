@@ -25,7 +25,12 @@ from aether.contract.modelwire import EncodeInputs, PlainParams, PredictInputs, 
 
 JsonObject = dict[str, Any]
 _REF: Final = "#/components/schemas/{name}"
-_ARGUMENT_SCHEMAS: Final = {"job_id": params.JOB_ID_SCHEMA, "digest": params.DIGEST_SCHEMA, "cell": params.CELL_SCHEMA}
+_ARGUMENT_SCHEMAS: Final = {
+    "job_id": params.JOB_ID_SCHEMA,
+    "digest": params.DIGEST_SCHEMA,
+    "cell": params.CELL_SCHEMA,
+    "image": params.IMAGE_SCHEMA,
+}
 SIGNAL_MAX: Final = 64
 _RELATIVE_PATH: Final = params.RELATIVE_PATH
 _CWD: Final = r"^/work(/(?!\.{1,2}(/|$))[^/\u0000]+)*$"

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
-from aether.contract import cellnames, ids, limits
+from aether.contract import cellnames, ids, images, limits
 from aether.contract.errors import AetherError
 from aether.contract.jobs import JobState, check_relative_path
 
@@ -211,6 +211,14 @@ EXECUTABLE: Final = Param(
     {"type": "string", "enum": ["1", "true", "0", "false"], "default": "0"},
     parse_executable,
     "Whether the file may be executed.",
+)
+IMAGE_SCHEMA: Final = {"type": "string", "pattern": images.REFERENCE_PATTERN}
+IMAGE_NAME: Final = Param(
+    "name",
+    "name",
+    {"type": "string", "pattern": rf"^{images.NAME_PATTERN}$", "maxLength": images.NAME_CHARS_MAX},
+    images.check_name,
+    "The image's name from now on; whatever had it loses it.",
 )
 JOB: Final = Param("job", "job_id", JOB_ID_SCHEMA, parse_job, "Only artifacts of this job.")
 

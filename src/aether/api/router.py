@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from aether.api.operation import Operation
-from aether.contract import cellnames, ids
+from aether.contract import cellnames, ids, images
 from aether.contract.errors import AetherError
 
 _ARGUMENTS = {
+    "image": images.reference,
     "job_id": lambda text: ids.parse(ids.JOB, text),
     "digest": ids.parse_digest,
     "cell": cellnames.reference,

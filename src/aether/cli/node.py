@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aether.cli import cells
-from aether.cli import images
+from aether.cli import cells, images
 from aether.cli.session import Session, command
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ _UIDS_MAX: Final = 4_096
 _READS: Final = frozenset(
     {
         "health", "metrics", "job.list", "job.get", "job.result", "job.logs", "job.receipt", "job.story",
-        "artifact.get", "artifact.list", "image.list", "image.show", "image.list", "image.show", "model.list", "audit.checkpoint", "cell.explain", "node.doctor",
+        "artifact.get", "artifact.list", "image.list", "image.show", "model.list", "audit.checkpoint", "cell.explain",
+        "node.doctor",
         "cell.list", "cell.show", "cell.stats", "cell.events", "cell.get", "cell.files",
         "job.activity", "cell.activity", "job.egress",
     }

@@ -186,7 +186,7 @@ class ImageStore:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-        answer = json.loads(text) if text else {"error": f"its process ended with {process.returncode}"}
+        answer: dict[str, Any] = json.loads(text) if text else {"error": f"its process ended with {process.returncode}"}
         if "error" in answer:
             raise AetherError("BAD_IMAGE", f"cannot import the image: {answer['error']}")
         found: dict[str, Any] = answer["ok"]

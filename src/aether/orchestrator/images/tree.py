@@ -332,7 +332,7 @@ def _is_regular(parent: int, name: str) -> bool:
 
 def copy_linked(source: int, target: Tree) -> None:
     """Fills the empty `target` with hard links to the files of a finished tree; directories are made anew."""
-    pending = [((), source)]
+    pending: list[tuple[tuple[str, ...], int]] = [((), source)]
     while pending:
         above, here = pending.pop()
         there = _open_in_root(target.root, "/".join(above))

@@ -41,7 +41,7 @@ def main() -> None:
     bound()
     os.umask(0)
     try:
-        answer = {"ok": _derive(request) if "base" in request else _unpack(request)}
+        answer: dict[str, Any] = {"ok": _derive(request) if "base" in request else _unpack(request)}
     except ImageError as error:
         answer = {"error": str(error)}
     except (OSError, MemoryError, RecursionError, EOFError, zlib.error) as error:
