@@ -23,6 +23,10 @@ _DEVICES: Final = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}  
 _DEVICE_LINKS: Final = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
 STEPS_KEPT: Final = 1024
 """Steps, and operations, whose translation is remembered."""
+PlainStep = (
+    cp.Dir | cp.Symlink | cp.File | cp.BindRo | cp.BindRw | cp.BindDev | cp.Tmpfs | cp.Proc | cp.DevMinimal | cp.Mask
+)
+"""Every step but an overlay."""
 RESOURCES: Final = {
     "cpu": 0, "fsize": 1, "data": 2, "stack": 3, "core": 4, "rss": 5, "nproc": 6, "nofile": 7, "memlock": 8,
     "as": 9, "locks": 10, "sigpending": 11, "msgqueue": 12, "nice": 13, "rtprio": 14, "rttime": 15,
@@ -143,25 +147,12 @@ def _lower_steps(plan: cp.Plan, roots: Sequence[str]) -> list[Op]:
 
 
 @lru_cache(maxsize=STEPS_KEPT)
-def _lowered(index: int, step: cp.Step, roots: tuple[str, ...]) -> tuple[Op, ...]:
+def _lowered(index: int, step: PlainStep, roots: tuple[str, ...]) -> tuple[Op, ...]:
     """Nearly all steps are the same from cell to cell: only the work directory's differs."""
     return tuple(_lower_step(index, step, roots))
 
 
-def _lower_step(
-    index: int,
-    step: cp.Dir
-    | cp.Symlink
-    | cp.File
-    | cp.BindRo
-    | cp.BindRw
-    | cp.BindDev
-    | cp.Tmpfs
-    | cp.Proc
-    | cp.DevMinimal
-    | cp.Mask,
-    roots: Sequence[str],
-) -> list[Op]:
+def _lower_step(index: int, step: PlainStep, roots: Sequence[str]) -> list[Op]:
     match step:
         case cp.Dir():
             return [Op(OP_DIR, index, step.path, mode=step.mode)]
