@@ -376,6 +376,9 @@ class Lifecycle:
             return
         executable.cancel_timers()
         executable.wall_us = (self._now_ns() - executable.started_ns) // 1000
+        waits = executable.logged and not executable.output_final and self.keeper is not None
+        if waits and self.keeper is not None:
+            self.keeper.flush(executable.exec_id)  # first: it works while the usage is read
         if cell.pidfd >= 0:
             cell.io = proc_io(cell.pid) or cell.io
         counted = self._cgroups.usage(cell.cgroup)
@@ -391,8 +394,7 @@ class Lifecycle:
             self.kill(cell, None)
         if self.observer is not None:
             self.observer.ended(cell, executable)
-        if executable.logged and not executable.output_final and self.keeper is not None:
-            self.keeper.flush(executable.exec_id)
+        if waits:
             executable.timers.append(self._loop.after(OUTPUT_WAIT_S, lambda: self._tell(cell, executable)))
         else:
             self._tell(cell, executable)
