@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import errno
 import os
 import socket
 
@@ -18,17 +19,18 @@ BACKLOG = 128
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def listen_inside(pidfd: int, port: int, *, join_user: bool) -> int:
+def listen_inside(pidfd: int, port: int, network: int, *, join_user: bool) -> int:
     """A descriptor of a TCP socket that listens on 127.0.0.1:`port` in the network namespace of `pidfd`.
 
-    `join_user`: by way of its user namespace, for a caller without CAP_SYS_ADMIN. Raises OSError.
+    `network` is that namespace's inode, so that a pid which was used again is nobody else's. `join_user`: by way of
+    its user namespace, for a caller without CAP_SYS_ADMIN. Raises OSError.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         child = os.fork()
         if child == 0:
             try:
-                _serve(theirs, pidfd, port, _CLONE_NEWNET | (_CLONE_NEWUSER if join_user else 0))
+                _serve(theirs, pidfd, port, network, _CLONE_NEWNET | (_CLONE_NEWUSER if join_user else 0))
             finally:
                 os._exit(0)
         theirs.close()
@@ -38,11 +40,13 @@ def listen_inside(pidfd: int, port: int, *, join_user: bool) -> int:
             os.waitpid(child, 0)
 
 
-def _serve(to: socket.socket, pidfd: int, port: int, namespaces: int) -> None:
+def _serve(to: socket.socket, pidfd: int, port: int, network: int, namespaces: int) -> None:
     """In the child: sends the listener, or the errno."""
     try:
         if _libc.setns(pidfd, namespaces) != 0:
             raise OSError(ctypes.get_errno(), "setns")
+        if os.stat("/proc/thread-self/ns/net").st_ino != network:  # noqa: PTH116
+            raise OSError(errno.ESRCH, "another namespace")
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
             listener.bind(("127.0.0.1", port))
             listener.listen(BACKLOG)

@@ -8,6 +8,7 @@ from typing import Any
 
 from aether.contract import limits
 from aether.contract.cellplan import Plan
+from aether.spawner import proctree
 from aether.spawner.beneath import safe_path
 from aether.spawner.cells import Cell, Exec
 from aether.spawner.channel import Message
@@ -186,6 +187,20 @@ class Operations:
                 wired.close()
             raise
 
+    def _inside(self, cell: Cell, exec_id: str | None) -> int:
+        """A pidfd in the cell's namespaces that this process may look into: without root that is none of PID 1's,
+        which is not dumpable (ptrace(2), "Ptrace access mode checking"), but one of its executables'."""
+        if os.geteuid() == 0:
+            return cell.launched.open_inside()
+        executable = cell.execs.get(exec_id) if exec_id is not None else None
+        if executable is None or executable.pid is None:
+            why = f"cannot listen in cell {cell.cell_id}: without root it takes an executable"
+            raise RefusedError("NOT_READY", why)
+        pid = proctree.leader(proctree.children(cell.pid), executable.pid)
+        if pid is None:
+            raise RefusedError("NOT_READY", f"cannot listen in cell {cell.cell_id}: its executable has ended")
+        return os.pidfd_open(pid)
+
     def _listen(self, request: Request, _: Message, answer: Answer) -> None:
         """The one listener of a cell with a network namespace of its own: else it would be the host's loopback."""
         cell = self._cell(request)
@@ -198,9 +213,10 @@ class Operations:
             why = f"cannot listen in cell {cell.cell_id}: gVisor keeps its network to itself"
             raise RefusedError("LEVEL_UNMET", why, "use another driver for cells with a network")
         try:
-            inside = cell.launched.open_inside()
+            inside = self._inside(cell, request.args["exec"])
             try:
-                listener = listen_inside(inside, limits.EGRESS_PORT, join_user=os.geteuid() != 0)
+                network = cell.report["namespaces"]["net"]
+                listener = listen_inside(inside, limits.EGRESS_PORT, network, join_user=os.geteuid() != 0)
             finally:
                 os.close(inside)
         except OSError as error:

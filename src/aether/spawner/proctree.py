@@ -38,6 +38,15 @@ def look(pids: Iterable[int]) -> list[Process]:
     return [process for pid in pids if (process := _read(pid)) is not None]
 
 
+def children(pid: int) -> list[int]:
+    """The children of a process's first thread (proc(5), /proc/pid/task/tid/children); none when it is gone."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(word) for word in file.read().split()]
+    except OSError:
+        return []
+
+
 def leader(pids: Iterable[int], inner_pid: int) -> int | None:
     """The host pid of the process that is `inner_pid` in the cell's pid namespace (proc(5), NSpid)."""
     for pid in pids:

@@ -203,7 +203,7 @@ OPERATIONS: Mapping[str, Reader] = {
     ),
     "exec.start": record(_CELL | {"exec": _EXEC}),
     "exec.signal": record(_CELL | {"exec": identifier, "signo": integer(1, 64)}),
-    "cell.listen": record(_CELL),
+    "cell.listen": record(_CELL, exec=(optional(identifier), None)),
     "exec.stop": record(_CELL | {"exec": identifier, "grace_ms": _GRACE}),
     "exec.terminal": record(_CELL | {"exec": identifier}),
     "exec.window": record(_CELL | {"exec": identifier, "rows": _SIZE, "columns": _SIZE}),
