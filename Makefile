@@ -69,6 +69,13 @@ train-demo: setup ## Train the pendulum package again (minutes; extra `train`)
 docs: setup ## Write the generated pages again
 	$(BIN)/python -m aether.api.docs
 
+fuzz: setup $(VENV)/.dev ## Fuzz the init's parser: libFuzzer where clang is, else mutation, under sanitizers
+	@rm -rf build/corpus && $(BIN)/python -m tests.support.nativebuild build/corpus
+	@if command -v clang >/dev/null 2>&1; then $(MAKE) -s -C src/aether/spawner/native build/libfuzzer && \
+	src/aether/spawner/native/build/libfuzzer -max_total_time=$(SECONDS_LONG) -max_len=8192 -seed=$(SEED) build/corpus; \
+	else $(MAKE) -s -C src/aether/spawner/native build/fuzz && \
+	src/aether/spawner/native/build/fuzz 1000000 $(SEED) build/corpus/*; fi
+
 clean: ## Remove what setup, tests and builds made
 	rm -rf $(VENV) build dist src/*.egg-info src/aether/spawner/native/aether-init src/aether/spawner/native/build
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis bench/out

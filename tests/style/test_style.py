@@ -165,3 +165,11 @@ def test_nothing_unfinished() -> None:
         text = path.read_text()
         for mark in marks:
             assert mark not in text, f"{name_of(path)} holds {mark}"
+
+
+def test_the_native_init_stays_small() -> None:
+    """It runs as root before it gives that up, so it must be possible to read it in one sitting."""
+    sources = [p for p in (SRC / "aether" / "spawner" / "native").glob("*.[ch]") if p.name != "fuzz.c"]
+    lines = [line for path in sources for line in path.read_text().splitlines()]
+    assert len(lines) <= 1000
+    assert max(map(len, lines)) <= 120

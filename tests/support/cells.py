@@ -20,6 +20,8 @@ from aether.spawner.linux import landlock, native, probe
 SOURCE = Path(native.__file__).parents[3]
 PYTHON = "/usr/bin/python3"
 ORDINARY = 65533
+INIT: str | None = os.environ.get("AETHER_TEST_INIT")
+"""Another build of aether-init to test, such as one under sanitizers."""
 BLOCK = 0x7A00_0000
 """Where the ids of cells begin that `cellhost` starts as root."""
 
@@ -90,6 +92,8 @@ def readable_copy() -> Iterator[str]:
         for part in ("spawner/linux", "spawner/native"):
             shutil.copytree(SOURCE / "aether" / part, directory / "aether" / part)
         shutil.copyfile(Path(__file__).with_name("cellhost.py"), directory / "cellhost.py")
+        if INIT is not None:
+            shutil.copyfile(INIT, directory / "aether/spawner/native/aether-init")
         for path in (directory, *directory.rglob("*")):
             path.chmod(0o755)
         yield str(directory)

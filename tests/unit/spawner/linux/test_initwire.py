@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aether.contract import cellplan as cp
-from aether.spawner.linux import initwire, native, program
+from aether.spawner.linux import initwire, native
+from tests.support import nativebuild
 
-FACTS = program.HostFacts("x86_64", 7, 40)
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=40)
 IDS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", fullmatch=True)
 NAMES = st.from_regex(r"[A-Z_][A-Z0-9_]{0,20}", fullmatch=True)
@@ -90,53 +90,35 @@ def test_the_end_of_the_socket_is_none() -> None:
         assert initwire.receive(ours) is None
 
 
-def sample_plan() -> cp.Plan:
-    ids = cp.IdMap(0x7000_0000, 0x7000_0000, 65536)
-    steps = (
-        cp.BindRo("/usr", "/usr"),
-        cp.Symlink("/bin", "usr/bin"),
-        cp.File("/etc/passwd", "root:x:0:0::/:/bin/sh\n"),
-        cp.Proc(),
-        cp.DevMinimal(pty=True),
-        cp.Mask(("/proc/kcore", "/proc/keys")),
-        cp.Tmpfs("/tmp", 1 << 20, exec_allowed=False),
-        cp.Dir("/run"),
-    )
-    rules = (cp.LandlockRule("/", ("read", "execute")), cp.LandlockRule("/tmp", ("write",)))
-    limits = (cp.Rlimit("nofile", 64, 64),)
-    return cp.Plan("c", "cell", cp.NAMESPACES, ids, "cell", steps, "cell", cp.Landlock(rules), limits)
-
-
-def sample_messages() -> list[bytes]:
-    lowered = program.lower(sample_plan(), ("/usr",), FACTS)
-    spec = cp.ExecSpec(
-        "e1", ("true", "a"), (("PATH", "/bin"),), "/", ("null", "fd", "fd"), 2, (cp.Rlimit("cpu", 1, 2),)
-    )
-    return [
-        initwire.encode_launch(lowered, 5, 4, True, spec),
-        initwire.encode_launch(lowered, 5, 0, False, None),
-        initwire.encode_exec(spec),
-        initwire.encode_signal("e1", 15),
-    ]
-
-
-@pytest.mark.skipif(shutil.which("make") is None or shutil.which("cc") is None, reason="no C compiler")
-def test_the_c_parser_stays_in_bounds(tmp_path: Path) -> None:
-    """Mutated messages under ASan and UBSan; the seed is fixed, so a failure can be repeated."""
-    source = native.BINARY.parent
-    for name in (*source.glob("*.[ch]"), source / "Makefile"):
-        shutil.copy(name, tmp_path)
-    built = subprocess.run(["make", "-s", "-C", tmp_path, "build/fuzz"], capture_output=True, text=True, check=False)
-    if "cannot find" in built.stderr and "san" in built.stderr:
-        pytest.skip("the compiler has no sanitizers")
-    assert built.returncode == 0, built.stderr
-    files = []
-    for number, message in enumerate(sample_messages()):
-        files.append(tmp_path / f"seed{number}")
-        files[-1].write_bytes(message)
-    run = [tmp_path / "build/fuzz", "20000", "7", *files]
+def fuzz(command: list[Path | str], rounds: int, directory: Path) -> None:
+    """The seed is fixed, so a failure can be repeated."""
+    run = [*command, str(rounds), "7", *nativebuild.write_seeds(directory / "seeds")]
     done = subprocess.run(run, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_c_parser_stays_in_bounds(tmp_path: Path) -> None:
+    """Mutated messages under ASan and UBSan."""
+    fuzz([nativebuild.make("build/fuzz", tmp_path)], 20_000, tmp_path)
+
+
+def test_the_c_parser_under_libfuzzer(tmp_path: Path) -> None:
+    harness = nativebuild.make("build/libfuzzer", tmp_path, "CLANG=clang")
+    nativebuild.write_seeds(tmp_path / "seeds")
+    run = [harness, "-runs=100000", "-seed=7", "-max_len=8192", tmp_path / "seeds"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_init_compiles_for_aarch64(tmp_path: Path) -> None:
+    assert nativebuild.make("build/aarch64-init", tmp_path, "CROSS=aarch64-linux-gnu-gcc").exists()
+
+
+def test_the_c_parser_on_aarch64(tmp_path: Path) -> None:
+    harness = nativebuild.make("build/aarch64-fuzz", tmp_path, "CROSS=aarch64-linux-gnu-gcc")
+    if shutil.which("qemu-aarch64") is None:
+        pytest.skip("qemu-aarch64 is not installed: apt-get install qemu-user")
+    fuzz(["qemu-aarch64", harness], 2_000, tmp_path)
 
 
 @pytest.mark.skipif(not os.access(native.BINARY, os.X_OK), reason="aether-init is not built")
