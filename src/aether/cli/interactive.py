@@ -102,7 +102,7 @@ def _raw(fd: int) -> Iterator[None]:
         return
     before = termios.tcgetattr(fd)
     try:
-        ttys.setraw(fd)
+        ttys.setraw(fd, termios.TCSADRAIN)  # and not TCSAFLUSH, which throws away what was typed ahead
         yield
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aether.api.operations import OPERATIONS
-from aether.client import Client
+from aether.client import Client, cells
 from aether.client.inputs import gather
 from aether.contract.cells import Limits
 from aether.contract.errors import AetherError
@@ -43,7 +43,9 @@ def test_every_operation_has_its_method(client: Client) -> None:
     info = client.artifact_put(b"abc", media_type="text/plain")
     assert (client.artifact_bytes(info.digest), info.media_type) == (b"abc", "text/plain")
     assert client.artifact_list().artifacts[0].digest == info.digest
-    source = inspect.getsource(Client)
+    job = client.get(job.job_id)
+    assert client.signal(job.job_id, 15).job_id == client.window(job.job_id, 24, 80).job_id == job.job_id
+    source = inspect.getsource(Client) + inspect.getsource(cells)
     assert all(f'"{operation.name}"' in source for operation in OPERATIONS)
 
 
