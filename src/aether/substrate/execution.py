@@ -297,7 +297,7 @@ class Execution:
         log = self._book.log
         # What is the same for every such cell is stored once; the uid block is this cell's own.
         sandbox = log.store_document(canonical_record(replace(found.report, uid=None)))
-        plan = log.store_document(found.plan_text) if found.plan_text else None
+        plan: str | None = log.store_document(found.plan_text) if found.plan_text else None
         cell = self._book.ledger.cells.live.get(job.place) if job.is_guest else None
         if cell is not None and cell.started is not None and cell.started.code is not None:
             plan = cell.started.code.plan_digest
