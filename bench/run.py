@@ -6,7 +6,7 @@ import argparse
 import subprocess
 import sys
 
-ALL = ("footprint", "cells", "jobs")
+ALL = ("footprint", "cells", "egress", "jobs")
 
 
 def main() -> None:
