@@ -190,9 +190,13 @@ class Warm:
 
     def _stands(self, kept: Blueprint, cell: Cell | None) -> None:
         kept.preparing = None
-        if cell is not None:
-            kept.ready.append(cell)
+        if cell is None:
+            return
+        kept.ready.append(cell)
+        if kept.target:
             self._prepare_next(kept)
+        else:
+            self._drop(kept)
 
     def _expire(self, kept: Blueprint) -> None:
         left_s = kept.used_s + IDLE_S - self._loop.clock_s()
@@ -203,5 +207,7 @@ class Warm:
         self._drop(kept)
 
     def _drop(self, kept: Blueprint) -> None:
+        """What stands, and what is on its way once it does."""
+        kept.target = 0
         while kept.ready:
             self._lifecycle.kill(kept.ready.popleft(), "unused")
