@@ -1,7 +1,8 @@
 """A helper of the spawner: a child that runs one module of ours as an ordinary user, started again when it dies.
 
 Messages are JSON objects over one SOCK_SEQPACKET pair, with descriptors. A restart waits RESTART_S, so that a helper
-that cannot start does not take the machine with it; its owner is told of every start and says again what counts.
+that cannot start does not take the machine with it; its owner is told of every start and says again what counts. One
+that breaks the protocol is killed.
 A helper ends by itself once the spawner is gone and what it has taken on is done.
 """
 
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aether.spawner.channel import ChannelClosedError, Outbox, receive
+from aether.spawner.channel import ChannelClosedError, Message, Outbox, receive
 from aether.spawner.loop import WRITE, Loop
 
 RESTART_S = 0.2
@@ -102,9 +103,25 @@ class Helper:
                 message = receive(self._sock)
                 if message is None:
                     return
-                self._on_message(json.loads(message.data), message.fds)
+                self._hear(message)
         except ChannelClosedError:
             self._drop_socket()
+
+    def _hear(self, message: Message) -> None:
+        """A helper reads bytes of cells and could be taken over: what it says wrongly ends it and nothing else."""
+        try:
+            self._on_message(self._read(message), message.fds)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            raise ChannelClosedError("a helper broke the protocol") from None
+
+    def _read(self, message: Message) -> Any:
+        try:
+            return json.loads(message.data)
+        except ValueError:
+            message.close()
+            raise
 
     def _drop_socket(self) -> None:
         if self._sock is not None and self._outbox is not None:

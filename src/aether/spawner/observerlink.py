@@ -44,6 +44,7 @@ class ObserverLink:
         self._cells: dict[str, tuple[bytes | None, int]] = {}
         self._in_kernel: set[str] = set()
         self._watched = self._ring = -1
+        self._asked = False
         self._programs: dict[str, int] = {}
         self._links: dict[str, int] = {}
         self._helper = Helper(loop, "aether.spawner.observer", options, self._started, self._on_message)
@@ -63,16 +64,18 @@ class ObserverLink:
         if self._ring >= 0:
             self._helper.put({"op": "ring"}, [os.dup(self._ring)])
         else:
+            self._asked = True
             self._helper.put({"op": "setup"})
         if self.traces is not None:
             self.traces.observer_died()
 
     def _on_message(self, event: dict[str, Any], fds: tuple[int, ...]) -> None:
-        if event["ev"] == "ready" and self._ring < 0:
+        if event["ev"] == "ready" and self._asked:
+            self._asked = False  # said while it has privileges, once
             self.reason, self.remedy = event["reason"], event["remedy"]
             if fds:
-                self._watched, self._ring = fds[:2]
-                self._programs = dict(zip(event["tracepoints"], fds[2:], strict=True))
+                self._watched, self._ring, *programs = fds
+                self._programs = dict(zip(event["tracepoints"], programs, strict=True))
                 for cell_id in self._cells:
                     self._tell_kernel(cell_id)
             return

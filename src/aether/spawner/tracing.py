@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from aether.contract import limits
 from aether.spawner.cells import Cell
-from aether.spawner.lifecycle import Reply
 from aether.spawner.linux.bpf import calls, layout, permission, programs
 from aether.spawner.loop import Loop, Timer
 from aether.spawner.observerlink import ObserverLink
 from aether.spawner.protocol import RefusedError
+from aether.spawner.roster import Reply
 
 
 @dataclass(slots=True)

@@ -75,7 +75,7 @@ def read_fields(btf: Btf) -> Fields:
         victim_is_task = btf.trace_arguments("mark_victim")[:1] == ("task_struct",)
     except BtfError:
         victim_is_task = False
-    offsets = {}
+    offsets: dict[str, int] = {}
     for structure, short, members in (
         ("task_struct", "task", ("group_leader", "thread_pid", "real_parent", "tgid", "signal", "exit_code", "comm")),
         ("task_struct", "task", ("cgroups",)),

@@ -1,0 +1,78 @@
+"""Helpers of the spawner: started again when they die, killed when they break the protocol, ended with their owner."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aether.spawner.helper import Helper, HelperOptions
+from aether.spawner.loop import Loop
+
+# Answers {"say": text} with that text as it stands, closes on {"end": 1}, and ends when its owner is gone.
+MODULE = """
+import json, socket
+def main():
+    link = socket.socket(fileno=3)
+    while data := link.recv(4096):
+        asked = json.loads(data)
+        if "end" in asked:
+            return 0
+        link.send(asked["say"].encode())
+    return 0
+"""
+
+
+class Owner:
+    def __init__(self, directory: Path) -> None:
+        (directory / "odd_helper.py").write_text(MODULE)
+        sys.path.insert(0, str(directory))
+        self.loop = Loop()
+        self.starts = 0
+        self.heard: list[Any] = []
+        self.helper = Helper(self.loop, "odd_helper", HelperOptions(str(directory)), self.started, self.hear)
+        self.helper.start()
+
+    def started(self) -> None:
+        self.starts += 1
+
+    def hear(self, event: dict[str, Any], fds: tuple[int, ...]) -> None:
+        self.heard.append(event["ev"])
+
+    def until(self, true: Any) -> None:
+        deadline_s = time.monotonic() + 10
+        while not true():
+            assert time.monotonic() < deadline_s, "it did not happen"
+            self.loop.turn(0.02)
+
+
+@pytest.fixture
+def owner(tmp_path: Path) -> Iterator[Owner]:
+    made = Owner(tmp_path)
+    yield made
+    made.helper.close()
+    sys.path.remove(str(tmp_path))
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_one_that_ends_is_started_again(owner: Owner) -> None:
+    first = owner.helper.pid
+    owner.helper.put({"end": 1})
+    owner.until(lambda: owner.starts == 2)
+    assert owner.helper.pid != first
+    owner.helper.put({"say": '{"ev": "here"}'})
+    owner.until(lambda: owner.heard == ["here"])
+
+
+@pytest.mark.parametrize("said", ["not JSON", "[1]", "{}", "7", '{"ev"', "\u00ff"])
+def test_one_that_breaks_the_protocol_is_replaced(owner: Owner, said: str) -> None:
+    owner.helper.put({"say": said})
+    owner.until(lambda: owner.starts == 2)
+    owner.helper.put({"say": '{"ev": "here"}'})
+    owner.until(lambda: owner.heard == ["here"])
