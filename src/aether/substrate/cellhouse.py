@@ -110,7 +110,7 @@ class CellHouse:
         await self._book.durable(cell.started)
         return self.view(cell)
 
-    async def list(self, caller: Caller, call: ListCellsCall) -> CellList:
+    async def listing(self, caller: Caller, call: ListCellsCall) -> CellList:
         admission = self._gate.admit(caller, "cell.list", Resource(kind="cell"))
         cells = self._book.ledger.cells.of_tenant(admission.principal.tenant_id)
         within = call.within

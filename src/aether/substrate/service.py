@@ -125,7 +125,7 @@ class Service:
             "model.list": reading.models,
             "audit.checkpoint": reading.checkpoint,
             "cell.allocate": parts.house.allocate,
-            "cell.list": parts.house.list,
+            "cell.list": parts.house.listing,
             "cell.show": parts.house.show,
             "cell.free": parts.house.free,
             "cell.freeze": parts.house.freeze,
