@@ -198,7 +198,8 @@ def main(arguments: list[str]) -> int:
             if shutil.which("qemu-system-x86_64") is None:
                 raise AbsentError("no QEMU: apt-get install qemu-system-x86")
             kernel = find_kernel()
-            initramfs = build_initramfs(kernel, directory, arguments or list(SUITE))
+            named = any(not word.startswith("-") for word in arguments)
+            initramfs = build_initramfs(kernel, directory, arguments if named else [*arguments, *SUITE])
         except AbsentError as absent:
             print(f"test-v2 SKIPPED: {absent}")
             return 0
