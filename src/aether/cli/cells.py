@@ -108,7 +108,7 @@ def _allocate(
 ) -> None:
     from aether.cli.output import progress, show_json
     from aether.cli.parse import duration_ms
-    from aether.cli.run import ensure_instance
+    from aether.cli.instance import ensure_instance
 
     with session.client() as client:
         ensure_instance(session, client)

@@ -130,7 +130,7 @@ def _import(
     name: Name = None,
 ) -> None:
     from aether.cli.output import progress
-    from aether.cli.run import ensure_instance
+    from aether.cli.instance import ensure_instance
 
     with session.client() as client:
         ensure_instance(session, client)

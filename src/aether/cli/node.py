@@ -117,7 +117,7 @@ def _explain(
 ) -> None:
     from aether.cli.output import show_json
     from aether.cli.parse import size_bytes
-    from aether.cli.run import ensure_instance
+    from aether.cli.instance import ensure_instance
     from aether.cli.terminal import printable
     from aether.contract.cells import Limits
     from aether.contract.jobs import CommandParams

@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from aether.client import Client
     from aether.contract.jobs import JobView
 
+_Files = Annotated[
+    list[str] | None, typer.Option("--file", metavar="FILE", help="Put a file into /work: SRC[:DEST].")
+]
+_Outputs = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Fetch files matching this glob afterwards.")]
+_Python = Annotated[
+    bool, typer.Option("--python", help="CMD is a script, -c CODE or -m MODULE for a Python started ahead.")
+]
+_Imports = Annotated[
+    list[str] | None, typer.Option("--import", metavar="MODULE", help="With --python: has this module loaded.")
+]
+_Require = Annotated[list[str] | None, typer.Option(metavar="LEVEL", help="Refuse to start without this level.")]
 _HELP = """Run a command in a cell.
 
 Its stdout and stderr come live; the exit code is the command's own (128+n after signal n, 124 after --timeout).
@@ -43,13 +54,9 @@ def register(app: typer.Typer) -> None:
 def _run(
     session: Session,
     argv: Annotated[list[str], typer.Argument(metavar="-- CMD", help="The command and its arguments.")],
-    file: Annotated[
-        list[str] | None, typer.Option("--file", metavar="FILE", help="Put a file into /work: SRC[:DEST].")
-    ] = None,
+    file: _Files = None,
     directory: Annotated[Path | None, typer.Option("--dir", metavar="DIR", help="Copy a directory into /work.")] = None,
-    output: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Fetch files matching this glob afterwards.")
-    ] = None,
+    output: _Outputs = None,
     output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where to put them.")] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     memory: bounds.Memory = None,
@@ -64,16 +71,10 @@ def _run(
     limit: bounds.Limit = None,
     timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Wall time: 10s, 5m.")] = None,
     pids: Annotated[int | None, typer.Option(metavar="N", help="Processes and threads.")] = None,
-    python: Annotated[
-        bool, typer.Option("--python", help="CMD is a script, -c CODE or -m MODULE for a Python started ahead.")
-    ] = False,
-    imports: Annotated[
-        list[str] | None, typer.Option("--import", metavar="MODULE", help="With --python: has this module loaded.")
-    ] = None,
+    python: _Python = False,
+    imports: _Imports = None,
     env: Annotated[list[str] | None, typer.Option(metavar="K=V", help="K=V, for the command.")] = None,
-    require: Annotated[
-        list[str] | None, typer.Option(metavar="LEVEL", help="Refuse to start without this level.")
-    ] = None,
+    require: _Require = None,
     label: Annotated[list[str] | None, typer.Option(metavar="LABEL", help="A data-flow label.")] = None,
     image: images.Image = None,
     writable_root: images.WritableRoot = False,
@@ -85,10 +86,8 @@ def _run(
     learn: network.Learn = False,
     detach: Annotated[bool, typer.Option("--detach", help="Print the job id and leave.")] = False,
 ) -> int:
-    from aether.cli.download import save_outputs
-    from aether.cli.follow import ended_by_itself, exit_code
-    from aether.cli.output import note, progress, show_error, show_json
-    from aether.client.client import job_error
+    from aether.cli.instance import ensure_instance
+    from aether.cli.output import progress, show_json
     from aether.contract.cells import Interpreter
 
     if imports and not python:
@@ -120,27 +119,26 @@ def _run(
         if detach:
             show_json(job) if session.as_json else print(job.job_id)
             return 0
-        job = _attend(client, job, quiet=session.as_json)
-        if session.as_json:
-            show_json(job)
-        elif not ended_by_itself(job):
-            show_error(job_error(job))
-        if outputs := images.outputs_of(job):
-            names = save_outputs(client, outputs, output_dir, force=force)
-            if sys.stderr.isatty() and not session.as_json:
-                note(f"wrote {', '.join(names)}")
-        return exit_code(job)
+        return _finish(session, client, job, output_dir, force)
 
 
-def ensure_instance(session: Session, client: Client) -> None:
-    """Starts the instance of the state directory when nobody listens; a socket given by name is left alone."""
-    if session.socket is not None or client.reachable():
-        return
-    from aether.cli.output import progress
-    from aether.daemons.control import ensure_running
+def _finish(session: Session, client: Client, job: JobView, output_dir: Path, force: bool) -> int:
+    """Attends the job to its end, fetches what it wrote; the exit code of the command."""
+    from aether.cli.download import save_outputs
+    from aether.cli.follow import ended_by_itself, exit_code
+    from aether.cli.output import note, show_error, show_json
+    from aether.client.client import job_error
 
-    with progress("starting an instance") as update:
-        ensure_running(session.state_dir, update)
+    job = _attend(client, job, quiet=session.as_json)
+    if session.as_json:
+        show_json(job)
+    elif not ended_by_itself(job):
+        show_error(job_error(job))
+    if outputs := images.outputs_of(job):
+        names = save_outputs(client, outputs, output_dir, force=force)
+        if sys.stderr.isatty() and not session.as_json:
+            note(f"wrote {', '.join(names)}")
+    return exit_code(job)
 
 
 def _attend(client: Client, job: JobView, *, quiet: bool) -> JobView:
