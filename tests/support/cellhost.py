@@ -3,6 +3,7 @@
 A process of its own, because a spawner must be single-threaded, and so that it can run as an ordinary user. It
 imports the standard library and the spawner's part of the package only. Request (JSON on standard input):
     executor native | portable | runc | crun | runsc; uid, gid to become; level; steps (added to the default root),
+    prefixes (of a Python, as in rootfs.PythonFacts),
     replaced (steps instead of those of the same op); landlock; rlimits;
     write_zero, cgroup2 (paths to attach to);
     plan (fields that replace those of the plan); argv, env, cwd, extra (texts, one pipe per text, at 3, 4, ...);
@@ -52,7 +53,7 @@ class Cell:
         self.request = request
         if request.get("no_clone3"):
             without_clone3()
-        facts = rootfs.gather_root_facts()
+        facts = rootfs.gather_root_facts([(cell, host) for cell, host in request.get("prefixes", [])])
         self.plan, roots = make_plan(request, facts)
         kind = request["executor"]
         self.executor: Executor
