@@ -106,9 +106,9 @@ def _allocate(
         bool, typer.Option("--no-isolate-process", help="Share the host's processes; needs a permission.")
     ] = False,
 ) -> None:
+    from aether.cli.instance import ensure_instance
     from aether.cli.output import progress, show_json
     from aether.cli.parse import duration_ms
-    from aether.cli.instance import ensure_instance
 
     with session.client() as client:
         ensure_instance(session, client)

@@ -129,8 +129,8 @@ def _import(
     source: Annotated[Path, typer.Argument(metavar="PATH", help="A tar, an OCI layout, or a directory.")],
     name: Name = None,
 ) -> None:
-    from aether.cli.output import progress
     from aether.cli.instance import ensure_instance
+    from aether.cli.output import progress
 
     with session.client() as client:
         ensure_instance(session, client)

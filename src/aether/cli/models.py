@@ -70,8 +70,8 @@ def _encode(session: Session, model: Model, source: Input) -> None:
 
 def _infer(session: Session, ask: Callable[[Client], Any]) -> None:
     """A result is data: it is JSON with and without `--json`."""
-    from aether.cli.output import progress, show_json
     from aether.cli.instance import ensure_instance
+    from aether.cli.output import progress, show_json
 
     with session.client() as client:
         ensure_instance(session, client)

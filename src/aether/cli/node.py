@@ -115,9 +115,9 @@ def _explain(
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory bound: 256M.")] = None,
     require: Annotated[list[str] | None, typer.Option(metavar="LEVEL", help="A level it must have.")] = None,
 ) -> None:
+    from aether.cli.instance import ensure_instance
     from aether.cli.output import show_json
     from aether.cli.parse import size_bytes
-    from aether.cli.instance import ensure_instance
     from aether.cli.terminal import printable
     from aether.contract.cells import Limits
     from aether.contract.jobs import CommandParams

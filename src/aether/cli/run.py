@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from aether.client import Client
     from aether.contract.jobs import JobView
 
-_Files = Annotated[
-    list[str] | None, typer.Option("--file", metavar="FILE", help="Put a file into /work: SRC[:DEST].")
-]
+_Files = Annotated[list[str] | None, typer.Option("--file", metavar="FILE", help="Put a file into /work: SRC[:DEST].")]
 _Outputs = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Fetch files matching this glob afterwards.")]
 _Python = Annotated[
     bool, typer.Option("--python", help="CMD is a script, -c CODE or -m MODULE for a Python started ahead.")
