@@ -21,6 +21,7 @@ import msgspec
 import uvloop
 
 from aether.api.http import HttpApp
+from aether.api.operations import OPERATIONS
 from aether.api.server import Deadlines, HttpServer
 from aether.contract import activity, calls, ids, limits, wire
 from aether.contract.cells import Requirement
@@ -101,6 +102,12 @@ class FakeService:
         }
         self.cells = FakeCells(self._job)
         self.handlers |= self.cells.handlers
+        for operation in OPERATIONS:
+            self.handlers.setdefault(operation.name, self.absent)
+
+    async def absent(self, caller: calls.Caller, request: Any) -> Any:
+        """Stands for the operations that this fake has nothing for."""
+        raise AetherError("NOT_FOUND", "cannot find it: the fake has none")
 
     def _note(self, caller: calls.Caller) -> None:
         self.callers.append(caller)
