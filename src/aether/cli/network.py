@@ -88,7 +88,7 @@ def credential_of(text: str) -> Credential:
     raise AetherError(
         "BAD_FIELD",
         f"cannot read --credential {text[:80]!r}: it names no source",
-        "write NAME=HOST:HEADER:file:/PATH or NAME=HOST:HEADER:env:AETHER_SECRET_NAME",
+        "write NAME=HOST:HEADER:file:/PATH or NAME=HOST:HEADER:env:VARIABLE",
     )
 
 

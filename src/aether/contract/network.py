@@ -54,8 +54,8 @@ class NetworkLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 class Credential(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A secret by reference, sent as `header` to `host` (`name:port`, over verified TLS) and nowhere else.
 
-    `source` is `file:/absolute/path` or `env:AETHER_SECRET_NAME`, read by egressd; `prefix` goes before its value
-    (`Bearer `).
+    `source` is `file:/absolute/path` or `env:` and a variable that begins with SECRET_VARIABLE, read by egressd; `prefix`
+    goes before its value (`Bearer `).
     """
 
     name: str
@@ -260,7 +260,7 @@ def _check_credential(credential: Credential) -> None:
     if _TOKEN.fullmatch(credential.header) is None or credential.header.lower() in _FORBIDDEN_HEADERS:
         raise _bad(what, f"{credential.header[:80]!r} is no header that can carry it")
     if _SOURCE.fullmatch(credential.source) is None or ".." in credential.source.split("/"):
-        raise _bad(what, "its source must be file:/absolute/path or env:AETHER_SECRET_NAME")
+        raise _bad(what, f"its source must be file:/absolute/path or env:{SECRET_VARIABLE}NAME")
     if len(credential.prefix) > 64 or not credential.prefix.isprintable() or not credential.prefix.isascii():
         raise _bad(what, "its prefix must be at most 64 printable characters")
 
