@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from aether.contract.cellplan import NAMESPACES, to_plain
-from aether.spawner.linux import kernel, landlock, native, oci, rootfs
+from aether.spawner.linux import kernel, landlock, native, oci, rootfs, surroundings
 from aether.spawner.linux.bpf import permission
 
 WORDS: Final = {
@@ -22,7 +22,6 @@ WORDS: Final = {
     "cgroup": "cgroupns",
 }  # fmt: skip
 KERNEL_MIN: Final = (5, 12)  # mount_setattr(2)
-_APPARMOR: Final = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 _MAX_USERNS: Final = Path("/proc/sys/user/max_user_namespaces")
 _DEBIAN: Final = Path("/proc/sys/kernel/unprivileged_userns_clone")
 
@@ -105,22 +104,15 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def _userns_reason(code: int) -> tuple[str, str]:
-    if _read(_APPARMOR) == "1":
-        return (
-            "AppArmor restricts user namespaces of ordinary users (Ubuntu 23.10 and later)",
-            "install an AppArmor profile for aether with the rule `userns,`, or as root: "
-            "sysctl kernel.apparmor_restrict_unprivileged_userns=0",
-        )
+def _refusal(code: int) -> tuple[str, str]:
+    """(reason, remedy) of namespaces or mounts that the kernel refused with `code`."""
+    found = surroundings.cause(surroundings.look())
+    if found is not None:
+        return found
     if _read(_DEBIAN) == "0":
         return "kernel.unprivileged_userns_clone is 0", "as root: sysctl kernel.unprivileged_userns_clone=1"
     if _read(_MAX_USERNS) == "0":
         return "user.max_user_namespaces is 0", "as root: sysctl user.max_user_namespaces=15000"
-    if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
-        return (
-            f"the container refuses them: {os.strerror(code)}",
-            "docker run --security-opt seccomp=unconfined --security-opt systempaths=unconfined, or --privileged",
-        )
     return f"the kernel refuses them: {os.strerror(code)}", "allow user namespaces, or run the spawner as root"
 
 
@@ -130,14 +122,14 @@ def _namespace_check(kind: str) -> dict[str, Any]:
         return _check(WORDS[kind], True, "yes")
     if code == errno.EINVAL:
         return _check(WORDS[kind], False, "no", "this kernel lacks it", f"a kernel with CONFIG_{kind.upper()}_NS")
-    return _check(WORDS[kind], False, "no", *_userns_reason(code))
+    return _check(WORDS[kind], False, "no", *_refusal(code))
 
 
 def _proc_check() -> dict[str, Any]:
     code = attempt(_mount_proc)
-    reason = f"a new /proc cannot be mounted: {os.strerror(code)}"
-    remedy = "in Docker: --security-opt systempaths=unconfined, or run on the host"
-    return _check("proc", code == 0, "yes" if code == 0 else "no", reason, remedy)
+    if code == 0:
+        return _check("proc", True, "yes")
+    return _check("proc", False, "no", *_refusal(code))
 
 
 def _seccomp_check() -> dict[str, Any]:
@@ -184,6 +176,8 @@ def checks() -> list[dict[str, Any]]:
     built = os.access(native.BINARY, os.X_OK)
     why = ("aether-init is not built; the portable executor is slower", "make -C src/aether/spawner/native")
     table.append(_check("native-init", built, "built" if built else "absent", *why))
+    made = all(check["ok"] for check in table if check["name"] in (*WORDS.values(), "proc"))
+    table += surroundings.rows(surroundings.look(), made)
     return [*table, *(_driver_check(each) for each in oci.find_runtimes(os.environ).values())]
 
 
