@@ -13,12 +13,12 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
 from aether.contract.activity import ActivityEvent
+from aether.contract.cells import Limits
 from aether.contract.errors import AetherError
 from aether.contract.limits import CELL_EVENTS_BURST, CELL_EVENTS_PER_S
 from aether.spawner.linux import kernel
@@ -209,18 +209,25 @@ def test_want_of_memory_is_told(spawner: Spawner) -> None:
         await ready(spawner)
         if "cgroup-memory" in driver.facts.missing:
             pytest.skip("memory is not limited here")
-        limits = msgspec.structs.replace(_limits(), memory_bytes=32 << 20)
-        started = await launch(driver, "x=$(head -c 200000000 /dev/zero | tr '\\0' a); echo ${#x}", limits=limits)
+        script = "x=$(head -c 200000000 /dev/zero | tr '\\0' a); echo ${#x}"
+        started = await launch(driver, script, limits=Limits(memory_bytes=32 << 20))
         found = await finish(driver, spawner, started)
         assert of(found, "oom") and any(e.sender == "kernel" and e.signal == 9 for e in of(found, "signal"))
 
     with_driver(spawner, step)
 
 
-def _limits() -> Any:
-    from aether.contract.cells import Limits
+def test_time_lost_to_the_quota_is_told(spawner: Spawner) -> None:
+    async def step(driver: NativeDriver) -> None:
+        await ready(spawner)
+        if "cgroup-cpu" in driver.facts.missing:
+            pytest.skip("CPU is not limited here")
+        started = await launch(driver, "timeout 0.6 sh -c 'while :; do :; done'; true", limits=Limits(cpu_millis=200))
+        found = await finish(driver, spawner, started)
+        [lost] = of(found, "throttle")
+        assert lost.count is not None and 100_000 < lost.count < 5_000_000
 
-    return Limits()
+    with_driver(spawner, step)
 
 
 def test_a_trace_counts_the_calls_of_one_cell(spawner: Spawner) -> None:

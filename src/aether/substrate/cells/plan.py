@@ -54,6 +54,8 @@ DEFAULT_ENV: Final = {
     "USER": "job",
 }
 TMP_BYTES_MIN: Final = 4096
+OBSERVATION: Final = "bpf"
+"""What a host may lack that enforces nothing: no report of a cell names it."""
 CGROUP_LIMITS: Final = (
     "memory_min_bytes", "memory_low_bytes", "memory_high_bytes", "swap_bytes", "cpu_weight", "cpuset_cpus",
     "cpuset_mems", "io_weight", "io_read_bps", "io_write_bps", "io_read_iops", "io_write_iops",
@@ -282,7 +284,7 @@ def _rlimits(spec: CellSpec, facts: Facts) -> tuple[Rlimit, ...]:
 
 
 def _missing(facts: Facts) -> dict[str, str]:
-    missing = {name: lack.reason for name, lack in facts.missing.items()}
+    missing = {name: lack.reason for name, lack in facts.missing.items() if name != OBSERVATION}
     stand_ins = {
         "cgroup-memory": "RLIMIT_DATA stands in, per process",
         "cgroup-pids": "RLIMIT_NPROC stands in, per user",

@@ -100,6 +100,7 @@ def test_rlimits_stand_in_for_cgroups() -> None:
     planned = plan_cell(CellSpec(argv=("x",), limits=Limits(memory_bytes=1 << 28, pids=9)), "c", "e", facts, 0)
     assert Rlimit("data", 1 << 28, 1 << 28) in planned.plan.rlimits
     assert Rlimit("nproc", 10, 10) in planned.plan.rlimits
+    assert "bpf" not in plan_cell(SPEC, "cell_1", "exec_1", lesser(bpf="not permitted"), 0).missing
     assert "RLIMIT_DATA" in planned.missing["cgroup-memory"] and "per user" in planned.missing["cgroup-pids"]
 
 
