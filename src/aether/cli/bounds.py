@@ -33,7 +33,15 @@ Limit = Annotated[
     list[str] | None,
     typer.Option("--limit", metavar="NAME=VALUE", help="Any other limit: swap=64M, io_write_bps=10M, nofile=4096."),
 ]
+Driver = Annotated[
+    str | None, typer.Option("--driver", metavar="NAME", help="Who builds the cell: native, runc, crun, runsc.")
+]
 _SIZES: Final = ("memory_", "swap_", "tmp_", "file_", "io_read_b", "io_write_b")
+
+
+def required(words: list[str] | None, driver: str | None) -> list[str]:
+    """What a cell requires: levels, mechanisms, and its driver."""
+    return [*(words or ()), *([driver] if driver else ())]
 
 
 def to_limits(

@@ -95,6 +95,7 @@ def _allocate(
     pids: Annotated[int | None, typer.Option(metavar="N", help="Processes and threads.")] = None,
     limit: bounds.Limit = None,
     require: Annotated[list[str] | None, typer.Option(metavar="LEVEL", help="Refuse without this level.")] = None,
+    driver: bounds.Driver = None,
     label: Annotated[list[str] | None, typer.Option(metavar="LABEL", help="A data-flow label.")] = None,
     idle_timeout: Annotated[
         str | None, typer.Option(metavar="TIME", help="Free it after so long without use: 30m.")
@@ -116,7 +117,7 @@ def _allocate(
             cell = client.cells.allocate(
                 name,
                 limits=bounds.to_limits(memory=memory, cpu=cpu, pids=pids, more=limit),
-                require=require or (),
+                require=bounds.required(require, driver),
                 labels=label or (),
                 idle_timeout_ms=duration_ms(idle_timeout) if idle_timeout else None,
                 isolate_network=not no_isolate_network,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aether.cli import cells, images
+from aether.cli import bounds, cells, images
 from aether.cli.session import Session, command
 
 if TYPE_CHECKING:
@@ -114,7 +114,10 @@ def _explain(
     argv: Annotated[list[str], typer.Argument(metavar="-- CMD", help="The command.")],
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory bound: 256M.")] = None,
     require: Annotated[list[str] | None, typer.Option(metavar="LEVEL", help="A level it must have.")] = None,
+    driver: bounds.Driver = None,
 ) -> None:
+    import json
+
     from aether.cli.instance import ensure_instance
     from aether.cli.output import show_json
     from aether.cli.parse import size_bytes
@@ -123,7 +126,7 @@ def _explain(
     from aether.contract.jobs import CommandParams
 
     limits = Limits(memory_bytes=size_bytes(memory)) if memory else Limits()
-    params = CommandParams(argv=tuple(argv), limits=limits, require=tuple(require or ()))
+    params = CommandParams(argv=tuple(argv), limits=limits, require=tuple(bounds.required(require, driver)))
     with session.client() as client:
         ensure_instance(session, client)
         explanation = client.explain(params)
@@ -134,6 +137,9 @@ def _explain(
         print(printable(line))
     for mechanism, reason in explanation.missing.items():
         print(f"missing: {printable(mechanism)}: {printable(reason)}")
+    if explanation.bundle is not None:
+        print("config.json:")
+        print(json.dumps(explanation.bundle, indent=2))
 
 
 def _completion(shell: Annotated[str, typer.Argument(help="bash, zsh or fish.")] = "bash") -> None:

@@ -134,12 +134,14 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """`cell.explain`: the plan as text lines and as data; what this host cannot enforce, with remedies."""
+    """`cell.explain`: the plan as text lines and as data; what this host cannot enforce, with remedies. `bundle` is
+    the config.json that an OCI runtime would be given; null for the native driver."""
 
     plan_digest: str
     lines: tuple[str, ...]
     plan: dict[str, Any]
     missing: dict[str, str]
+    bundle: dict[str, Any] | None = None
 
 
 class Doctor(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from typing import Any
 from aether.contract.cellplan import NAMESPACES, ExecSpec, Plan, PlanError
 from aether.spawner.linux import initwire
 from aether.spawner.linux.executor import Attach, Executor, LaunchError
+from aether.spawner.linux.oci import OciExecutor
 from aether.spawner.linux.remedies import explain_exec, explain_step
 
 SECCOMP_FILTER = 2
@@ -161,6 +162,16 @@ class Launcher:
     @property
     def name(self) -> str:
         return self._executor.name
+
+    def bundle(self, plan: Plan) -> dict[str, Any]:
+        """The config.json of a plan for an OCI runtime; raises LaunchFailedError, also for a plan of another driver."""
+        executor = self._others.get(plan.driver)
+        if not isinstance(executor, OciExecutor):
+            raise LaunchFailedError(f"cannot make a bundle: {plan.driver} takes none", "see `aether doctor`")
+        try:
+            return executor.bundle(plan)
+        except LaunchError as error:
+            raise LaunchFailedError(str(error), error.remedy) from error
 
     def launch(
         self, plan: Plan, attach_fds: tuple[int, ...], v2_fd: int | None, spec: ExecSpec | None, fds: tuple[int, ...]

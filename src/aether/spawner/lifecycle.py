@@ -63,7 +63,7 @@ class Lifecycle:
         self.stopping = Stopping(loop, cgroups)
         self._loop = loop
         self._cgroups = cgroups
-        self._launcher = launcher
+        self.launcher = launcher
         self._emit = emit
         self._discard = discard
         self._of_exec: dict[str, Cell] = {}
@@ -178,7 +178,7 @@ class Lifecycle:
         sched = read_sched(args["sched"]) if args else None
         at_once = wired if sched is None else None
         try:
-            launched = self._launcher.launch(
+            launched = self.launcher.launch(
                 plan,
                 cell.cgroup.attach_fds,
                 cell.cgroup.v2_fd,

@@ -12,6 +12,7 @@ from aether.spawner import proctree
 from aether.spawner.beneath import safe_path
 from aether.spawner.cells import Cell, Exec
 from aether.spawner.channel import Message
+from aether.spawner.launcher import LaunchFailedError
 from aether.spawner.layers import layers_of
 from aether.spawner.lifecycle import Lifecycle
 from aether.spawner.linux.cgroup import CgroupDriver
@@ -57,6 +58,7 @@ class Operations:
         self._handlers: dict[str, Callable[[Request, Message, Answer], None]] = {
             "hello": self._hello,
             "probe": lambda _, __, answer: answer.ok({"fd": 0}, (json_memfd(self._probe()),)),
+            "cell.bundle": self._bundle,
             "blueprint.keep": self._keep,
             "cell.create": self._create,
             "exec.start": self._start,
@@ -95,6 +97,15 @@ class Operations:
             raise RefusedError("VERSION_MISMATCH", why)
         answer.connection.events = request.args["events"]
         answer.ok({"protocol_version": PROTOCOL_VERSION, **self._facts()})
+
+    def _bundle(self, request: Request, _: Message, answer: Answer) -> None:
+        """What an OCI runtime would be given for a plan; nothing is started."""
+        plan = self._rules.plan(request.args["plan"])
+        try:
+            config = self._lifecycle.launcher.bundle(plan)
+        except LaunchFailedError as failure:
+            raise RefusedError("CELL_FAILED", str(failure), failure.remedy) from failure
+        answer.ok({"fd": 0}, (json_memfd(config),))
 
     def _keep(self, request: Request, _: Message, answer: Answer) -> None:
         args = request.args
@@ -191,7 +202,8 @@ class Operations:
         """A pidfd in the cell's namespaces that this process may look into: without root that is none of PID 1's,
         which is not dumpable (ptrace(2), "Ptrace access mode checking"), but one of its executables'."""
         if os.geteuid() == 0:
-            return cell.launched.open_inside()
+            opened: int = cell.launched.open_inside()
+            return opened
         executable = cell.execs.get(exec_id) if exec_id is not None else None
         if executable is None or executable.pid is None:
             why = f"cannot listen in cell {cell.cell_id}: without root it takes an executable"

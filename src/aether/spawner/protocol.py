@@ -185,6 +185,7 @@ _SIZE = integer(1, limits.TERMINAL_SIZE_MAX)
 OPERATIONS: Mapping[str, Reader] = {
     "hello": record({"protocol_version": integer(0, 1 << 16)}, events=(boolean, False)),
     "probe": record({}),
+    "cell.bundle": record({"plan": anything}),
     "blueprint.keep": record({"plan": anything, "limits": _LIMITS}, prepare=(boolean, False), zygote=(anything, None)),
     "cell.create": record(
         {},

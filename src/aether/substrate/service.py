@@ -210,7 +210,7 @@ class Service:
     async def _explain(self, caller: Caller, call: ExplainCall) -> Explanation:
         self._parts.gate.admit(caller, "cell.explain", Resource(kind="cell"))
         parse_command(JobRequest(kind="command", op="run", params=msgspec.to_builtins(call.params)))
-        return self._parts.cells.explain(call.params)
+        return await self._parts.cells.explain(call.params)
 
     async def _stop(self, caller: Caller, call: StopCall) -> JobView:
         parts = self._parts

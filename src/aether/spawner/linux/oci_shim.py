@@ -216,25 +216,30 @@ def _stage(order: Order, base: int, place: str, layers: mounts.Layers) -> dict[i
 
 
 def _make_root(order: Order, base: int, sources: dict[int, str], layers: mounts.Layers) -> None:
-    """What `rootfs` must hold, mount points among it: a runtime in a user namespace may write nothing here."""
+    """What `rootfs` must hold, in the order of the plan, since the first to need a directory decides its mode; mount
+    points among it: a runtime in a user namespace may write nothing here."""
     rootfs = mounts.open_beneath(base, ROOTFS[1:], os.O_PATH | os.O_DIRECTORY)
     covered: list[str] = []
-    for op in order.program.ops:
-        if isinstance(order.plan.steps[op.step], SKELETON) and op.kind != pg.OP_SEAL:
-            mounts.perform(rootfs, op, layers)
     for index, step in enumerate(order.plan.steps):
-        if isinstance(step, (*SKELETON, cp.Mask)) or any(cp.is_beneath(step.path, path) for path in covered):
+        if isinstance(step, SKELETON):
+            for op in order.program.ops:
+                if op.step == index and op.kind != pg.OP_SEAL:
+                    mounts.perform(rootfs, op, layers)
+        elif isinstance(step, cp.Mask) or step.path == "/" or any(cp.is_beneath(step.path, path) for path in covered):
             continue
-        if step.path == "/":
-            continue
-        is_file = index in sources and not Path(sources[index]).is_dir()
-        # The mode of the directory is what runc gives the tmpfs that covers it (libcontainer/rootfs_linux.go).
-        mode = step.mode if isinstance(step, cp.Tmpfs) else 0o755
-        point = pg.Op(pg.OP_FILE, index, step.path, 0o444) if is_file else pg.Op(pg.OP_DIR, index, step.path, mode)
-        mounts.perform(rootfs, point, layers)
-        covered.append(step.path)
+        else:
+            mounts.perform(rootfs, _mount_point(index, step, sources), layers)
+            covered.append(step.path)
     mounts.perform(rootfs, pg.Op(pg.OP_FILE, 0, INIT_PATH, 0o555), layers)
     os.close(rootfs)
+
+
+def _mount_point(index: int, step: cp.Step, sources: dict[int, str]) -> pg.Op:
+    """The mode of a directory is what runc gives the tmpfs that covers it (libcontainer/rootfs_linux.go)."""
+    assert not isinstance(step, cp.Mask)
+    if index in sources and not Path(sources[index]).is_dir():
+        return pg.Op(pg.OP_FILE, index, step.path, 0o444)
+    return pg.Op(pg.OP_DIR, index, step.path, step.mode if isinstance(step, cp.Tmpfs) else 0o755)
 
 
 def _hide_cgroups() -> None:

@@ -195,13 +195,17 @@ class CellSupervisor:
         """Refuses at once what no cell here can give; raises AetherError LEVEL_UNMET."""
         self._driver.check_required(words)
 
-    def explain(self, params: CommandParams) -> Explanation:
+    async def explain(self, params: CommandParams) -> Explanation:
         """The plan a command would get; nothing is started."""
         spec = CellSpec(argv=params.argv, env=params.env, cwd=params.cwd, limits=params.limits, require=params.require)
         found = self._driver.explain(spec)
         told = params.network.lines() if params.network is not None else ()
         return Explanation(
-            plan_digest=digest_bytes(found.plan_text), lines=found.lines + told, plan=found.plan, missing=found.missing
+            plan_digest=digest_bytes(found.plan_text),
+            lines=found.lines + told,
+            plan=found.plan,
+            missing=found.missing,
+            bundle=await self._driver.bundle(found.plan),
         )
 
     def health(self) -> RoleHealth:

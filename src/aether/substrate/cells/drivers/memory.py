@@ -138,6 +138,9 @@ class MemoryDriver:
     def check_required(self, words: Sequence[str]) -> None:
         self._require(words)
 
+    async def bundle(self, plan: dict[str, Any]) -> dict[str, Any] | None:
+        return None
+
     async def probe(self) -> dict[str, Any]:
         cgroup = {"kind": self.name, "missing": {}, "remedy": ""}
         return {"checks": [], "cgroup_driver": cgroup}

@@ -196,6 +196,12 @@ class NativeDriver:
         missing |= {name: (lack.reason, lack.remedy) for name, lack in facts.drivers.items() if lack is not None}
         return Fingerprint(True, "", levels.levels_here(facts), shown, missing)
 
+    async def bundle(self, plan: dict[str, Any]) -> dict[str, Any] | None:
+        if plan["driver"] == levels.NATIVE:
+            return None
+        config: dict[str, Any] = (await self._connector.require().call("cell.bundle", {"plan": plan})).json()
+        return config
+
     async def probe(self) -> dict[str, Any]:
         """All that the host can and cannot enforce, asked now."""
         value: dict[str, Any] = (await self._connector.require().call("probe", {})).json()

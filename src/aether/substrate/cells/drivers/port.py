@@ -236,6 +236,10 @@ class Connected(Driver, Protocol):
         """Whether this host can do what is required; raises AetherError LEVEL_UNMET, UNAVAILABLE."""
         ...
 
+    async def bundle(self, plan: dict[str, Any]) -> dict[str, Any] | None:
+        """The config.json that an OCI runtime would get for a plan of `explain`; None where none is asked."""
+        ...
+
     async def probe(self) -> dict[str, Any]:
         """All that the host can and cannot enforce, asked now."""
         ...
