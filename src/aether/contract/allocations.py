@@ -13,9 +13,9 @@ import msgspec
 
 from aether.contract import limits
 from aether.contract.cellnames import check_name
-from aether.contract.cells import Limits, Usage
+from aether.contract.cells import Images, Limits, Usage
 from aether.contract.errors import AetherError
-from aether.contract.jobs import check_bounds, check_labels, check_require
+from aether.contract.jobs import check_bounds, check_images, check_labels, check_require
 
 
 class CellState(StrEnum):
@@ -42,6 +42,7 @@ class CellRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     isolate_network: bool = True
     isolate_process: bool = True
     idle_timeout_ms: int | None = None
+    images: Images | None = None
 
 
 class CellExecutable(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,6 +158,9 @@ def check_request(request: CellRequest) -> None:
     check_labels(request.labels)
     check_require(request.require)
     check_bounds(request.limits)
+    check_images(request.images)
+    if request.images is not None and request.images.keep_diff:
+        raise AetherError("BAD_FIELD", "cannot keep the changes of an allocated cell: a job's cell alone keeps them")
     check_idle(request.idle_timeout_ms)
 
 

@@ -177,6 +177,8 @@ def parse_command(request: JobRequest) -> tuple[CommandParams, CommandInputs]:
         check_network(params.network)
     if params.cell is not None:
         check_name(params.cell)
+        if params.images is not None:
+            raise AetherError("BAD_FIELD", "cannot run a command job: params.images are the cell's, not its guests'")
     if params.executable is not None:
         check_executable(params.executable)
     if params.cell is None and (params.executable is not None or params.stdio != "logs"):

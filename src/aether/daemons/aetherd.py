@@ -113,7 +113,7 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         files=CellFileDesk(house, book, cells),
         talking=Talking(gate, book, house, cells, execution, reading),
         watching=Watching(gate, book, house, cells, reading, ActivityLogs(layout.job_logs)),
-        images=ImageDesk(gate, book, orchestra, execution, cells),
+        images=ImageDesk(gate, book, orchestra, execution, cells, house),
         metrics=Metrics("aetherd"),
     )
     return Authority(Service(parts), parts)

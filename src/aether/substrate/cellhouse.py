@@ -253,6 +253,7 @@ class CellHouse:
             labels=request.labels,
             isolate_network=request.isolate_network,
             isolate_process=request.isolate_process,
+            images=request.images,
         )
 
     def guests(self, cell: Allocation) -> list[OpenJob]:

@@ -11,7 +11,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from aether.contract import ids
+from aether.contract.allocations import CellView
 from aether.contract.calls import Caller, Nothing
+from aether.contract.cellcalls import AllocateCall
+from aether.contract.cells import Images
 from aether.contract.errors import AetherError
 from aether.contract.images import (
     CellDiff,
@@ -32,6 +35,7 @@ from aether.contract.ports import Link
 from aether.contract.records import Record, RecordType
 from aether.substrate.access.access import Admission, Resource
 from aether.substrate.book import Book
+from aether.substrate.cellhouse import CellHouse
 from aether.substrate.cells.supervisor import CellSupervisor
 from aether.substrate.execution import Execution
 from aether.substrate.gate import Gate
@@ -44,13 +48,20 @@ class ImageDesk:
     """Handlers of `image.*` and of the verb `cell.diff`."""
 
     def __init__(
-        self, gate: Gate, book: Book, orchestra: Orchestra, execution: Execution, cells: CellSupervisor
+        self,
+        gate: Gate,
+        book: Book,
+        orchestra: Orchestra,
+        execution: Execution,
+        cells: CellSupervisor,
+        house: CellHouse,
     ) -> None:
         self._gate = gate
         self._book = book
         self._orchestra = orchestra
         self._execution = execution
         self._cells = cells
+        self._house = house
 
     def handlers(self) -> Mapping[str, Callable[[Caller, Any], Awaitable[ImageInfo | ImageList]]]:
         return {
@@ -107,6 +118,14 @@ class ImageDesk:
         body = ImageCommit(job_id=job_id, tenant_id=admission.principal.tenant_id, name=call.name)
         info = await self._orchestra.link().call("image.commit", body, ImageInfo)
         return await self._recorded("image.imported", caller, admission, "image.commit", info, call.name)
+
+    async def allocate(self, caller: Caller, call: AllocateCall) -> CellView:
+        """`cell.allocate`: of images that the caller's tenant has."""
+        asked = call.request.images or Images()
+        for digest in (asked.root, asked.work):
+            if digest is not None:
+                await self.show(caller, ImageCall(image=digest))
+        return await self._house.allocate(caller, call)
 
     # ---- the verb
 

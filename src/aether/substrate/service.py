@@ -124,7 +124,7 @@ class Service:
             "artifact.list": reading.artifacts,
             "model.list": reading.models,
             "audit.checkpoint": reading.checkpoint,
-            "cell.allocate": parts.house.allocate,
+            "cell.allocate": parts.images.allocate,
             "cell.list": parts.house.listing,
             "cell.show": parts.house.show,
             "cell.free": parts.house.free,
