@@ -14,6 +14,7 @@ from aether.spawner.protocol import KEYED, OPERATIONS, RefusedError, parse_reque
 GOOD: dict[str, dict[str, Any]] = {
     "hello": {"protocol_version": 1},
     "probe": {},
+    "cell.bundle": {"plan": {}},
     "blueprint.keep": {"plan": {}, "limits": {"memory_bytes": 1 << 26}},
     "cell.create": {"plan": {}, "limits": {"memory_bytes": 1 << 26}, "work": True},
     "exec.start": {"cell": "cell_1", "exec": {"spec": {}, "stdio": ["null", "log", "log"]}},
