@@ -121,7 +121,7 @@ def _parameters(operation: Operation) -> list[JsonObject]:
     if argument is not None:
         found.append({"name": argument, "in": "path", "required": True, "schema": _ARGUMENT_SCHEMAS[argument]})
     found += [
-        {"name": p.name, "in": "query", "required": False, "schema": dict(p.schema), "description": p.summary}
+        {"name": p.name, "in": "query", "required": p.required, "schema": dict(p.schema), "description": p.summary}
         for p in operation.query
     ]
     if not operation.idempotent:

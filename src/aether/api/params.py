@@ -35,6 +35,7 @@ class Param:
     parse: Callable[[str], Any]
     summary: str
     repeats: bool = False
+    required: bool = False
 
 
 def _refuse(name: str, text: str, why: str) -> AetherError:
@@ -196,7 +197,12 @@ START: Final = Param(
 _PART: Final = r"(?!\.{1,2}(/|$))[^\u0000-\u001f\u007f/]{1,255}"
 RELATIVE_PATH: Final = rf"^{_PART}(/{_PART})*$"
 FILE: Final = Param(
-    "path", "path", {"type": "string", "pattern": RELATIVE_PATH}, parse_file, "A file below the work directory."
+    "path",
+    "path",
+    {"type": "string", "pattern": RELATIVE_PATH},
+    parse_file,
+    "A file below the work directory.",
+    required=True,
 )
 DIRECTORY: Final = Param(
     "path",
@@ -225,7 +231,7 @@ JOB: Final = Param("job", "job_id", JOB_ID_SCHEMA, parse_job, "Only artifacts of
 
 def parse_query(query: bytes, params: tuple[Param, ...]) -> dict[str, Any]:
     """The request fields that a raw query string names; raises BAD_REQUEST or BAD_ID."""
-    if not query:
+    if not query and not params:
         return {}
     return dict(_parse_short(query, params) if len(query) <= 64 else _parse(query, params))
 
@@ -253,6 +259,9 @@ def _parse(query: bytes, params: tuple[Param, ...]) -> dict[str, Any]:
             raise AetherError("BAD_REQUEST", f"cannot accept query parameter {name!r}: it is given twice")
         else:
             fields[param.field] = param.parse(text)
+    for param in params:
+        if param.required and param.field not in fields:
+            raise AetherError("BAD_REQUEST", f"cannot do without the query parameter {param.name!r}")
     return fields
 
 
