@@ -54,8 +54,8 @@ class NetworkLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 class Credential(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A secret by reference, sent as `header` to `host` (`name:port`, over verified TLS) and nowhere else.
 
-    `source` is `file:/absolute/path` or `env:` and a variable that begins with SECRET_VARIABLE, read by egressd; `prefix`
-    goes before its value (`Bearer `).
+    `source` is `file:/absolute/path` or `env:` and a variable that begins with SECRET_VARIABLE, read by egressd;
+    `prefix` goes before its value (`Bearer `).
     """
 
     name: str
@@ -63,6 +63,18 @@ class Credential(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     header: str
     source: str
     prefix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a network asks leave for: `hosts` as rules, `credentials` as `host:port source`, `paths` as `r:/path`."""
+
+    hosts: tuple[str, ...] = ()
+    credentials: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+
+
+NOTHING: Final = Wanted()
 
 
 class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -81,14 +93,14 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         asked = {str(parse_rule(text)) for text in self.allow} | {credential.host for credential in self.credentials}
         return tuple(sorted(asked | ({LEARN} if self.learn else set())))
 
-    def wanted(self) -> dict[str, tuple[str, ...]]:
-        """What an authority is asked to allow: `hosts`, `credentials` (`host:port source`) and `paths` (`r:/path`)."""
+    def wanted(self) -> Wanted:
+        """What an authority is asked to allow."""
         sources = [credential.source for credential in self.credentials]
-        return {
-            "hosts": self.hosts(),
-            "credentials": tuple(f"{credential.host} {credential.source}" for credential in self.credentials),
-            "paths": tuple(f"r:{source.removeprefix('file:')}" for source in sources if source.startswith("file:")),
-        }
+        return Wanted(
+            self.hosts(),
+            tuple(f"{credential.host} {credential.source}" for credential in self.credentials),
+            tuple(f"r:{source.removeprefix('file:')}" for source in sources if source.startswith("file:")),
+        )
 
     def lines(self) -> tuple[str, ...]:
         """The network in words, for `aether cell explain`."""

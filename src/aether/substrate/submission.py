@@ -20,7 +20,7 @@ from aether.contract.canonical import digest_bytes, input_hash
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError, ErrorBody
 from aether.contract.jobs import JobRequest, JobView, check_labels, parse_command, parse_model
-from aether.contract.network import NEEDED
+from aether.contract.network import NEEDED, NOTHING
 from aether.contract.ports import Link
 from aether.contract.records import Record
 from aether.contract.wire import Empty, JobRunReply, JobSubmit
@@ -78,10 +78,11 @@ class Submitter:
         else:
             model = parse_model(request).model
         cells = (params.cell,) if params is not None and params.cell is not None else ()
-        reached = params.network.wanted() if params is not None and params.network is not None else {}
+        wanted = params.network.wanted() if params is not None and params.network is not None else NOTHING
         resource = Resource(
             kind=request.kind, op=request.op, model=model, labels=request.labels, cells=cells,
-            raises=params is not None and not cells and params.limits.raises, **reached,
+            raises=params is not None and not cells and params.limits.raises,
+            hosts=wanted.hosts, credentials=wanted.credentials, paths=wanted.paths,
         )  # fmt: skip
         admission = self._gate.admit(caller, "job.submit", resource)
         principal = admission.principal

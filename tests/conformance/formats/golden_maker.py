@@ -178,6 +178,23 @@ def added_records() -> list[Record]:
         base("job.attach", 307, operation="job.attach", effect="control", detail={"stdio": "tty"}, **talk),
         base("cell.freed", 308, operation="cell.free", effect="control", detail={**named, "reason": "freed"}, **shared),
         base("cell.lost", 309, effect="control", detail={**named, "reason": "cell-died"}, **shared),
+        *egress_records(talk),
+    ]
+
+
+def egress_records(job: dict[str, Any]) -> list[Record]:
+    """What a job's network leaves behind, each naming the one before."""
+    network = {"network": digest_bytes(b'{"allow":["*.example.org:443"]}')}
+    row = {
+        "host": "api.example.org", "port": "443", "address": "192.0.2.7", "rule": "*.example.org:443",
+        "verdict": "allowed", "credential": "api", "sent_bytes": "517", "received_bytes": "9007199254740993",
+        "ms": "12", "count": "2", "previous": "310",
+    }  # fmt: skip
+    sums = {"connections": "2", "refused": "0", "sent_bytes": "517", "received_bytes": "9007199254740993"}
+    return [
+        base("egress.opened", 310, effect="cell", detail=network, **job),
+        base("egress.connection", 311, effect="cell", detail=row, **job),
+        base("egress.closed", 312, effect="cell", detail={**sums, "unlisted": "0", "previous": "311"}, **job),
     ]
 
 
