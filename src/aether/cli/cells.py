@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from aether.cli import activity, bounds
+from aether.cli import activity, bounds, images
 from aether.cli.session import Session, command
 
 if TYPE_CHECKING:
@@ -100,6 +100,9 @@ def _allocate(
     idle_timeout: Annotated[
         str | None, typer.Option(metavar="TIME", help="Free it after so long without use: 30m.")
     ] = None,
+    image: images.Image = None,
+    writable_root: images.WritableRoot = False,
+    workspace: images.Workspace = None,
     no_isolate_network: Annotated[
         bool, typer.Option("--no-isolate-network", help="Share the host's network; needs a permission.")
     ] = False,
@@ -122,6 +125,7 @@ def _allocate(
                 idle_timeout_ms=duration_ms(idle_timeout) if idle_timeout else None,
                 isolate_network=not no_isolate_network,
                 isolate_process=not no_isolate_process,
+                images=images.found(client, images.Choice(image, writable_root, workspace)),
             )
     show_json(cell) if session.as_json else print(cell.cell_id)
 

@@ -60,7 +60,7 @@ class Choice:
     image: str | None
     writable_root: bool
     workspace: str | None
-    keep_diff: bool
+    keep_diff: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,11 @@ def prepare(client: Client, argv: Sequence[str], env: Mapping[str, str], choice:
     own = dict(entry.partition("=")[::2] for entry in root.config.env if "=" in entry)
     cwd = posixpath.normpath("/" + root.config.working_dir.lstrip("/"))
     return Prepared([*root.config.entrypoint, *argv], own | dict(env), "/work" if cwd == "/" else cwd, images)
+
+
+def found(client: Client, choice: Choice) -> Images | None:
+    """The images that the options name, imported where they are directories."""
+    return prepare(client, (), {}, choice).images
 
 
 def outputs_of(job: JobView) -> list[ArtifactRef]:
