@@ -144,3 +144,13 @@ def test_imports_and_removals_are_records(layout: Layout, tree: Path) -> None:
         assert again.digest == info.digest
     aether(layout, "audit", "verify")
     assert any(b"image.removed" in path.read_bytes() for path in layout.audit.rglob("*") if path.is_file())
+
+
+def test_an_allocated_cell_of_an_image(layout: Layout, tree: Path) -> None:
+    aether(layout, "cell", "allocate", "made-of-an-image", "--image", str(tree), "--writable-root")
+    aether(layout, "cell", "exec", "made-of-an-image", "--", "sh", "-c", "echo one > /srv/data/kept")
+    assert aether(layout, "cell", "exec", "made-of-an-image", "--", "cat", "/srv/data/kept") == "one\n"
+    aether(layout, "cell", "free", "made-of-an-image")
+    with instance.client(layout) as client, pytest.raises(AetherError, match="cannot find image"):
+        client.cells.allocate("absent", images=Images(root="sha256:" + "0" * 64))
+    assert not list(layout.cells.rglob(".root-*"))
