@@ -174,9 +174,9 @@ def test_cpu_is_measured(spawner: Spawner) -> None:
 def test_deadline(spawner: Spawner) -> None:
     async def step(driver: NativeDriver) -> None:
         script = "trap '' TERM; while :; do sleep 0.01; done"
-        started, end = await run(driver, script, limits=Limits(timeout_ms=200, grace_ms=100))
+        started, end = await run(driver, script, limits=Limits(timeout_ms=200 * SLOW, grace_ms=100))
         assert end.exit.timed_out and end.exit.signal == signal.SIGKILL and end.exit.reason == "timed-out"
-        assert end.usage.wall_us is not None and 300_000 <= end.usage.wall_us < 3_000_000
+        assert end.usage.wall_us is not None and 300_000 <= end.usage.wall_us < 3_000_000 * SLOW
         await driver.free(started.handle)
 
     with_driver(spawner, step)
@@ -437,7 +437,7 @@ def test_an_orphaned_spawner_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "aether.spawner.main", "--state", str(tmp_path)]
     code = f"import subprocess, time; subprocess.Popen({command!r}); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 15 * SLOW
         while not (tmp_path / "run/spawner.sock").exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)

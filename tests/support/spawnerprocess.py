@@ -20,6 +20,7 @@ from aether.contract import ids
 from aether.contract.cells import CellSpec, ExecEnd
 from aether.substrate.cells.drivers.native import NativeDriver
 from aether.substrate.cells.drivers.port import Order, Started
+from tests.support.machine import SLOW
 
 ORDINARY = 64_999
 SYSTEM_PYTHON = "/usr/bin/python3"
@@ -49,7 +50,7 @@ class Spawner:
         ids_of: dict[str, Any] = {} if self.uid is None else {"user": self.uid, "group": self.uid, "extra_groups": []}
         process = subprocess.Popen(command, env=self._env, cwd="/", **ids_of)
         self.process = process
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 15 * SLOW
         while not self._answers():
             assert process.poll() is None and time.monotonic() < deadline, "the spawner did not start"
             time.sleep(0.02)
@@ -71,7 +72,7 @@ class Spawner:
         named = self.instances
         if self.process.poll() is None:
             self.process.terminate()
-            assert self.process.wait(20) == 0
+            assert self.process.wait(20 * SLOW) == 0
         assert_nothing_left(self, named)
         shutil.rmtree(self.directory)
 

@@ -18,6 +18,7 @@ from aether.contract.cellplan import DRIVERS
 from aether.spawner.linux.oci import find_runtimes
 from aether.substrate.cells.drivers.memory import MemoryDriver, Run
 from aether.substrate.cells.drivers.native import NativeDriver
+from tests.support.machine import SLOW
 
 SCRIPTS = {
     "ok": "true",
@@ -128,13 +129,13 @@ class NativeHarness:
 def spawner_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     state = tmp_path_factory.mktemp("spawner")
     process = subprocess.Popen([sys.executable, "-m", "aether.spawner.main", "--state", str(state)])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 10 * SLOW
     while not (state / "run/spawner.sock").exists():
         assert process.poll() is None and time.monotonic() < deadline, "the spawner did not start"
         time.sleep(0.02)
     yield state
     process.terminate()
-    assert process.wait(20) == 0
+    assert process.wait(20 * SLOW) == 0
     assert {entry.name for entry in (state / "cells").iterdir()} == {".lock", ".instances"}
 
 
