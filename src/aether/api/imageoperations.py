@@ -8,15 +8,17 @@ import msgspec
 
 from aether.api import params
 from aether.api.operation import JSON_ERRORS, WRITE_ERRORS, Operation
-from aether.contract import calls, images, limits
+from aether.contract import calls, cellcalls, images, limits
 
 _IMAGE: Final = "/v0/images/{image}"
 
 
 class CommitBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The body of `image.commit`: a job that kept its diff, and the new image's name."""
+    """The body of `image.commit`: a job that kept its diff, or what `cell.diff` answered; the new image's name."""
 
-    job_id: str
+    job_id: str | None = None
+    base: str | None = None
+    layer: str | None = None
     name: str | None = None
 
 
@@ -52,7 +54,7 @@ IMAGE_OPERATIONS: Final[tuple[Operation, ...]] = (
         name="image.commit",
         method="POST",
         path="/v0/images/commit",
-        summary="A new image: what a job changed, on top of the image that it ran in.",
+        summary="A new image: what a job or a cell changed, on top of the image that it ran in.",
         request=images.CommitCall,
         reply=images.ImageInfo,
         access="control",
@@ -62,6 +64,18 @@ IMAGE_OPERATIONS: Final[tuple[Operation, ...]] = (
         body_type=CommitBody,
         statuses=(201,),
         errors=(*JSON_ERRORS, *WRITE_ERRORS, "BAD_ID", "NOT_FOUND", "NO_LAYER", "GONE", "BAD_IMAGE"),
+    ),
+    Operation(
+        name="cell.diff",
+        method="POST",
+        path="/v0/cells/{cell}/diff",
+        summary="What an allocated cell changed in its image so far, kept as two artifacts: a listing and a layer.",
+        request=cellcalls.CellCall,
+        reply=images.CellDiffReply,
+        access="control",
+        effect="control",
+        idempotent=True,
+        errors=(*WRITE_ERRORS, "BAD_ID", "NO_SUCH_CELL", "NO_LAYER", "OUTPUT_REFUSED"),
     ),
     Operation(
         name="image.show",

@@ -28,7 +28,7 @@ Workspace = Annotated[
 KeepDiff = Annotated[bool, typer.Option("--keep-diff", help="Keep what was changed, for `aether cell diff|commit`.")]
 Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="The image's name: tools or tools:1.")]
 Ref = Annotated[str, typer.Argument(metavar="IMAGE", help="A name or sha256:...")]
-Job = Annotated[str, typer.Argument(metavar="JOB", help="A job that ran with --keep-diff.")]
+Job = Annotated[str, typer.Argument(metavar="JOB|CELL", help="A job that ran with --keep-diff, or a cell.")]
 _MARKS: Final = {"added": "A", "modified": "M", "replaced": "R", "deleted": "D"}
 
 IMPORT_HELP: Final = """Unpack an image for cells: an OCI image layout, its tar, or any directory.
@@ -38,14 +38,14 @@ Examples:
   skopeo copy docker://debian:12 oci-archive:debian.tar && aether image import debian.tar --name debian:12
   aether image import ./rootfs --name tools
 """
-DIFF_HELP: Final = """Show what a job changed in its image: A added, M modified, R replaced, D deleted.
+DIFF_HELP: Final = """Show what a job or a cell changed in its image: A added, M modified, R replaced, D deleted.
 
 \b
 Example:
   aether run --image tools --writable-root --keep-diff --detach -- sh -c 'echo hi > /etc/motd'
   aether cell diff JOB
 """
-COMMIT_HELP: Final = """Make what a job changed one more layer of its image.
+COMMIT_HELP: Final = """Make what a job or a cell changed one more layer of its image.
 
 \b
 Example:

@@ -37,7 +37,7 @@ from aether.contract.cellcalls import STREAM_PROTOCOL
 from aether.contract.cells import Images, InputFile, Interpreter, Limits
 from aether.contract.egresswire import EgressPage
 from aether.contract.errors import AetherError
-from aether.contract.images import LISTING_TYPE, CommitCall, DiffListing, ImageInfo, ImageList
+from aether.contract.images import LISTING_TYPE, CellDiffReply, CommitCall, DiffListing, ImageInfo, ImageList
 from aether.contract.jobs import TERMINAL, CommandInputs, CommandParams, JobRequest, JobState, JobView
 from aether.contract.network import Network
 from aether.contract.paths import Layout, state_dir
@@ -375,17 +375,27 @@ class Client:
         """Takes a name away, or by digest the image with all its names."""
         return self._json("image.remove", ImageInfo, image)
 
-    def image_diff(self, job_id: str) -> DiffListing:
-        """What a job that kept its diff changed in its image; raises NO_LAYER for any other."""
+    def _cell_diff(self, cell: str) -> CellDiffReply:
+        return self._json("cell.diff", CellDiffReply, in_path(cell), extra_s=float(limits.IMAGE_UNPACK_S_MAX))
+
+    def image_diff(self, of: str) -> DiffListing:
+        """What a job that kept its diff changed in its image, or a cell so far; raises NO_LAYER for any other."""
+        if not of.startswith("job_"):
+            return msgspec.json.decode(self.artifact_bytes(self._cell_diff(of).listing), type=DiffListing)
+        job_id = of
         for ref in self.get(job_id).artifacts:
             if ref.media_type == LISTING_TYPE:
                 return msgspec.json.decode(self.artifact_bytes(ref.digest), type=DiffListing)
         raise AetherError("NO_LAYER", f"cannot tell what {job_id} changed: it kept no diff", "run it with --keep-diff")
 
-    def image_commit(self, job_id: str, *, name: str | None = None) -> ImageInfo:
-        """A new image: what a job changed on top of the image that it ran in."""
+    def image_commit(self, of: str, *, name: str | None = None) -> ImageInfo:
+        """A new image: what a job, or a cell so far, changed on top of the image that it ran in."""
         headers = {"Content-Type": "application/json"}
-        body, extra_s = msgspec.json.encode(CommitCall(job_id=job_id, name=name)), float(limits.IMAGE_UNPACK_S_MAX)
+        call = CommitCall(job_id=of, name=name)
+        if not of.startswith("job_"):
+            found = self._cell_diff(of)
+            call = CommitCall(base=found.base, layer=found.layer, name=name)
+        body, extra_s = msgspec.json.encode(call), float(limits.IMAGE_UNPACK_S_MAX)
         return self._json("image.commit", ImageInfo, body=body, headers=headers, extra_s=extra_s)
 
     # ---- the node

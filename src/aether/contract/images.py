@@ -91,10 +91,20 @@ class ImageCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CommitCall(msgspec.Struct, frozen=True, kw_only=True):
-    """`image.commit`."""
+    """`image.commit`: what a job kept, or the `layer` that a cell's diff named on top of the image `base`."""
 
-    job_id: str
+    job_id: str | None = None
+    base: str | None = None
+    layer: str | None = None
     name: str | None = None
+
+
+class CellDiffReply(msgspec.Struct, frozen=True, kw_only=True):
+    """`cell.diff`: digests of the image that the cell changes, of the listing and of the layer, now artifacts."""
+
+    base: str
+    listing: str
+    layer: str
 
 
 class CellDiff(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,9 +145,11 @@ class ImageQuery(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImageCommit(msgspec.Struct, frozen=True, kw_only=True):
-    """`image.commit`: what a job changed on top of the image that it changed, as one more image."""
+    """`image.commit`: what a job changed on top of the image that it changed, or `layer` on `base`."""
 
-    job_id: str
+    job_id: str | None
+    base: str | None
+    layer: str | None
     tenant_id: str
     name: str | None = None
 

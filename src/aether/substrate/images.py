@@ -13,12 +13,15 @@ from typing import Any, Final
 from aether.contract import ids
 from aether.contract.allocations import CellView
 from aether.contract.calls import Caller, Nothing
-from aether.contract.cellcalls import AllocateCall
+from aether.contract.cellcalls import AllocateCall, CellCall
 from aether.contract.cells import Images
 from aether.contract.errors import AetherError
 from aether.contract.images import (
     CellDiff,
+    LAYER_TYPE,
+    LISTING_TYPE,
     CellDiffed,
+    CellDiffReply,
     CommitCall,
     ImageCall,
     ImageCommit,
@@ -33,6 +36,7 @@ from aether.contract.images import (
 )
 from aether.contract.ports import Link
 from aether.contract.records import Record, RecordType
+from aether.contract.wire import ArtifactInfo, ArtifactPut
 from aether.substrate.access.access import Admission, Resource
 from aether.substrate.book import Book
 from aether.substrate.cellhouse import CellHouse
@@ -63,13 +67,14 @@ class ImageDesk:
         self._cells = cells
         self._house = house
 
-    def handlers(self) -> Mapping[str, Callable[[Caller, Any], Awaitable[ImageInfo | ImageList]]]:
+    def handlers(self) -> Mapping[str, Callable[[Caller, Any], Awaitable[ImageInfo | ImageList | CellDiffReply]]]:
         return {
             "image.import": self.add,
             "image.list": self.list,
             "image.show": self.show,
             "image.remove": self.remove,
             "image.commit": self.commit,
+            "cell.diff": self.diff_cell,
         }
 
     # ---- operations
@@ -110,12 +115,17 @@ class ImageDesk:
         return await self._recorded("image.removed", caller, admission, "image.remove", info, ref)
 
     async def commit(self, caller: Caller, call: CommitCall) -> ImageInfo:
-        job_id = ids.parse(ids.JOB, call.job_id)
-        admission = self._gate.admit(caller, "image.commit", Resource(kind=_KIND, id=job_id))
+        job_id = ids.parse(ids.JOB, call.job_id) if call.job_id is not None else None
+        base = reference(call.base) if call.base is not None else None
+        layer = ids.parse_digest(call.layer) if call.layer is not None else None
+        if (job_id is None) == (base is None) or (base is None) != (layer is None):
+            raise AetherError("BAD_FIELD", "cannot commit: it takes a job_id, or a base and a layer")
+        admission = self._gate.admit(caller, "image.commit", Resource(kind=_KIND, id=job_id or base))
         self._check_room()
         if call.name is not None:
             check_name(call.name)
-        body = ImageCommit(job_id=job_id, tenant_id=admission.principal.tenant_id, name=call.name)
+        tenant_id = admission.principal.tenant_id
+        body = ImageCommit(job_id=job_id, base=base, layer=layer, tenant_id=tenant_id, name=call.name)
         info = await self._orchestra.link().call("image.commit", body, ImageInfo)
         return await self._recorded("image.imported", caller, admission, "image.commit", info, call.name)
 
@@ -126,6 +136,33 @@ class ImageDesk:
             if digest is not None:
                 await self.show(caller, ImageCall(image=digest))
         return await self._house.allocate(caller, call)
+
+    async def diff_cell(self, caller: Caller, call: CellCall) -> CellDiffReply:
+        """`cell.diff`; raises NO_LAYER."""
+        admission, cell = self._house.live(caller, "cell.diff", call.cell)
+        self._check_room()
+        self._house.touch(cell)
+        asked = self._house.request_of(cell).images
+        base = asked.changed if asked is not None else None
+        if base is None:
+            raise AetherError("NO_LAYER", f"cannot tell what cell {call.cell} changed: no image of it can be changed")
+        link = self._orchestra.link()
+        kept = []
+        fds = await self._cells.diff(cell.cell_id)
+        try:
+            for fd, media_type in zip(fds, (LISTING_TYPE, LAYER_TYPE), strict=True):
+                size = os.fstat(fd).st_size
+                body = ArtifactPut(
+                    token=await link.send_fd(fd),
+                    size_bytes=size,
+                    media_type=media_type,
+                    tenant_id=admission.principal.tenant_id,
+                )
+                kept.append((await link.call("artifact.put", body, ArtifactInfo)).digest)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return CellDiffReply(base=base, listing=kept[0], layer=kept[1])
 
     # ---- the verb
 

@@ -70,6 +70,20 @@ class ImageVerbs:
         return await self._images.remove(body.ref, body.tenant_id)
 
     async def commit(self, body: images.ImageCommit) -> images.ImageInfo:
+        base, layer = await self._committed(body)
+        fd, _ = await self._artifacts.open_fd(layer)
+        try:
+            return await self._images.commit(base, fd, body.tenant_id, body.name)
+        finally:
+            os.close(fd)
+
+    async def _committed(self, body: images.ImageCommit) -> tuple[str, str]:
+        """The image below and the layer, which the tenant has both; raises NOT_FOUND, NO_LAYER."""
+        if body.job_id is None:
+            known = await self._store.find_artifact(body.layer or "", body.tenant_id)
+            if known is None or known.media_type != images.LAYER_TYPE:
+                raise AetherError("NO_LAYER", f"cannot commit {body.layer}: it is no layer", "see `aether cell diff`")
+            return body.base or "", known.digest
         row = await self._store.get(body.job_id)
         if row is None or row.request is None or row.tenant_id != body.tenant_id:
             raise AetherError("NOT_FOUND", f"cannot find job {body.job_id}")
@@ -78,11 +92,7 @@ class ImageVerbs:
         if layer is None or asked is None or asked.changed is None:
             why = f"cannot commit what {body.job_id} changed: it kept no diff"
             raise AetherError("NO_LAYER", why, "run it with --keep-diff")
-        fd, _ = await self._artifacts.open_fd(layer)
-        try:
-            return await self._images.commit(asked.changed, fd, body.tenant_id, body.name)
-        finally:
-            os.close(fd)
+        return asked.changed, layer
 
 
 def check_images(kept: ImageStore, digests: tuple[str | None, ...], tenant_id: str) -> None:
