@@ -17,8 +17,8 @@ STDIO: Final[dict[Stdio, tuple[str, str, str]]] = {
     "pipe": ("pipe", "log", "log"),
     "tty": ("tty", "tty", "tty"),
 }
-BUSY_TRIES: Final = 50
-BUSY_S: Final = 0.02
+BUSY_TRIES: Final = 300
+BUSY_S: Final = 0.1
 
 
 async def terminal(link: SpawnerLink, cell: str, exec_id: str) -> tuple[Stdio, int]:
