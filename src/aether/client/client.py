@@ -34,6 +34,7 @@ from aether.client.upgrade import open_stream
 from aether.contract import calls, ids, limits, wire
 from aether.contract.activity import ActivityEvent, Trace
 from aether.contract.cellcalls import STREAM_PROTOCOL
+from aether.contract.cellnames import in_path
 from aether.contract.cells import Images, InputFile, Interpreter, Limits
 from aether.contract.egresswire import EgressPage
 from aether.contract.errors import AetherError
@@ -117,7 +118,8 @@ class Client:
         wait: bool = True,
     ) -> JobView:
         """Runs a command in a cell. `files` maps paths in the work directory to files here; `directory` is
-        copied into it whole; with `python` the command is a script, `-c CODE` or `-m MODULE`. Returns the terminal job, or with `wait=False` the accepted one."""
+        copied into it whole; with `python` the command is a script, `-c CODE` or `-m MODULE`. Returns the terminal
+        job, or with `wait=False` the accepted one."""
         inputs = CommandInputs(files=tuple(self.upload(files or {}, directory)))
         params = CommandParams(
             argv=tuple(argv),
