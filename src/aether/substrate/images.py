@@ -17,9 +17,9 @@ from aether.contract.cellcalls import AllocateCall, CellCall
 from aether.contract.cells import Images
 from aether.contract.errors import AetherError
 from aether.contract.images import (
-    CellDiff,
     LAYER_TYPE,
     LISTING_TYPE,
+    CellDiff,
     CellDiffed,
     CellDiffReply,
     CommitCall,
