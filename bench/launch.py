@@ -1,6 +1,7 @@
 """The launcher alone: /bin/true with everything on, cold and from the pool, and a Python job, beside their peers.
 
-Through the spawner's socket, from the request to the word of the exit with all output kept, interleaved in one run.
+`aether ...` goes through the spawner's socket, from the request to the word of the exit with all output kept;
+`executor cold` is the native executor called directly, cgroups made for it: what bwrap does, and no more. Interleaved.
 The pooled cell and the interpreter are given time to stand before they are asked for: this is what a caller waits.
 `sustained` is the other question: launches one after the other and four at a time, without a pause.
 """
@@ -19,12 +20,21 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from aether.contract.cellplan import ExecSpec, Plan, parse_plan, placed
 from aether.contract.cells import CellSpec, Interpreter
+from aether.spawner.linux import initwire
+from aether.spawner.linux.cgroup import CgroupHandle
+from aether.spawner.linux.cgroup_host import open_driver
+from aether.spawner.linux.cgroup_limits import CgroupLimits
+from aether.spawner.linux.executor import Attach
+from aether.spawner.linux.native import NativeExecutor
 from aether.substrate.cells.drivers.native import NativeDriver
 from aether.substrate.cells.drivers.port import Handle, Order
+from aether.substrate.cells.plan import cgroup_limits
 from bench import harness
 from bench.cells import spawn_and_wait
 
@@ -82,6 +92,43 @@ class Launches:
         return await self._run(CellSpec(argv=(sys.executable, "-c", "pass"), channel=True))
 
 
+class Bare:
+    """The native executor without the spawner: a plan, a cgroup and a work directory of our own."""
+
+    def __init__(self, plan: Plan, roots: tuple[str, ...], asked: dict[str, int], directory: Path) -> None:
+        self._executor = NativeExecutor((*roots, str(directory)))
+        self._cgroups = open_driver(os.urandom(4).hex())
+        self._limits = CgroupLimits(**asked)
+        steps = tuple(placed(step, str(directory)) for step in plan.steps)
+        self._plan = replace(plan, steps=steps)
+
+    async def cold(self) -> float:
+        start = time.perf_counter()
+        cgroup = self._cgroups.create(f"bare-{next(_numbers)}", self._limits)
+        spec = ExecSpec("exec", ("/bin/true",))
+        launched = self._executor.launch(self._plan, Attach(cgroup.attach_fds, cgroup.v2_fd), spec)
+        launched.control.setblocking(True)
+        while not isinstance(event := initwire.receive(launched.control), initwire.Exited):
+            if event is None or isinstance(event, initwire.StepFailed | initwire.ExecFailed):
+                raise SystemExit(f"cannot measure: {event}")
+        taken_ms = (time.perf_counter() - start) * 1e3
+        launched.control.close()
+        self._remove(launched.pidfd, cgroup)
+        return taken_ms
+
+    def _remove(self, pidfd: int, cgroup: CgroupHandle) -> None:
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+        cgroup.close_attach()
+        while not self._cgroups.remove(cgroup):
+            time.sleep(0.002)
+
+    def close(self) -> None:
+        self._executor.close()
+        self._cgroups.sweep(self._cgroups.instance)
+        self._cgroups.close()
+
+
 def peer(argv: list[str]) -> Callable[[], Awaitable[float]]:
     async def run() -> float:
         start = time.perf_counter()
@@ -98,8 +145,10 @@ async def measure(socket: Path, count: int) -> tuple[dict[str, list[float]], dic
     driver.start()
     await connected.wait()
     launches = Launches(driver)
+    bare = _bare(driver, socket.parents[1] / "cells")
     kinds: dict[str, Callable[[], Awaitable[float]]] = {
         "posix_spawn": peer(["/bin/true"]),
+        "executor cold": bare.cold,
         "aether cold": launches.cold,
         "aether pooled": launches.pooled,
         "aether python": launches.python,
@@ -122,9 +171,22 @@ async def measure(socket: Path, count: int) -> tuple[dict[str, list[float]], dic
             await asyncio.gather(*(launches.pooled() for _ in range(width)))
             done += width
         rates[f"sustained_{width}_per_s"] = done / (time.perf_counter() - start)
+    bare.close()
     rates["burst_100_ms"] = await burst(driver, 100)
     await driver.close()
     return times, rates
+
+
+def _bare(driver: NativeDriver, beside: Path) -> Bare:
+    explained = driver.explain(CellSpec(argv=("/bin/true",)))
+    work = beside / "bare"
+    work.mkdir()
+    work.chmod(0o777)
+    sources = [step["source"] for step in explained.plan["steps"] if "source" in step]
+    plan = parse_plan(explained.plan, source_roots=sources)
+    asked = cgroup_limits(CellSpec(argv=("/bin/true",)).limits)
+    roots = {path if Path(path).is_dir() else str(Path(path).parent) for path in sources}
+    return Bare(plan, tuple(roots), asked, work)
 
 
 async def burst(driver: NativeDriver, count: int) -> float:
