@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aether.spawner.linux import cgroup_v1, cgroup_v2
-from aether.spawner.linux.blockdev import Disk
-from aether.spawner.linux.cgroup import NoCgroups, Tree
+from aether.spawner.linux.blockdev import Disk, disk_under
+from aether.spawner.linux.cgroup import NoCgroups, Setting, Tree
+from aether.spawner.linux.cgroup_apply import is_set
 from aether.spawner.linux.cgroup_host import locate
-from aether.spawner.linux.cgroup_limits import NAMES, CgroupLimits
+from aether.spawner.linux.cgroup_limits import NAMES, CgroupLimits, exceeding, parse_list, show_list
 from aether.spawner.linux.cgroup_v1 import CgroupV1
 from aether.spawner.linux.cgroup_v2 import CgroupV2
 
@@ -242,3 +247,126 @@ def test_locate_joins_mounts_and_own_paths() -> None:
     docker = "30 25 0:25 /docker/x /sys/fs/cgroup rw - cgroup2 cgroup rw\n"
     assert locate(docker, "0::/docker/x\n").v2 == "/sys/fs/cgroup"
     assert locate("", "").v2 is None
+
+
+def test_v2_writes_what_few_cells_ask_for(v2: CgroupV2) -> None:
+    handle = v2.create("c", ALL)
+    assert set(handle.enforced) == set(NAMES)
+    for file, text in (("memory.min", "1048576"), ("memory.low", "2097152"), ("memory.high", "50331648")):
+        assert read(v2, file).startswith(text)
+    assert read(v2, "cpuset.cpus") == "0" and read(v2, "io.max").startswith("254:0 wiops=200")
+    assert v2.usage(handle, pressure=True).pressure == {"cpu": {"some_us": 77, "some_avg10_percent": 1.5}}
+    assert v2.usage(handle).memory_events == {"low": 0, "high": 0, "max": 3, "oom": 1}
+    assert v2.remove(handle)
+    v2.close()
+
+
+def test_v2_resize_is_whole_or_not_at_all(v2: CgroupV2, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = v2.create("c", CgroupLimits(pids=10, cpu_weight=50))
+    write = v2.tree.write
+
+    def refusing(file: str, value: str) -> None:
+        if file.endswith("pids.max") and value == "20":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        write(file, value)
+
+    monkeypatch.setattr(type(v2.tree), "write", lambda _, file, value: refusing(file, value))
+    with pytest.raises(OSError, match="cannot set pids to 20: Invalid argument"):
+        v2.set_limits(handle, CgroupLimits(cpu_weight=70, memory_high_bytes=4096, pids=20))
+    assert read(v2, "cpu.weight").startswith("50") and read(v2, "memory.high").startswith("max")
+    assert handle.limits == CgroupLimits(pids=10, cpu_weight=50) and "memory_high_bytes" not in handle.enforced
+    assert v2.remove(handle)
+    v2.close()
+
+
+def test_v2_memory_in_use_is_not_killed_by_a_resize(v2: CgroupV2) -> None:
+    handle = v2.create("c", CgroupLimits(memory_bytes=1 << 20))
+    (Path(v2.tree.path) / "c/memory.current").write_text("600000")
+    with pytest.raises(OSError, match="600000 bytes are in use") as refused:
+        v2.set_limits(handle, CgroupLimits(memory_bytes=1 << 19))
+    assert refused.value.errno == errno.EBUSY
+    assert read(v2, "memory.max").startswith(str(1 << 20)) and read(v2, "memory.high").startswith("max")
+    assert v2.remove(handle)
+    v2.close()
+
+
+def test_v2_leaf_and_child(v2: CgroupV2) -> None:
+    parent = v2.create("a", CgroupLimits(pids=10), nestable=True)
+    child = v2.create("b", CgroupLimits(), parent=parent)
+    assert (parent.home, child.name, child.home) == ("a/_", "a/b", "a/b")
+    control = Path(v2.tree.path) / "a/cgroup.subtree_control"
+    assert control.read_text() == "+cpu +memory +pids +io +cpuset"
+    assert child.bounds().pids == 10
+    assert v2.remove(child) and parent.children == [] and v2.remove(parent)
+    v2.close()
+
+
+def test_v1_words(disk: Disk) -> None:
+    files = {setting.limit: (setting.file, setting.value) for setting in cgroup_v1.limit_files(ALL, disk)}
+    assert set(files) == set(NAMES) - {"memory_min_bytes", "memory_high_bytes"}
+    assert files["memory_low_bytes"] == ("memory.soft_limit_in_bytes", str(2 << 20))
+    assert files["io_write_iops"] == ("blkio.throttle.write_iops_device", "254:0 200")
+    assert not {"io_write_iops"} & {setting.limit for setting in cgroup_v1.limit_files(ALL, None)}
+
+
+@pytest.mark.parametrize(
+    ("file", "value", "text", "same"),
+    [
+        ("memory.max", "1048577", "1048576\n", True),
+        ("memory.max", "1048576", "max\n", False),
+        ("pids.max", "20", "20\n", True),
+        ("cpu.max", "50000 100000", "50000 100000\n", True),
+        ("cpu.max", "50000 100000", "max 100000\n", False),
+        ("cpuset.cpus", "0,1,2", "0-2\n", True),
+        ("cpuset.cpus", "0", "\n", False),
+        ("io.weight", "default 50", "default 50\n254:0 7\n", True),
+        ("io.max", "254:0 rbps=9", "8:0 rbps=1 wbps=max\n254:0 rbps=9 wbps=max riops=max wiops=max\n", True),
+        ("io.max", "254:0 rbps=9", "254:0 rbps=90 wbps=max\n", False),
+        ("blkio.throttle.read_bps_device", "254:0 9", "254:0 9\n", True),
+        ("blkio.throttle.read_bps_device", "254:0 9", "", False),
+    ],
+)
+def test_whether_a_file_still_says_what_was_written(file: str, value: str, text: str, same: bool) -> None:
+    assert is_set(Setting("x", "y", file, value, ""), text) is same
+
+
+@given(st.frozensets(st.integers(0, 8191), min_size=1, max_size=20))
+def test_lists_roundtrip(numbers: frozenset[int]) -> None:
+    assert parse_list(show_list(numbers)) == numbers
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_list_or_refused(text: str) -> None:
+    with contextlib.suppress(ValueError):
+        assert parse_list(text)
+
+
+_COUNTS = st.one_of(st.none(), st.integers(1, 5))
+_LIMITS = st.builds(CgroupLimits, pids=_COUNTS, memory_bytes=_COUNTS, cpu_millis=_COUNTS, io_read_bps=_COUNTS)
+
+
+@given(_LIMITS, _LIMITS, _LIMITS)
+def test_what_does_not_exceed_is_the_bound_within(
+    outer: CgroupLimits, middle: CgroupLimits, inner: CgroupLimits
+) -> None:
+    """A chain of cells that was let through never widens on the way in."""
+    if exceeding(middle, outer) is None and exceeding(inner, middle.over(outer)) is None:
+        held = inner.over(middle.over(outer))
+        for name in ("pids", "memory_bytes", "cpu_millis", "io_read_bps"):
+            around = [getattr(each, name) for each in (outer, middle, inner) if getattr(each, name) is not None]
+            assert getattr(held, name) == (min(around) if around else None)
+
+
+def test_disk_of_a_partition_and_of_what_has_none(tmp_path: Path) -> None:
+    number = tmp_path.stat().st_dev
+    part = tmp_path / "sys/devices/vda/vda1"
+    part.mkdir(parents=True)
+    (part / "partition").write_text("1")
+    (part.parent / "dev").write_text("254:0\n")
+    links = tmp_path / "sys/dev/block"
+    links.mkdir(parents=True)
+    (links / f"{os.major(number)}:{os.minor(number)}").symlink_to(part)
+    if os.major(number):
+        assert disk_under(str(tmp_path), str(tmp_path / "sys")) == Disk("vda", "254:0", str(part.parent))
+    with pytest.raises(OSError, match="lies on proc"):
+        disk_under("/proc", mountinfo="22 1 0:21 / /proc rw - proc proc rw\n")
