@@ -150,7 +150,10 @@ def test_an_allocated_cell_of_an_image(layout: Layout, tree: Path) -> None:
     aether(layout, "cell", "allocate", "made-of-an-image", "--image", str(tree), "--writable-root")
     aether(layout, "cell", "exec", "made-of-an-image", "--", "sh", "-c", "echo one > /srv/data/kept")
     assert aether(layout, "cell", "exec", "made-of-an-image", "--", "cat", "/srv/data/kept") == "one\n"
+    assert aether(layout, "cell", "diff", "made-of-an-image") == "A /srv/data/kept\n"
+    aether(layout, "cell", "commit", "made-of-an-image", "--name", "kept")
     aether(layout, "cell", "free", "made-of-an-image")
+    assert aether(layout, "run", "--image", "kept", "--", "cat", "/srv/data/kept") == "one\n"
     with instance.client(layout) as client, pytest.raises(AetherError, match="cannot find image"):
         client.cells.allocate("absent", images=Images(root="sha256:" + "0" * 64))
     assert not list(layout.cells.rglob(".root-*"))
