@@ -179,6 +179,10 @@ def added_records() -> list[Record]:
         base("cell.freed", 308, operation="cell.free", effect="control", detail={**named, "reason": "freed"}, **shared),
         base("cell.lost", 309, effect="control", detail={**named, "reason": "cell-died"}, **shared),
         *egress_records(talk),
+        base("job.trace", 313, operation="job.trace", effect="control", detail={"duration_ms": "5000"}, **talk),
+        base(
+            "cell.trace", 314, operation="cell.trace", effect="control", detail={**named, "duration_ms": "50"}, **shared
+        ),
     ]
 
 
