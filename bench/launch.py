@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from aether.substrate.cells.drivers.port import Handle, Order
 from aether.substrate.cells.plan import cgroup_limits
 from bench import harness
 from bench.cells import spawn_and_wait
+from tests.support import machine
 
 BWRAP = (
     "--unshare-user", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "--die-with-parent",
@@ -95,9 +96,10 @@ class Launches:
 class Bare:
     """The native executor without the spawner: a plan, a cgroup and a work directory of our own."""
 
-    def __init__(self, plan: Plan, roots: tuple[str, ...], asked: dict[str, int], directory: Path) -> None:
+    def __init__(self, plan: Plan, roots: tuple[str, ...], asked: dict[str, Any], directory: Path) -> None:
         self._executor = NativeExecutor((*roots, str(directory)))
-        self._cgroups = open_driver(os.urandom(4).hex())
+        self._instance = os.urandom(4).hex()
+        self._cgroups = open_driver(self._instance)
         self._limits = CgroupLimits(**asked)
         steps = tuple(placed(step, str(directory)) for step in plan.steps)
         self._plan = replace(plan, steps=steps)
@@ -125,7 +127,7 @@ class Bare:
 
     def close(self) -> None:
         self._executor.close()
-        self._cgroups.sweep(self._cgroups.instance)
+        self._cgroups.sweep(self._instance)
         self._cgroups.close()
 
 
@@ -172,7 +174,8 @@ async def measure(socket: Path, count: int) -> tuple[dict[str, list[float]], dic
             done += width
         rates[f"sustained_{width}_per_s"] = done / (time.perf_counter() - start)
     bare.close()
-    rates["burst_100_ms"] = await burst(driver, 100)
+    rates["burst_100_ms"], _ = await burst(driver, 100)
+    rates["burst_1000_ms"], rates["own_kib_per_live_cell"] = await burst(driver, 1000)
     await driver.close()
     return times, rates
 
@@ -189,15 +192,28 @@ def _bare(driver: NativeDriver, beside: Path) -> Bare:
     return Bare(plan, tuple(roots), asked, work)
 
 
-async def burst(driver: NativeDriver, count: int) -> float:
-    """`count` cells at once: until the last has started."""
+async def burst(driver: NativeDriver, count: int) -> tuple[float, float]:
+    """`count` cells at once: ms until the last has started, and KiB of our own processes for each."""
     names = [f"cell-{next(_numbers)}" for _ in range(count)]
-    spec = CellSpec(argv=("/bin/sleep", "30"))
+    spec = CellSpec(argv=("/bin/sleep", "300"))
+    before = own_kib()
     start = time.perf_counter()
     await asyncio.gather(*(driver.launch(Order(name, f"exec-{name}", spec)) for name in names))
     taken_ms = (time.perf_counter() - start) * 1e3
+    each_kib = (own_kib() - before) / count
     await asyncio.gather(*(driver.free(Handle(name)) for name in names))
-    return taken_ms
+    return taken_ms, each_kib
+
+
+def own_kib() -> int:
+    """Memory (PSS) of this process's descendants that are ours: the jobs' own programs are theirs."""
+    total = 0
+    for pid in machine.family(os.getpid())[1:]:
+        with suppress(OSError):
+            if machine.argv_of(pid)[:1] != ["/bin/sleep"]:
+                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                total += int(rollup.split("Pss:", 1)[1].split()[0])
+    return total
 
 
 def main() -> None:
