@@ -47,6 +47,14 @@ def children(pid: int) -> list[int]:
         return []
 
 
+def below(root: int) -> list[int]:
+    """Every descendant of a process: of a cell's PID 1 all that is in the cell, for orphans become its children
+    (pid_namespaces(7); without a namespace it is their subreaper, prctl(2)). For hosts without cgroups."""
+    everything = look(int(name) for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208
+    found = belonging([process for process in everything if process.pid != root], None, frozenset(), root)
+    return [pid for pid, _ in found]
+
+
 def leader(pids: Iterable[int], inner_pid: int) -> int | None:
     """The host pid of the process that is `inner_pid` in the cell's pid namespace (proc(5), NSpid)."""
     for pid in pids:
@@ -59,10 +67,12 @@ def leader(pids: Iterable[int], inner_pid: int) -> int | None:
     return None
 
 
-def belonging(processes: list[Process], session: int | None, seen: frozenset[Identity]) -> frozenset[Identity]:
-    """Pure: the processes of `session`, those seen before, and all their descendants."""
+def belonging(
+    processes: list[Process], session: int | None, seen: frozenset[Identity], root: int | None = None
+) -> frozenset[Identity]:
+    """Pure: the processes of `session`, those seen before, and all descendants of these and of `root`."""
     found = {p.identity for p in processes if p.session == session or p.pid == session or p.identity in seen}
-    members = {pid for pid, _ in found}
+    members = {pid for pid, _ in found} | ({root} if root is not None else set())
     grew = True
     while grew:
         grew = False

@@ -19,7 +19,7 @@ KILLS_MAX = 500
 
 
 class Stopping:
-    """Stops executables. A host without cgroups lists none of a cell's processes: there PID 1 signals the group."""
+    """Stops executables. Where no cgroup lists a cell's processes, they are found below its PID 1."""
 
     def __init__(self, loop: Loop, cgroups: CgroupDriver) -> None:
         self._loop = loop
@@ -47,15 +47,13 @@ class Stopping:
     def _look(
         self, cell: Cell, executable: Exec, session: int | None, seen: frozenset[Identity]
     ) -> tuple[int | None, frozenset[Identity]]:
-        pids = self._cgroups.procs(cell.cgroup)
+        pids = self._cgroups.procs(cell.cgroup) or proctree.below(cell.pid)
         if session is None and executable.pid is not None:
             session = proctree.leader(pids, executable.pid) if cell.has_pid_namespace else executable.pid
         processes = [process for process in proctree.look(pids) if process.pid != cell.pid]
         return session, proctree.belonging(processes, session, seen)
 
-    def _kill(
-        self, cell: Cell, executable: Exec, session: int | None, seen: frozenset[Identity], tries: int
-    ) -> None:
+    def _kill(self, cell: Cell, executable: Exec, session: int | None, seen: frozenset[Identity], tries: int) -> None:
         if cell.state != "running":
             return
         session, alive = self._look(cell, executable, session, seen)

@@ -11,7 +11,7 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aether.spawner.proctree import Process, belonging, kill, look
+from aether.spawner.proctree import Process, belonging, below, kill, look
 
 
 def test_session_children_and_what_was_seen() -> None:
@@ -27,6 +27,20 @@ def test_session_children_and_what_was_seen() -> None:
     assert {pid for pid, _ in belonging(picture, 10, frozenset())} == {10, 11, 12, 13}
     assert {pid for pid, _ in belonging(picture, 10, frozenset({(14, 9)}))} == {10, 11, 12, 13, 14}
     assert 14 not in {pid for pid, _ in belonging(picture, 10, frozenset({(14, 8)}))}, "the number was used again"
+
+
+def test_below_is_every_descendant() -> None:
+    child = subprocess.Popen(["sh", "-c", "setsid sleep 60 & sleep 60"], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 5
+        while len(found := below(child.pid)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert child.pid not in found and os.getpid() not in found
+        kill(process.identity for process in look(found))
+    finally:
+        child.kill()
+        child.wait()
 
 
 PROCESSES = st.lists(
