@@ -11,7 +11,8 @@ Protocol with the spawner, one JSON object per SOCK_SEQPACKET message:
 
 All that needs privilege happens before the first event is read. A wake-up is followed by BATCH_S of sleep, so that a
 burst costs one: the kernel wakes nobody while unread events lie in the ring. It gives way to the work it observes:
-nice, and SCHED_BATCH, whose wake-ups preempt nobody (sched(7)). What a fork bomb can do: fill its own bucket in the kernel, and its own file to its bound.
+nice, and SCHED_BATCH, whose wake-ups preempt nobody (sched(7)). What a fork bomb can do: fill its own bucket in the
+kernel, and its own file to its bound.
 """
 
 from __future__ import annotations
