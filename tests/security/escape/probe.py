@@ -74,21 +74,21 @@ def call(name: str, *args: Any) -> int:
     return ctypes.get_errno() if LIBC.syscall(ctypes.c_long(number), *values) < 0 else 0
 
 
-def told(action: Callable[[], Any]) -> int:
+def told(action: Callable[..., Any], *args: Any) -> int:
     try:
-        action()
+        action(*args)
     except OSError as error:
         return error.errno or -1
     return 0
 
 
-def in_child(action: Callable[[], Any]) -> int:
+def in_child(action: Callable[..., Any], *args: Any) -> int:
     """Exit code of `action` in a child; a negative number is the signal that killed it."""
     pid = os.fork()
     if pid == 0:
         code = 250
         try:
-            code = action() or 0
+            code = action(*args) or 0
         finally:
             os._exit(code & 0xFF)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -115,10 +115,10 @@ def writing(path: str) -> int:
 @group
 def host_files() -> dict[str, Any]:
     outsider = FACTS["outsider"]
-    links = {f"/proc/{pid}/{name}": told(lambda p=f"/proc/{pid}/{name}": os.readlink(p))
+    links = {f"/proc/{pid}/{name}": told(os.readlink, f"/proc/{pid}/{name}")
              for pid in (1, outsider) for name in ("root", "cwd", "exe", "ns/mnt")}  # fmt: skip
     places = [f"/proc/{pid}/{name}" for pid in (1, outsider) for name in ("fd", "fdinfo", "map_files", "task/1/fd")]
-    lists = {path: told(lambda p=path: os.listdir(p)) for path in places}
+    lists = {path: told(os.listdir, path) for path in places}
     reads = {path: reading(path) for pid in (1, outsider)
              for path in (f"/proc/{pid}/mem", f"/proc/{pid}/environ", f"/proc/{pid}/maps")}  # fmt: skip
     own = os.listdir("/proc/self/map_files")
@@ -190,7 +190,7 @@ def namespaces() -> dict[str, Any]:
 
     arguments = (ctypes.c_uint64 * 11)(NEW["user"], 0, 0, 0, signal.SIGCHLD)
     return {
-        "unshare": {kind: in_child(lambda f=flag: call("unshare", f)) for kind, flag in {**NEW, "time": 0x80}.items()},
+        "unshare": {kind: in_child(call, "unshare", flag) for kind, flag in {**NEW, "time": 0x80}.items()},
         "clone": {kind: call("clone", flag | signal.SIGCHLD) for kind, flag in NEW.items()},
         "clone3": call("clone3", arguments, 88),
         "setns": {kind: joined(kind) for kind in NEW},
@@ -262,8 +262,8 @@ def setuid_program() -> dict[str, str]:
 def devices() -> dict[str, int]:
     found = {}
     for where in ("/work", "/tmp", "/dev/shm", "/dev"):
-        found[f"character {where}"] = told(lambda w=where: os.mknod(f"{w}/c", stat.S_IFCHR | 0o666, os.makedev(1, 1)))
-        found[f"block {where}"] = told(lambda w=where: os.mknod(f"{w}/b", stat.S_IFBLK | 0o666, os.makedev(254, 0)))
+        found[f"character {where}"] = told(os.mknod, f"{where}/c", stat.S_IFCHR | 0o666, os.makedev(1, 1))
+        found[f"block {where}"] = told(os.mknod, f"{where}/b", stat.S_IFBLK | 0o666, os.makedev(254, 0))
     for name in ("mem", "kmsg", "port", "kvm", "fuse", "net/tun", "sda", "vda", "loop-control", "userfaultfd"):
         found[f"open {name}"] = writing(f"/dev/{name}")
     found["console"] = writing("/dev/console")
@@ -310,7 +310,7 @@ def foreign_calls() -> dict[str, int]:
 @group
 def terminal() -> dict[str, int]:
     pairs = {"TIOCSTI": 0x5412, "TIOCLINUX": 0x541C, "TIOCSETD": 0x5423}
-    return {name: told(lambda r=request: fcntl.ioctl(1, r, b"\0" * 8)) for name, request in pairs.items()}
+    return {name: told(fcntl.ioctl, 1, request, b"\0" * 8) for name, request in pairs.items()}
 
 
 @group
@@ -497,10 +497,14 @@ def fill(path: str) -> list[int]:
     return [code, total]
 
 
+def create(path: str) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT))
+
+
 def many_files() -> list[int]:
     os.mkdir("/work/many")
     for number in range(200_000):
-        code = told(lambda n=number: os.close(os.open(f"/work/many/{n}", os.O_WRONLY | os.O_CREAT)))
+        code = told(create, f"/work/many/{number}")
         if code:
             return [code, number]
     return [0, 200_000]

@@ -354,15 +354,17 @@ def _decode_event(r: Reader) -> Event:
             uid, gid, groups, nnp, mode, dumpable = (r.u32() for _ in range(6))
             words = [r.u32() for _ in range(6)]
             caps = [low | high << 32 for low, high in zip(words[:3], words[3:], strict=True)]
-            return Started(exec_id, pid, Enforced(uid, gid, groups, nnp == 1, mode, dumpable == 1, *caps, r.u64()))
+            caps.append(r.u64())
+            return Started(exec_id, pid, Enforced(uid, gid, groups, nnp == 1, mode, dumpable == 1, *caps))
         case 20:
             return ExecFailed(r.text(64), _name(EXEC_STEPS, r.u32()), r.u32())
         case 21:
             exec_id = r.text(64)
             status, user_s, user_us, system_s, system_us, maxrss_kb, _ = _EXITED.unpack(r.take(_EXITED.size))
             signal = status & 0x7F
-            pair = (None, signal) if signal else (status >> 8 & 0xFF, None)
-            return Exited(exec_id, *pair, user_s * 1_000_000 + user_us, system_s * 1_000_000 + system_us, maxrss_kb)
+            code = None if signal else status >> 8 & 0xFF
+            times = (user_s * 1_000_000 + user_us, system_s * 1_000_000 + system_us)
+            return Exited(exec_id, code, signal or None, *times, maxrss_kb)
         case 22:
             pid, mode, nnp = (r.u32() for _ in range(3))
             inodes = {kind: r.u64() for kind in NAMESPACE_KINDS}

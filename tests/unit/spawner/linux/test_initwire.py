@@ -92,7 +92,7 @@ def test_the_end_of_the_socket_is_none() -> None:
 
 def fuzz(command: list[Path | str], rounds: int, directory: Path) -> None:
     """The seed is fixed, so a failure can be repeated."""
-    run = [*command, str(rounds), "7", *nativebuild.write_seeds(directory / "seeds")]
+    run: list[Path | str] = [*command, str(rounds), "7", *nativebuild.write_seeds(directory / "seeds")]
     done = subprocess.run(run, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
