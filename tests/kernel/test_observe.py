@@ -222,10 +222,11 @@ def test_time_lost_to_the_quota_is_told(spawner: Spawner) -> None:
         await ready(spawner)
         if "cgroup-cpu" in driver.facts.missing:
             pytest.skip("CPU is not limited here")
-        started = await launch(driver, "timeout 0.6 sh -c 'while :; do :; done'; true", limits=Limits(cpu_millis=200))
+        # 5% of a CPU: a machine as busy as that gives more to anybody
+        started = await launch(driver, "timeout 1 sh -c 'while :; do :; done'; true", limits=Limits(cpu_millis=50))
         found = await finish(driver, spawner, started)
         [lost] = of(found, "throttle")
-        assert lost.count is not None and 100_000 < lost.count < 5_000_000
+        assert lost.count is not None and 50_000 < lost.count < 20_000_000
 
     with_driver(spawner, step)
 
