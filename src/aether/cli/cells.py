@@ -370,6 +370,17 @@ def _stats(
                 return
 
 
+def _waits(stats: CellStats) -> list[tuple[str, str]]:
+    """What it waits for now, where the kernel tells and there is something to tell."""
+    waits = [
+        (f"{name} pressure", f"{row['some_avg10_percent']:.0f}%")
+        for name, row in stats.contention.pressure.items()
+        if row.get("some_avg10_percent", 0.0) >= 1
+    ]
+    events = ", ".join(f"{name} {count}" for name, count in stats.contention.memory_events.items() if count)
+    return [*waits, *([("memory limits met", events)] if events else [])]
+
+
 def _show_stats(stats: CellStats, before: CellStats | None) -> None:
     """One line when it is watched, with the CPU of the time since the last; else fields."""
     from aether.cli.output import human_bytes, show_fields
@@ -386,6 +397,7 @@ def _show_stats(stats: CellStats, before: CellStats | None) -> None:
         ("written", human_bytes(usage.io_write_bytes)),
         ("throttled", f"{usage.throttled_us / 1e6:.3f} s" if usage.throttled_us else None),
         ("oom kills", usage.oom_kills or None),
+        *_waits(stats),
     ]
     if before is None:
         show_fields(fields)

@@ -13,7 +13,7 @@ import msgspec
 
 from aether.contract import limits
 from aether.contract.cellnames import check_name
-from aether.contract.cells import Images, Limits, Usage
+from aether.contract.cells import Contention, Images, Limits, Usage
 from aether.contract.errors import AetherError
 from aether.contract.jobs import check_bounds, check_images, check_labels, check_require
 
@@ -100,6 +100,7 @@ class CellStats(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
     limits: Limits
     executables: int
+    contention: Contention = Contention()
 
 
 class CellEvent(msgspec.Struct, frozen=True, kw_only=True):

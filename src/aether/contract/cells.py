@@ -173,6 +173,18 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     basis: dict[str, str] = {}
 
 
+class Contention(msgspec.Struct, frozen=True, kw_only=True):
+    """What a cell had to wait for; empty or null where the kernel does not tell.
+
+    `memory_events`: how often a limit was met (`low`, `high`, `max`, `oom`). `pressure`: of `cpu`, `memory` and `io`
+    the time in which some or all (`full`) processes waited, in us and as a share of the last 10 s (accounting/psi.rst).
+    """
+
+    throttled_count: int | None = None
+    memory_events: dict[str, int] = {}
+    pressure: dict[str, dict[str, float]] = {}
+
+
 class SandboxReport(msgspec.Struct, frozen=True, kw_only=True):
     """The sandbox as the kernel enforced it (read back, not as asked); logged by digest.
 

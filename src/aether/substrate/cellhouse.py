@@ -170,6 +170,7 @@ class CellHouse:
             usage=usage,
             limits=self.request_of(cell).limits,
             executables=sum(job.started is not None and job.end is None for job in self.guests(cell)),
+            contention=await self._cells.contention(cell.cell_id),
         )
 
     async def events(self, caller: Caller, call: CellEventsCall) -> CellEvents:

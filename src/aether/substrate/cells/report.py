@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from aether.contract.cells import CellSpec, ExecEnd, ExitStatus, SandboxReport, Usage
+from aether.contract.cells import CellSpec, Contention, ExecEnd, ExitStatus, SandboxReport, Usage
 from aether.contract.errors import AetherError
 from aether.substrate.cells.facts import LIMIT_WORDS, NAMESPACE_WORDS
 
@@ -78,6 +78,15 @@ def usage_of(view: dict[str, Any] | None) -> Usage:
         if value is not None
     }
     return Usage(**figures, basis=basis)
+
+
+def contention_of(view: dict[str, Any]) -> Contention:
+    """What the spawner's usage says of waiting; a cell that is gone has none."""
+    return Contention(
+        throttled_count=view.get("throttled_count"),
+        memory_events=view.get("memory_events") or {},
+        pressure=view.get("pressure") or {},
+    )
 
 
 def end_of(cell_id: str, view: dict[str, Any]) -> ExecEnd:

@@ -14,7 +14,7 @@ from aether.contract import ids
 from aether.contract.allocations import FileListing
 from aether.contract.calls import Explanation
 from aether.contract.canonical import digest_bytes
-from aether.contract.cells import CellSpec, ExecEnd, InputFile, Limits, SandboxReport, Usage
+from aether.contract.cells import CellSpec, Contention, ExecEnd, InputFile, Limits, SandboxReport, Usage
 from aether.contract.jobs import CommandParams, Stdio
 from aether.contract.wire import CellFiles, RoleHealth
 from aether.substrate.cells.drivers.port import Adopted, Connected, Handle, Order, Started
@@ -173,6 +173,9 @@ class CellSupervisor:
 
     async def usage(self, cell_id: str) -> Usage:
         return await self._driver.usage(Handle(cell_id))
+
+    async def contention(self, cell_id: str) -> Contention:
+        return await self._driver.contention(Handle(cell_id))
 
     async def collect(self, cell_id: str, globs: Sequence[str]) -> CellFiles:
         return await self._driver.collect(Handle(cell_id), globs)

@@ -19,7 +19,7 @@ from typing import Any
 
 from aether.contract.allocations import FileEntry, FileKind, FileListing
 from aether.contract.canonical import canonical, digest_bytes
-from aether.contract.cells import CellSpec, ExecEnd, ExitStatus, Limits, SandboxReport, Usage
+from aether.contract.cells import CellSpec, Contention, ExecEnd, ExitStatus, Limits, SandboxReport, Usage
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
 from aether.contract.jobs import Stdio
@@ -357,6 +357,10 @@ class MemoryDriver:
 
     async def trace(self, handle: Handle, duration_ms: int) -> None:
         raise AetherError("LEVEL_UNMET", f"cannot trace {handle}: its programs make no system calls of their own")
+
+    async def contention(self, handle: Handle) -> Contention:
+        self._cell(handle)
+        return Contention()
 
     async def usage(self, handle: Handle) -> Usage:
         cell = self._cell(handle)

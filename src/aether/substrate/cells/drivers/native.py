@@ -20,7 +20,7 @@ from aether.contract import limits
 from aether.contract.allocations import FileListing
 from aether.contract.canonical import digest_bytes
 from aether.contract.cellplan import IdMap, exec_to_obj, to_obj
-from aether.contract.cells import CellSpec, ExecEnd, InputFile, Limits, SandboxReport, Usage
+from aether.contract.cells import CellSpec, Contention, ExecEnd, InputFile, Limits, SandboxReport, Usage
 from aether.contract.errors import AetherError
 from aether.contract.jobs import Stdio
 from aether.contract.wire import CellFile, CellFiles
@@ -41,7 +41,7 @@ from aether.substrate.cells.plan import (
     id_map,
     plan_cell,
 )
-from aether.substrate.cells.report import end_of, sandbox_report, usage_of, verify_required
+from aether.substrate.cells.report import contention_of, end_of, sandbox_report, usage_of, verify_required
 
 FILES_PER_MESSAGE: Final = 200
 SLOT_TRIES: Final = 16
@@ -442,6 +442,9 @@ class NativeDriver:
 
     async def usage(self, handle: Handle) -> Usage:
         return usage_of(await self._call("cell.usage", {"cell": handle}))
+
+    async def contention(self, handle: Handle) -> Contention:
+        return contention_of(await self._call("cell.usage", {"cell": handle}))
 
     async def report(self, handle: Handle) -> SandboxReport:
         cell = self._cells.get(handle)

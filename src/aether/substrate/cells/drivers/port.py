@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NewType, Protocol
 
 from aether.contract.allocations import FileListing
-from aether.contract.cells import CellSpec, ExecEnd, InputFile, Limits, SandboxReport, Usage
+from aether.contract.cells import CellSpec, Contention, ExecEnd, InputFile, Limits, SandboxReport, Usage
 from aether.contract.jobs import Stdio
 from aether.contract.wire import CellFiles
 
@@ -158,6 +158,10 @@ class Driver(Protocol):
         ...
 
     async def usage(self, handle: Handle) -> Usage: ...
+
+    async def contention(self, handle: Handle) -> Contention:
+        """What the cell had to wait for until now."""
+        ...
 
     async def trace(self, handle: Handle, duration_ms: int) -> None:
         """Count the system calls of the cell; returns when that is over and written beside its logs. Raises
