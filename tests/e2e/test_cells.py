@@ -295,3 +295,29 @@ def test_detaching_leaves_the_executable_and_its_terminal(layout: Layout, client
             seen += data
     assert b"heard hello" in seen
     assert client.wait(job.job_id, 10).exit_code == 6
+
+
+def test_cells_lie_in_one_another(layout: Layout, client: Client) -> None:
+    outer = client.cells.allocate("outer", limits=Limits(memory_bytes=128 * MIB))
+    with pytest.raises(AetherError) as caught:
+        client.cells.allocate("outer/inner", limits=Limits(memory_bytes=256 * MIB))
+    assert caught.value.code == "BAD_FIELD" and "outer around it" in caught.value.message
+    inner = client.cells.allocate("outer/inner", limits=Limits(memory_bytes=64 * MIB))
+    assert inner.parent == "outer"
+    shown = aether(layout, "cell", "list", "outer")
+    assert [row.split("\t")[0] for row in shown.stdout.splitlines()] == ["NAME", "outer", "outer/inner"]
+    for name in ("outer", "outer/inner"):
+        assert aether(layout, "cell", "exec", name, "--", "true").returncode == 0
+    job = client.cells.start("outer/inner", ["sleep", "1000"])
+    until(lambda: client.get(job.job_id).state is JobState.RUNNING)
+    try:
+        client.cells.freeze("outer")
+    except AetherError as error:
+        pytest.skip(error.message)
+    refused = aether(layout, "cell", "exec", "outer/inner", "--", "true")
+    assert refused.returncode == 120 and "outer is frozen" in refused.stderr
+    client.cells.thaw("outer")
+    client.cells.free("outer", grace_ms=0)
+    assert client.wait(job.job_id, 10).state is JobState.CANCELLED
+    states = {client.cells.show(cell.cell_id).state for cell in (outer, inner)}
+    assert states == {CellState.FREED} and client.cells.list() == ()

@@ -326,3 +326,33 @@ def test_a_cell_that_the_log_does_not_have_is_freed_and_those_of_a_dead_spawner_
         assert (await node.view(job_id, wait_ms=5000)).state is JobState.LOST
 
     on_node(tmp_path, step)
+
+
+def test_guests_live_through_a_restart_of_aurorad(tmp_path: Path) -> None:
+    async def step(node: OneNode) -> None:
+        await allocate(node, "agent")
+        running_job, queued = await guest(node, "agent", "forever"), await guest(node, "agent", "write", outputs=["*"])
+        await started(node, running_job)
+        done = await node.view(queued, wait_ms=5000)
+        assert [artifact.name for artifact in done.artifacts] == ["made.txt"]
+        await node.kill_aurorad()
+        shown = await node.call("cell.show", caller(), cc.CellCall(cell="agent"))
+        assert [each.job_id for each in shown.executables] == [running_job]
+        await node.start_aurorad()
+        await node.connected()
+        await node.call("job.signal", caller(), cc.SignalCall(job_id=running_job, signal=15))
+        view = await node.view(running_job, wait_ms=5000)
+        assert (view.exit_code, view.cell) == (5, "agent")
+
+    on_node(tmp_path, step)
+
+
+def test_more_guests_than_places_among_cells_of_their_own(tmp_path: Path) -> None:
+    async def step(node: OneNode) -> None:
+        await allocate(node, "agent")
+        for _ in range(70):
+            await guest(node, "agent", "forever")
+        alone = await node.submit(command("three"), caller(), wait_ms=5000)
+        assert alone.exit_code == 3, "guests take no place of other jobs"
+
+    on_node(tmp_path, step)
