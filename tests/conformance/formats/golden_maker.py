@@ -179,10 +179,21 @@ def added_records() -> list[Record]:
         base("cell.freed", 308, operation="cell.free", effect="control", detail={**named, "reason": "freed"}, **shared),
         base("cell.lost", 309, effect="control", detail={**named, "reason": "cell-died"}, **shared),
         *egress_records(talk),
+        *image_records(),
         base("job.trace", 313, operation="job.trace", effect="control", detail={"duration_ms": "5000"}, **talk),
         base(
             "cell.trace", 314, operation="cell.trace", effect="control", detail={**named, "duration_ms": "50"}, **shared
         ),
+    ]
+
+
+def image_records() -> list[Record]:
+    """An image that came under a name, and went."""
+    detail = {"image": digest_bytes(b"manifest"), "name": "tools:1", "size_bytes": "9007199254740993"}
+    shared: dict[str, Any] = {"tenant_id": "default", "principal": "uid:1000", "effect": "control", "detail": detail}
+    return [
+        base("image.imported", 315, operation="image.import", **shared),
+        base("image.removed", 316, operation="image.remove", **shared),
     ]
 
 
