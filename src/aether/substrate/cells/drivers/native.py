@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -222,16 +222,20 @@ class NativeDriver:
         known = self.found(Handle(order.cell_id))
         if known is not None:
             return known
-        files = list(order.files)
-        if facts.level == "cell" and len(files) <= FILES_PER_MESSAGE:
-            return await self._create_kept(link, order)
+        if facts.level == "cell" and len(order.files) <= FILES_PER_MESSAGE:
+            return await self._create_kept(link, order, {})
+        return await self._create_in_slot(link, order, {})
+
+    async def _create_in_slot(self, link: SpawnerLink, order: Order, more: Mapping[str, Any]) -> Started:
+        """In a block of uids of our choice: a plan that names it, or more files than one message carries."""
+        facts, files = self.facts, list(order.files)
         for _ in range(SLOT_TRIES):
             slot = self._take_slot()
             try:
                 ids = id_map(facts, slot)
                 files = await self._prepare(link, order.cell_id, ids, files)
                 drawn = blueprint(order.spec, order.cell_id, order.exec_id, facts, slot)
-                asked = {"plan": drawn.plan, "limits": drawn.limits}
+                asked = {"plan": drawn.plan, "limits": drawn.limits, **more}
                 return await self._create(link, order, drawn, asked, slot, files)
             except AetherError as error:
                 self._slots.discard(slot)
@@ -240,11 +244,11 @@ class NativeDriver:
                 self._slots.add(slot)  # somebody else's: an older instance of us, not yet listed
         raise AetherError("CELL_LIMIT", "cannot launch: no block of uids is free")
 
-    async def _create_kept(self, link: SpawnerLink, order: Order) -> Started:
+    async def _create_kept(self, link: SpawnerLink, order: Order, more: Mapping[str, Any]) -> Started:
         """By a blueprint that the spawner keeps: it chooses the block of uids, and may have a cell ready."""
         for again in (False, True):
             drawn = await self._blueprint(link, order, again)
-            asked = {"blueprint": {"digest": drawn.digest, "cell": order.cell_id}}
+            asked = {"blueprint": {"digest": drawn.digest, "cell": order.cell_id}, **more}
             try:
                 return await self._create(link, order, drawn, asked, None, list(order.files))
             except AetherError as error:
@@ -370,14 +374,10 @@ class NativeDriver:
         if known is not None:
             return known
         order = Order(cell_id, "", spec)
-        if self.facts.level == "cell":
-            drawn = await self._blueprint(link, order, True)
-            asked: dict[str, Any] = {"blueprint": {"digest": drawn.digest, "cell": cell_id}}
-        else:
-            drawn = blueprint(spec, cell_id, "", self.facts, 0)
-            asked = {"plan": drawn.plan, "limits": drawn.limits}
         nests = {"nestable": True, "parent": within}
-        return await self._create(link, order, drawn, asked | nests, None, [])
+        if self.facts.level == "cell":
+            return await self._create_kept(link, order, nests)
+        return await self._create_in_slot(link, order, nests)
 
     async def start_exec(self, handle: Handle, exec_id: str, spec: CellSpec, stdio: Stdio = "logs") -> None:
         executable = exec_to_obj(exec_spec(spec, handle, exec_id, self.facts))
