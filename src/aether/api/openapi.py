@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from aether.api import params
+from aether.api import networkschema, params
 from aether.api.operation import ErrorReply, Operation
 from aether.api.operations import OPERATIONS
 from aether.contract import cellnames, limits
@@ -198,6 +198,8 @@ def _schemas() -> JsonObject:
     schemas: JsonObject = dict(components)
     _refine_command(schemas)
     _refine_cells(schemas)
+    networkschema.refine(schemas)
+    limitschema.refine(schemas)
     schemas["JobRequest"] = _job_request()
     schemas["StopBody"]["properties"]["grace_ms"].update(minimum=0, maximum=limits.STOP_GRACE_MS_MAX)
     schemas["ErrorBody"]["properties"]["code"]["enum"] = sorted(KINDS)

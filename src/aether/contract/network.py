@@ -35,9 +35,10 @@ _TOKEN: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
 SECRET_VARIABLE: Final = "AETHER_SECRET_"
 """Variables that begin so are credentials: egressd alone is started with them."""
 _SOURCE: Final = re.compile(rf"file:/[^\x00-\x1f\x7f]{{1,1023}}|env:{SECRET_VARIABLE}[A-Z0-9_]{{1,100}}")
-_FORBIDDEN_HEADERS: Final = frozenset(
+FORBIDDEN_HEADERS: Final = frozenset(
     {"host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "expect"}
 )
+"""What frames or routes a message can carry no credential."""
 
 
 class NetworkLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -269,7 +270,7 @@ def _check_credential(credential: Credential) -> None:
     single = rule.network is None or rule.network.num_addresses == 1
     if rule.tcp or rule.port is None or rule.name.startswith("*") or not single or str(rule) != credential.host:
         raise _bad(what, f"its host must be one name and port in normal form, not {credential.host[:80]!r}")
-    if _TOKEN.fullmatch(credential.header) is None or credential.header.lower() in _FORBIDDEN_HEADERS:
+    if _TOKEN.fullmatch(credential.header) is None or credential.header.lower() in FORBIDDEN_HEADERS:
         raise _bad(what, f"{credential.header[:80]!r} is no header that can carry it")
     if _SOURCE.fullmatch(credential.source) is None or ".." in credential.source.split("/"):
         raise _bad(what, f"its source must be file:/absolute/path or env:{SECRET_VARIABLE}NAME")
