@@ -89,7 +89,7 @@ class MemoryHarness:
         }
         self._driver = MemoryDriver(programs, {"netns": ("the double has no network", "use a real driver")})
         self.lacks = "netns"
-        self.require = ()
+        self.require: tuple[str, ...] = ()
 
     def argv(self, program: str) -> tuple[str, ...]:
         return (program,)
@@ -105,7 +105,7 @@ class NativeHarness:
     def __init__(self, state: Path, name: str) -> None:
         self._socket = state / "run/spawner.sock"
         self.lacks = ""
-        self.require = (name,)
+        self.require: tuple[str, ...] = (name,)
 
     def argv(self, program: str) -> tuple[str, ...]:
         return ("sh", "-c", SCRIPTS[program])

@@ -287,7 +287,7 @@ def _call(command: Sequence[str], log: int, held: Held | None) -> None:
                 os.dup2(log, number)
             if held is not None:
                 os.dup2(held.control, CONTROL_FD)
-            os.execve(command[0], command, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
+            os.execve(command[0], list(command), {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
         except OSError as error:
             os.write(log, f"{command[0]}: {error.strerror}".encode())
         finally:
