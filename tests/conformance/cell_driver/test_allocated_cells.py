@@ -252,6 +252,36 @@ def test_a_cell_killed_from_outside_is_told(harness: Any) -> None:
     check(harness, step)
 
 
+def test_the_network_is_shared_only_when_asked_and_processes_never(harness: Any) -> None:
+    native_only(harness)
+    if os.geteuid() != 0:
+        pytest.skip("without root the cell's user namespace owns no part of the host's network anyway")
+
+    async def main() -> None:
+        async with asyncio.timeout(60), harness.driver() as driver:
+            seen = {}
+            for isolated in (True, False):
+                cell_id = ids.new(ids.CELL)
+                spec = CellSpec(argv=(), limits=Limits(memory_bytes=64 * MIB), isolate_network=isolated)
+                guests = Guests(harness, driver, await driver.allocate(cell_id, spec))
+                try:
+                    assert ("netns" in guests.started.report.enforced) is isolated
+                    exec_id = await guests.start(("sh", "-c", "readlink /proc/self/ns/net > ns"))
+                    assert (await driver.wait(guests.cell, exec_id)).exit.code == 0
+                    fd = await driver.open(guests.cell, "ns")
+                    seen[isolated] = os.pread(fd, 100, 0).decode().strip()
+                    os.close(fd)
+                finally:
+                    await driver.free(guests.cell)
+            ours = os.readlink("/proc/self/ns/net")  # noqa: PTH115 - a name, no path
+            assert seen[False] == ours != seen[True]
+            with pytest.raises(AetherError) as caught:
+                await driver.allocate(ids.new(ids.CELL), CellSpec(argv=(), isolate_process=False))
+            assert caught.value.code == "LEVEL_UNMET"
+
+    asyncio.run(main())
+
+
 # ---- looking from outside
 
 
