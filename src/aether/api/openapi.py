@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from aether.api import networkschema, params
+from aether.api import limitschema, networkschema, params
 from aether.api.operation import ErrorReply, Operation
 from aether.api.operations import OPERATIONS
 from aether.contract import cellnames, limits

@@ -302,7 +302,8 @@ def check_bounds(asked: Limits) -> None:
 
 
 def _check_sched(asked: Sched) -> None:
-    """What does not go together; the spawner checks it again (spawner/linux/sched.py says why)."""
+    """What does not go together, as far as a JSON Schema can say it; the spawner checks it again, and that the times
+    of a deadline rise."""
     times = (asked.runtime_us, asked.deadline_us, asked.period_us)
     wrong = (
         (not -20 <= asked.nice <= 19, "nice goes from -20 to 19"),
@@ -314,8 +315,8 @@ def _check_sched(asked: Sched) -> None:
         ),
         (
             (asked.policy == "deadline") != any(times)
-            or (asked.policy == "deadline" and not 2 <= times[0] <= times[1] <= times[2] <= limits.SCHED_PERIOD_US_MAX),
-            "deadline, and it alone, takes 2 <= runtime_us <= deadline_us <= period_us",
+            or (asked.policy == "deadline" and not 2 <= min(times) <= max(times) <= limits.SCHED_PERIOD_US_MAX),
+            f"deadline, and it alone, takes three times of 2 to {limits.SCHED_PERIOD_US_MAX} us",
         ),
     )
     for is_wrong, why in wrong:
