@@ -118,3 +118,24 @@ def test_a_cell_that_shares_the_hosts_network_is_not_served(spawner: Spawner) ->
             await driver.free(asked.cell_id)  # type: ignore[arg-type]
 
     with_driver(spawner, step)
+
+
+def test_cells_of_the_pool_listen_too_ready_or_on_their_way(spawner: Spawner) -> None:
+    async def step(driver: NativeDriver) -> None:
+        needs_namespace(driver)
+        served: list[int] = []
+
+        async def listening(fd: int) -> None:
+            served.append(fd)
+
+        async def one() -> None:
+            started = await driver.launch(order("true", listening))
+            assert started.report.enforced["netns"] and started.report.enforced["seccomp"]
+            assert (await driver.wait(started.handle, started.exec_id)).exit.code == 0
+            await driver.free(started.handle)
+
+        for _ in range(4):
+            await asyncio.gather(*(one() for _ in range(5)))
+        assert len(served) == 20
+
+    with_driver(spawner, step)

@@ -98,7 +98,8 @@ class Lifecycle:
             if sched is not None:
                 schedule(cell, sched, self._cgroups)
             if wired is None or executable is None:
-                self._cell_started(cell)
+                if cell.report:  # else it is on its way, and started when it stands
+                    self._cell_started(cell)
                 return
             cell.launched.start(wired.spec, wired.fds)
             self._keep_output(cell, executable.exec_id, args["exec"], wired)
