@@ -97,10 +97,17 @@ class Execution:
             self._tell_exit(job, job.end)
         elif job.started is not None:
             if job.is_guest:
-                await self._cells.stop_exec(job.place, job.executable, body.grace_ms)
+                await self._stop_guest(job, body.grace_ms)
             else:
                 await self._cells.stop(job.place, body.grace_ms)
         return Empty()
+
+    async def _stop_guest(self, job: OpenJob, grace_ms: int) -> None:
+        try:
+            await self._cells.stop_exec(job.place, job.executable, grace_ms)
+        except AetherError as error:
+            if error.code != "NOT_FOUND":  # it ended this moment, and its end is on its way
+                raise
 
     async def collect(self, body: CellCollect) -> CellFiles:
         job = self.granted(body.grant)
