@@ -18,6 +18,7 @@ import os
 import re
 import selectors
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -191,6 +192,7 @@ def accelerators() -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the guest and the directory go with us
     limit_s = float(os.environ.get("AETHER_GUEST_LIMIT_S", LIMIT_S))
     with tempfile.TemporaryDirectory(prefix="aether-guest-") as name:
         directory = Path(name)
