@@ -72,7 +72,7 @@ def _unusable(credential: Credential, why: str) -> AetherError:
     return AetherError(
         "BAD_FIELD",
         f"cannot use credential {credential.name}: {why}",
-        "name a file that egressd may read (its uid is in `aether doctor`), or a variable of its environment",
+        "name a file that egressd may read (`aether health --json` says its uid), or a variable it was started with",
     )
 
 
