@@ -70,13 +70,18 @@ Files = Sequence[tuple[InputFile, int]]
 
 @dataclass(slots=True)
 class _Served:
-    """A cell with a network: on whose account, what it may reach, its listener once there is one."""
+    """A cell with a network: on whose account, what it may reach, its listener once there is one.
+
+    `told`: there is a record of it, so that there will be one of its end; `closing`: that is on its way.
+    """
 
     subject: Record
     network: Network | None
     listener: int = -1
     written: int = 0
     unlisted: int = 0
+    told: bool = False
+    closing: bool = False
 
 
 class EgressDesk:
@@ -126,7 +131,7 @@ class EgressDesk:
         self._link = link
         places = {job.place: job for job in self._book.ledger.open.values() if not job.is_guest}
         for cell_id in set(body.cell_ids) - self._served.keys() & places.keys():
-            self._served[cell_id] = _Served(places[cell_id].intent, None)
+            self._served[cell_id] = _Served(places[cell_id].intent, None, told=True)
         for cell_id in self._served.keys() - set(body.cell_ids):
             task = asyncio.ensure_future(self._restore(link, cell_id))
             self._restoring.add(task)
@@ -161,7 +166,9 @@ class EgressDesk:
         try:
             trusted = await self._open(self._link, cell_id, served)
             document = self._book.log.store_document(canonical(msgspec.to_builtins(network)))
-            await self._book.durable(self._write(cell_id, served, "egress.opened", {"network": document}))
+            opened = self._write(cell_id, served, "egress.opened", {"network": document})
+            served.told = True
+            await self._book.durable(opened)
             more = [(InputFile(path=TRUSTED_FILE, artifact=""), trusted)] if trusted >= 0 else []
 
             async def listening(listener: int) -> None:
@@ -178,12 +185,13 @@ class EgressDesk:
 
     async def close(self, cell_id: str) -> None:
         """Ends a cell's network, and records the sums; a cell without one has nothing to end."""
-        served = self._served.pop(cell_id, None)
-        if served is None:
+        served = self._served.get(cell_id)
+        if served is None or served.closing:
             return
+        served.closing = True  # and still served: what egressd said before its answer is on its way
         if served.listener >= 0:
             os.close(served.listener)
-        detail = {}
+            served.listener = -1
         try:
             closed = await self._require().call("egress.close", EgressCell(cell_id=cell_id), EgressClosed)
             self._write_rows(cell_id, served, closed.rows)
@@ -191,7 +199,10 @@ class EgressDesk:
             detail["unlisted"] = str(closed.sums.unlisted + served.unlisted)
         except AetherError as error:  # the sums died with egressd, or it drops the cell when it is back
             detail = {"unknown": error.message}
-        self._write(cell_id, served, "egress.closed", detail)
+        finally:
+            del self._served[cell_id]
+        if served.told:
+            self._write(cell_id, served, "egress.closed", detail)
 
     # ---- inside
 
