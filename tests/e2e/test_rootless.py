@@ -31,6 +31,7 @@ import msgspec
 from aether.client import Client
 from aether.contract.cells import Limits
 from aether.contract.errors import AetherError
+from aether.contract.network import Network
 from aether.daemons import control
 
 state, found = Path(sys.argv[1]), {}
@@ -49,6 +50,10 @@ try:
             client.run(["/bin/true"], require=["cgroup-memory"])
         except AetherError as error:
             found["required"] = [error.code, error.message]
+        words = "exec 2>&1; curl -sS http://b.test/ || echo no curl"
+        asked = client.run(["/bin/sh", "-c", words], network=Network(allow=("a.test:80",)))
+        rows = client.egress(asked.job_id).connections
+        found["egress"] = [b"".join(client.logs(asked.job_id)).decode(), [[row.host, row.reason] for row in rows]]
         found["checks"] = list(msgspec.to_builtins(client.doctor().checks))
 finally:
     found["marks"] = (state / "cells/.instances").read_text().split()
@@ -169,3 +174,11 @@ def test_the_receipt_verifies_and_says_one_uid(found: dict[str, Any], place: Pat
     assert {record.detail["host_uid"] for record in commands} == {str(UID)}
     owners = {path.stat().st_uid for path in layout.root.rglob("*") if not path.is_symlink()}
     assert owners == {UID}
+
+
+def test_a_network_is_served_without_root(found: dict[str, Any]) -> None:
+    text, rows = found["egress"]
+    if "no curl" in text:
+        pytest.skip("curl is not installed")
+    assert text == "aether: no rule allows b.test:80\n"
+    assert rows == [["b.test", "not-allowed"]]
