@@ -15,6 +15,7 @@ from aether.spawner.linux.cgroup import CgroupDriver, CgroupHandle
 from aether.spawner.linux.cgroup_host import open_driver
 from aether.spawner.linux.cgroup_limits import IO_LIMITS, CgroupLimits, parse_list, show_list
 from tests.support.cgroups import join, remove, until
+from tests.support.machine import cgroups
 
 MIB = 1 << 20
 
@@ -28,8 +29,7 @@ def driver(tmp_path: Path) -> Iterator[CgroupDriver]:
     yield opened
     opened.sweep(instance)
     opened.close()
-    left = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/aether-{instance}*")]
-    assert left == []
+    assert cgroups(f"aether-{instance}") == []
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import pytest
 from aether.spawner.linux.cgroup import CgroupDriver, CgroupHandle
 from aether.spawner.linux.cgroup_host import locate, open_driver
 from aether.spawner.linux.cgroup_limits import CgroupLimits
+from tests.support.machine import cgroups
 
 
 @pytest.fixture
@@ -26,8 +27,7 @@ def driver() -> Iterator[CgroupDriver]:
     yield opened
     opened.sweep(instance)
     opened.close()
-    left = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/aether-{instance}*")]
-    assert left == []
+    assert cgroups(f"aether-{instance}") == []
 
 
 def run(handle: CgroupHandle, code: str) -> subprocess.Popen[bytes]:

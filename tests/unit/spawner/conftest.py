@@ -31,6 +31,7 @@ from aether.spawner.server import Server
 from aether.spawner.warm import Warm
 from aether.spawner.workdir import WorkRoot
 from aether.spawner.workops import WorkOps
+from tests.support.machine import cgroups
 
 
 def double_init(control: socket.socket, attach: tuple[int, ...], v2_fd: int | None) -> None:
@@ -219,8 +220,7 @@ class Rig:
         self.keeper.close()
         self.cgroups.sweep(self.instance)
         self.cgroups.close()
-        left = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/aether-{self.instance}*")]
-        assert left == []
+        assert cgroups(f"aether-{self.instance}") == []
 
 
 class Client:
