@@ -321,3 +321,11 @@ def test_cells_lie_in_one_another(layout: Layout, client: Client) -> None:
     assert client.wait(job.job_id, 10).state is JobState.CANCELLED
     states = {client.cells.show(cell.cell_id).state for cell in (outer, inner)}
     assert states == {CellState.FREED} and client.cells.list() == ()
+
+
+def test_the_output_of_the_shortest_commands_is_followed_to_its_end(client: Client) -> None:
+    """Also while the outcome is on its way to the disk and the row does not know the executable yet."""
+    with client.cell("short"):
+        for _ in range(40):
+            job = client.cells.start("short", ["echo", "all of it"])
+            assert b"".join(client.logs(job.job_id, stream="stdout", follow=True)) == b"all of it\n"

@@ -52,6 +52,7 @@ from aether.substrate.gate import Gate
 from aether.substrate.orchestra import Orchestra
 
 _START_POLL_S: Final = 0.01
+_OUTCOME_S: Final = 5.0
 _JSON: Final = "application/json"
 
 
@@ -198,7 +199,10 @@ class Reading:
             if job.started is not None or not follow:
                 return job.cell_id, job.exec_id
             await asyncio.sleep(_START_POLL_S)
-        ended = view if view.state in TERMINAL else await self._orchestra.job(view.job_id)
+        # The row may lag behind an outcome that is being made durable; whoever waits for that is told.
+        ended = await self._book.wait(view.job_id, _OUTCOME_S)
+        if ended is None:
+            ended = view if view.state in TERMINAL else await self._orchestra.job(view.job_id)
         return ended.cell_id, ended.exec_id
 
 
