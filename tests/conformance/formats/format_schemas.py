@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
+from aether.contract.caveats import Caveat
 from aether.contract.records import Receipt, Record
-from aether.substrate.access.caveats import Caveat
 
 SCHEMAS: dict[str, Any] = {"record.schema.json": Record, "receipt.schema.json": Receipt, "caveat.schema.json": Caveat}
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from aether.contract import caveats
 from aether.contract.canonical import canonical_record, digest_bytes
 from aether.contract.cells import ExitStatus, SandboxReport, Usage
 from aether.contract.clock import rfc3339
@@ -22,7 +23,8 @@ from aether.contract.errors import AetherError
 from aether.contract.jobs import ArtifactRef
 from aether.contract.limits import RECORD_BYTES_MAX
 from aether.contract.records import BudgetRef, CodeRef, PolicyRef, Receipt, Record, TicketRef
-from aether.substrate.access import caveats, tickets
+from aether.contract.tickets import attenuate
+from aether.substrate.access import tickets
 from aether.substrate.audit.log import AuditLog
 from aether.substrate.audit.note import Signer
 from aether.substrate.audit.receipts import Receipts
@@ -249,7 +251,7 @@ def make_ticket() -> dict[str, Any]:
     authority = tickets.Tickets({"e1": SECRET}, "e1")
     minted = authority.mint("default", bytes(16), (caveats.role("user"), caveats.budget("ops", 10)))
     said = (caveats.operations("job.*"), caveats.kinds("command"), caveats.expires(1_800_000_000_000))
-    narrowed = tickets.attenuate(minted, said)
+    narrowed = attenuate(minted, said)
     verified = authority.verify(narrowed)
     return {
         "secret_hex": SECRET.hex(),

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from aether.contract import caveats
 from aether.contract import cellcalls as cc
 from aether.contract.allocations import CellRequest, CellState, CellView
 from aether.contract.cells import Limits
 from aether.contract.errors import AetherError
 from aether.contract.jobs import JobState
 from aether.contract.limits import MIB
-from aether.substrate.access import caveats
 from aether.substrate.access.access import Resource
 from aether.substrate.cells.drivers.memory import Run
 from tests.support.onenode import OWNER, STRANGER, OneNode, caller, command, running

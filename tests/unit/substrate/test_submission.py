@@ -10,9 +10,9 @@ from unittest import mock
 
 import pytest
 
+from aether.contract import caveats
 from aether.contract.errors import AetherError
 from aether.contract.jobs import JobState
-from aether.substrate.access import caveats
 from aether.substrate.access.access import Access, Resource
 from aether.substrate.access.identity import DEFAULT_TENANT
 from aether.substrate.cells.drivers.memory import Run

@@ -22,12 +22,13 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
+from aether.contract import caveats
 from aether.contract.calls import Caller
+from aether.contract.caveats import Request
 from aether.contract.errors import AetherError
 from aether.contract.network import LEARN
 from aether.contract.records import PolicyRef, TicketRef
-from aether.substrate.access import caveats, tickets
-from aether.substrate.access.caveats import Request
+from aether.substrate.access import tickets
 from aether.substrate.access.identity import (
     DEFAULT_TENANT,
     Principal,

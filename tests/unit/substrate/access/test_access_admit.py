@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from aether.contract import caveats as c
 from aether.contract.calls import Caller
 from aether.contract.errors import AetherError
-from aether.substrate.access import caveats as c
+from aether.contract.tickets import attenuate
 from aether.substrate.access.access import Access, Minted, Resource
 from aether.substrate.access.identity import principal_of
 from aether.substrate.access.policy import Policy
-from aether.substrate.access.tickets import attenuate
 
 NOW_NS = 1_790_000_000_000_000_000
 COMMAND = Resource(kind="command", op="run")
@@ -159,6 +159,8 @@ def test_going_before_others_is_a_question_of_its_own() -> None:
     assert kit.admit(1000, resource=raised).policy.determining == ("operator",)
     refused = kit.refused(1001, "job.submit", raised)
     assert refused.code == "POLICY_DENIED" and "cell.prioritize" in refused.message
-    text = POLICY.text + '@id("urgent")permit(principal in Role::"user", action == Action::"cell.prioritize", resource);'
+    text = (
+        POLICY.text + '@id("urgent")permit(principal in Role::"user", action == Action::"cell.prioritize", resource);'
+    )
     kit.access.policy = Policy(text)
     assert kit.admit(1001, resource=raised).policy.determining == ("urgent", "user-submit")

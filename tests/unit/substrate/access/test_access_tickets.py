@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aether.contract import caveats as c
+from aether.contract import tickets as texts
+from aether.contract.caveats import Caveat, Request
 from aether.contract.errors import AetherError
-from aether.substrate.access import caveats as c
-from aether.substrate.access import tickets
-from aether.substrate.access.caveats import Caveat, Request
+from aether.contract.tickets import attenuate
 from aether.substrate.access.keyfile import open_secret
-from aether.substrate.access.tickets import Tickets, attenuate, check
+from aether.substrate.access.tickets import Tickets, check
 
 SECRET = b"s" * 32
 NONCE = bytes(16)
@@ -90,14 +91,14 @@ def test_any_changed_byte_is_refused(data: st.DataObject) -> None:
 @settings(max_examples=200, deadline=None)
 def test_links_cannot_be_removed_reordered_or_invented(data: st.DataObject) -> None:
     text = attenuate(attenuate(PLAIN, (c.kinds("command"),)), (c.expires(NOW_MS),))
-    parts = tickets._parse(text)
+    parts = texts.parse(text)
     blocks = data.draw(st.lists(st.sampled_from([*parts.blocks, b"\x00\x00"]), max_size=4))
     if tuple(blocks) != parts.blocks:
-        forged = tickets._write(b"".join((parts.header, *blocks, parts.tag)))
+        forged = texts.write(b"".join((parts.header, *blocks, parts.tag)))
         assert refused(forged) == "BAD_TICKET"
 
 
-@given(st.one_of(st.text(max_size=80), st.binary(max_size=120).map(lambda raw: tickets._write(raw))))
+@given(st.one_of(st.text(max_size=80), st.binary(max_size=120).map(lambda raw: texts.write(raw))))
 @settings(max_examples=300, deadline=None)
 def test_hostile_text_is_only_ever_a_bad_ticket(text: str) -> None:
     assert refused(text) == "BAD_TICKET"
@@ -120,7 +121,7 @@ def test_hostile_caveats_are_values_or_nothing(block: bytes) -> None:
 def test_the_spelling_is_unique() -> None:
     for change in (PLAIN + "=", PLAIN.upper(), " " + PLAIN, PLAIN + "\n", PLAIN.replace("aetk1_", "aetk2_")):
         assert refused(change) == "BAD_TICKET"
-    raw = tickets._decode(PLAIN)
+    raw = texts._decode(PLAIN)
     padded = next(text for n in range(3) if len(text := _widen(n)) % 4 in (2, 3))
     assert raw and refused(padded[:-1] + chr(ord(padded[-1]) + 1)) == "BAD_TICKET"
 
@@ -130,16 +131,16 @@ def _widen(count: int) -> str:
 
 
 def test_unknown_caveats_deny() -> None:
-    parts = tickets._parse(PLAIN)
+    parts = texts.parse(PLAIN)
     block = b"\x00\x04\xc8\x00\x01x"
     tag = hmac.digest(parts.tag, block, "sha256")
-    text = tickets._write(b"".join((parts.header, *parts.blocks, block, tag)))
+    text = texts.write(b"".join((parts.header, *parts.blocks, block, tag)))
     assert AUTHORITY.verify(text).links[1] == (Caveat("unknown"),)
     assert not allowed(text, Request("health"))
 
 
 def test_the_construction_is_the_documented_one() -> None:
-    parts = tickets._parse(PLAIN)
+    parts = texts.parse(PLAIN)
     key = AUTHORITY._key("e1", "default")
     assert parts.tag == hmac.digest(key, b"aetk1\x00" + parts.header + parts.blocks[0], "sha256")
     assert AUTHORITY.verify(PLAIN).link_ids == (hashlib.sha256(parts.tag).hexdigest()[:32],)
@@ -198,9 +199,9 @@ def test_tenants_and_epochs_have_their_own_keys() -> None:
     other = Tickets({"e2": b"o" * 32, "e1": SECRET}, "e2")
     assert other.verify(PLAIN).kid == "e1"
     assert refused(other.mint("default", NONCE, (c.role("user"),))) == "BAD_TICKET"
-    parts = tickets._parse(PLAIN)
+    parts = texts.parse(PLAIN)
     header = parts.header.replace(b"\x07default", b"\x07attackr")
-    assert refused(tickets._write(b"".join((header, *parts.blocks, parts.tag)))) == "BAD_TICKET"
+    assert refused(texts.write(b"".join((header, *parts.blocks, parts.tag)))) == "BAD_TICKET"
 
 
 def test_what_cannot_be_minted() -> None:
@@ -211,7 +212,7 @@ def test_what_cannot_be_minted() -> None:
         with pytest.raises(AetherError, match="BAD_FIELD"):
             attenuate(PLAIN, said)
     text = PLAIN
-    for _ in range(tickets.LINKS_MAX - 1):
+    for _ in range(texts.LINKS_MAX - 1):
         text = attenuate(text, ())
     AUTHORITY.verify(text)
     with pytest.raises(AetherError, match="links already"):
