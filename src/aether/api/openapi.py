@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from aether.api import limitschema, networkschema, params
+from aether.api import commandschema, limitschema, networkschema, params
 from aether.api.operation import ErrorReply, Operation
 from aether.api.operations import OPERATIONS
 from aether.contract import cellnames, limits
@@ -198,6 +198,7 @@ def _schemas() -> JsonObject:
     schemas: JsonObject = dict(components)
     _refine_command(schemas)
     _refine_cells(schemas)
+    commandschema.refine(schemas)
     networkschema.refine(schemas)
     limitschema.refine(schemas)
     schemas["JobRequest"] = _job_request()

@@ -164,7 +164,7 @@ def reference(text: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """`name` if it can name an image (an OCI reference of one component, `name` or `name:tag`); raises BAD_FIELD."""
+    """`name` if it can name an image (an OCI reference of one component, `name` or `name:tag`); raises BAD_ID."""
     if len(name) > NAME_CHARS_MAX or NAME.fullmatch(name) is None:
-        raise AetherError("BAD_FIELD", f"cannot name an image {name[:80]!r}: it must match {NAME.pattern}")
+        raise AetherError("BAD_ID", f"cannot name an image {name[:80]!r}: it must match {NAME.pattern}")
     return name

@@ -86,10 +86,15 @@ def test_router_finds_every_operation() -> None:
     digest = "sha256:" + "0" * 64
     for operation in OPERATIONS:
         for path in (operation.path, *operation.aliases):
-            asked = path.replace("{job_id}", JOB).replace("{digest}", digest).replace("{cell}", "a:b")
+            asked = (
+                path.replace("{job_id}", JOB)
+                .replace("{digest}", digest)
+                .replace("{cell}", "a:b")
+                .replace("{image}", "base:1")
+            )
             found, fields = ROUTER.find(operation.method, asked)
             assert found is operation
-            values = {"job_id": JOB, "digest": digest, "cell": "a/b"}
+            values = {"job_id": JOB, "digest": digest, "cell": "a/b", "image": "base:1"}
             assert fields == {name: values[name] for name in fields}
             assert set(fields) == {operation.path_argument} - {None}
             assert operation.method in ROUTER.allowed(asked)

@@ -259,7 +259,7 @@ def test_terminal_gets_no_control_sequences(cli: Cli, node: HttpNode) -> None:
 
 
 def test_run_starts_an_instance_when_none_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aether.cli.run import ensure_instance
+    from aether.cli.instance import ensure_instance
     from aether.cli.session import Session
     from aether.daemons import control
 

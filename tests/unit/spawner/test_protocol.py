@@ -31,6 +31,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "exit.ack": {"cell": "c", "exec": "e"},
     "work.prepare": {"cell": "c", "owner": {"uid": 1, "gid": 1, "uid_first": 1, "uid_count": 1}, "files": []},
     "work.collect": {"cell": "c", "globs": ["*"]},
+    "work.diff": {"cell": "c"},
     "work.open": {"cell": "c", "path": "a"},
     "work.put": {"cell": "c", "path": "a", "mode": 0o644},
     "work.list": {"cell": "c", "path": ""},
