@@ -26,7 +26,7 @@ from aether.contract import limits
 from aether.contract.errors import AetherError
 from tests.unit.api.http_node import HttpNode, read_answer
 
-NODE = Path(__file__).parents[1] / "unit/api/http_node.py"
+ROOT = Path(__file__).parents[2]
 OK = b"GET /v0/health HTTP/1.1\r\nhost: x\r\n\r\n"
 MIB = 1 << 20
 
@@ -63,7 +63,8 @@ class Server:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     process = subprocess.Popen(
-        [sys.executable, str(NODE), str(tmp_path)],
+        [sys.executable, "-m", "tests.unit.api.http_node", str(tmp_path)],
+        cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
