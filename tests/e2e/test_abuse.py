@@ -255,8 +255,10 @@ def session(layout: Layout) -> requests.Session:
     derandomize=True,
 )
 def test_schemathesis_finds_nothing(case: schemathesis.Case, session: requests.Session) -> None:
-    """A model's inputs are its runtime's to check, after the job was accepted: neither what the document allows nor
-    what it does not says whether a submission is."""
-    submits = case.operation.method.upper() == "POST" and case.operation.path.endswith(("/jobs", "/tasks"))
+    """A model's inputs are its runtime's to check, after the job was accepted, and an image is what its archive says:
+    neither what the document allows nor what it does not says whether those are taken. Whoever attaches leaves HTTP."""
+    submits = case.operation.method.upper() in ("POST", "PUT") and case.operation.path.endswith(
+        ("/jobs", "/tasks", "/images", "/attach")
+    )
     excluded = [positive_data_acceptance, negative_data_rejection] if submits else []
     case.call_and_validate(session=session, base_url="http://localhost", excluded_checks=excluded)

@@ -30,6 +30,7 @@ _ARGUMENT_SCHEMAS: Final = {
     "digest": params.DIGEST_SCHEMA,
     "cell": params.CELL_SCHEMA,
     "image": params.IMAGE_SCHEMA,
+    "link_id": params.LINK_SCHEMA,
 }
 SIGNAL_MAX: Final = 64
 _RELATIVE_PATH: Final = params.RELATIVE_PATH
@@ -198,7 +199,7 @@ def _schemas() -> JsonObject:
     schemas: JsonObject = dict(components)
     _refine_command(schemas)
     _refine_cells(schemas)
-    commandschema.refine(schemas)
+    commandschema.refine(schemas, _REF)
     networkschema.refine(schemas)
     limitschema.refine(schemas)
     schemas["JobRequest"] = _job_request()
@@ -243,6 +244,7 @@ def _refine_command(schemas: Mapping[str, Any]) -> None:
         "tmp_bytes": (0, 1 << 40),
         "nofile": (16, 1 << 20),
         "file_bytes": (0, 1 << 50),
+        "disk_bytes": (limits.DISK_BYTES_MIN, 1 << 50),
         "timeout_ms": (1, limits.TIMEOUT_MS_MAX),
         "grace_ms": (0, limits.STOP_GRACE_MS_MAX),
     }
