@@ -34,6 +34,8 @@ def refine(schemas: Mapping[str, Any], ref: str) -> None:
     imports = schemas["Interpreter"]["properties"]["imports"]
     imports["items"] = {"type": "string", "pattern": _MODULE, "maxLength": limits.PYTHON_MODULE_CHARS_MAX}
     imports["maxItems"] = limits.PYTHON_IMPORTS_MAX
+    guest = schemas["CommandParams"].setdefault("else", {"properties": {}})
+    guest["properties"]["images"] = _NULL
     alone = {"python": {"type": "object"}, "cell": _NULL, "images": _NULL}
     script = {"prefixItems": [{"pattern": "^[^-]"}]}
     code = {"prefixItems": [{"enum": ["-c", "-m"]}], "minItems": 2}
