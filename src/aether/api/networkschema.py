@@ -57,4 +57,5 @@ def refine(schemas: Mapping[str, Any]) -> None:
     }
     for name, (low, high) in bounds.items():
         schemas["NetworkLimits"]["properties"][name].update(minimum=low, maximum=high)
-    schemas["CommandParams"]["else"] = {"properties": {"network": {"type": "null"}}}
+    guest = schemas["CommandParams"].setdefault("else", {"properties": {}})
+    guest["properties"]["network"] = {"type": "null"}
