@@ -29,6 +29,7 @@ from aether.api.operation import (
     WRITE_ERRORS,
     Operation,
 )
+from aether.api.ticketoperations import TICKET_OPERATIONS
 from aether.api.watchoperations import CELL_WATCH_OPERATIONS, JOB_WATCH_OPERATIONS
 from aether.contract import calls, limits, wire
 from aether.contract.jobs import JobRequest, JobView
@@ -285,6 +286,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     *CELL_WATCH_OPERATIONS,
     *CELL_OPERATIONS,
     *IMAGE_OPERATIONS,
+    *TICKET_OPERATIONS,
 )
 
 BY_NAME: Final[Mapping[str, Operation]] = {operation.name: operation for operation in OPERATIONS}

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
-from aether.contract import cellnames, ids, images, limits
+from aether.contract import cellnames, ids, images, limits, ticketcalls
 from aether.contract.errors import AetherError
 from aether.contract.jobs import JobState, check_relative_path
 
@@ -218,6 +218,7 @@ EXECUTABLE: Final = Param(
     parse_executable,
     "Whether the file may be executed.",
 )
+LINK_SCHEMA: Final = {"type": "string", "pattern": ticketcalls.LINK_PATTERN}
 IMAGE_SCHEMA: Final = {"type": "string", "pattern": images.REFERENCE_PATTERN}
 IMAGE_NAME: Final = Param(
     "name",

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from aether.api.operation import Operation
-from aether.contract import cellnames, ids, images
+from aether.contract import cellnames, ids, images, ticketcalls
 from aether.contract.errors import AetherError
 
 _ARGUMENTS = {
@@ -20,6 +20,7 @@ _ARGUMENTS = {
     "job_id": lambda text: ids.parse(ids.JOB, text),
     "digest": ids.parse_digest,
     "cell": cellnames.reference,
+    "link_id": ticketcalls.link,
 }
 
 

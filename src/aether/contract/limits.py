@@ -155,6 +155,15 @@ TRACE_MS_MAX: Final = 30_000
 TRACES_LIVE_MAX: Final = 8
 """System-call traces at once on one node."""
 
+# Tickets
+TICKET_MS_DEFAULT: Final = 24 * 3600 * 1000
+TICKET_MS_MAX: Final = 366 * 24 * 3600 * 1000
+"""How long a minted ticket holds: each expires, so that what is remembered of it ends."""
+TICKETS_MAX: Final = 1_000
+"""Minted tickets of one tenant that are not expired; above it the answer is 429."""
+TICKET_LINKS_REVOKED_MAX: Final = 64
+"""Revoked links of one ticket; above it only the ticket itself can be revoked."""
+
 # Audit
 RECORD_BYTES_MAX: Final = 65_535
 """C2SP tlog-tiles: an entry bundle holds entries with a 16-bit length."""

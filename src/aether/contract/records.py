@@ -21,6 +21,7 @@ RecordType = Literal[
     "node.started",
     "node.stopped",
     "ticket.minted",
+    "ticket.revoked",
     "policy.loaded",
     "access.denied",
     "document.stored",

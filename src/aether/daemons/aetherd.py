@@ -40,6 +40,7 @@ from aether.substrate.egress import EgressDesk
 from aether.substrate.egressreading import EgressReading
 from aether.substrate.entries import Node
 from aether.substrate.execution import Execution
+from aether.substrate.fence import Fence
 from aether.substrate.gate import Gate
 from aether.substrate.images import ImageDesk
 from aether.substrate.orchestra import Orchestra
@@ -48,6 +49,7 @@ from aether.substrate.reconcile import Reconciler
 from aether.substrate.service import Parts, Service
 from aether.substrate.submission import Submitter
 from aether.substrate.talking import Talking
+from aether.substrate.ticketdesk import TicketDesk
 from aether.substrate.watching import Watching
 from aether.substrate.workers import Workers
 from aether.telemetry.metrics import Metrics
@@ -76,7 +78,8 @@ def compose(layout: Layout, operators: frozenset[int], log: Any) -> Authority:
     book = Book(audit, Accounts(), layout.keys / "ledger.snapshot", time.time_ns)
     log.info("audit log open", records=audit.size, replayed=book.load())
     policy = Policy.load(layout.policy.read_text()) if layout.policy.exists() else Policy.default()
-    access = Access.create(open_secret(layout.keys / "tickets.key"), policy, operators, _minting(node, book))
+    secret, revoked = open_secret(layout.keys / "tickets.key"), book.ledger.tickets.revoked
+    access = Access.create(secret, policy, operators, _minting(node, book), revoked)
     audit.store_document(policy.text.encode())
     loaded = PolicyRef(digest=policy.digest, decision="allow", determining=())
     record_node(node, book, "node.started", None)
@@ -93,10 +96,12 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
     reconciler = Reconciler(book, execution)
     house = CellHouse(gate, book, cells)
     reading = Reading(gate, book, orchestra, receipts, JobLogs(layout.job_logs))
+    fence = Fence(book, execution, cells, house, egress, orchestra, lambda text: access.read(text).link_ids)
     cells.on_end(execution.ended)
     cells.on_gone(house.gone)
     cells.on_connect(reconciler.spawner_connected)
     cells.on_connect(house.spawner_connected)
+    cells.on_connect(fence.spawner_connected)
     parts = Parts(
         gate=gate,
         book=book,
@@ -114,6 +119,8 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         talking=Talking(gate, book, house, cells, execution, reading),
         watching=Watching(gate, book, house, cells, reading, ActivityLogs(layout.job_logs)),
         images=ImageDesk(gate, book, orchestra, execution, cells, house),
+        tickets=TicketDesk(gate, book, access, house, fence),
+        fence=fence,
         metrics=Metrics("aetherd"),
     )
     return Authority(Service(parts), parts)
@@ -212,6 +219,7 @@ async def serve(layout: Layout, log: Any, stop: asyncio.Event) -> None:
     finally:
         for stop_link in stop_links:
             stop_link()
+        await parts.fence.drain()
         await parts.house.drain()
         await parts.execution.drain()
         await parts.cells.close()

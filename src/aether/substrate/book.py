@@ -42,6 +42,7 @@ class _Snapshot(msgspec.Struct):
     accounts: Any
     cells: list[tuple[Record, str, Record | None, bool]] = []
     egress: dict[str, int] = {}
+    tickets: list[tuple[Record, list[Record]]] = []
 
 
 class Book:
@@ -71,11 +72,13 @@ class Book:
         return self.ledger.applied - start
 
     def write(self, make: Make) -> Record:
-        """Appends and applies one record; not yet durable. Raises AetherError when it cannot be encoded."""
+        """Appends and applies one record; not yet durable. Raises AetherError when it cannot be encoded, and
+        TICKET_REVOKED for something done by a ticket that is revoked."""
         built: list[Record] = []
 
         def build(index: int) -> Record:
             built.append(make(index, rfc3339(self.now_ns())))
+            self.ledger.tickets.check(built[0])
             return built[0]
 
         self.log.append(build)
@@ -134,6 +137,7 @@ class Book:
             keys=ledger.keys(),
             accounts=self.accounts.snapshot(),
             cells=ledger.cells.snapshot(),
+            tickets=ledger.tickets.snapshot(),
             egress={name: job.egress_index for name, job in ledger.open.items() if job.egress_index is not None},
         )
         body = msgspec.msgpack.encode(state)
@@ -154,6 +158,7 @@ class Book:
             return
         jobs = [OpenJob(intent, started, stop, end=end) for intent, started, stop, end in state.open]
         self.ledger.cells.restore(state.cells)
+        self.ledger.tickets.restore(state.tickets)
         self.ledger.restore(state.applied, jobs, state.keys)
         for job_id, index in state.egress.items():
             self.ledger.open[job_id].egress_index = index

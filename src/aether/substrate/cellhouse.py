@@ -60,6 +60,7 @@ EVENTS_READ_MAX: Final = 1_000
 EVENTS_POLL_S: Final = 0.05
 _SPECS_KEPT: Final = 1_024
 FREED, IDLE, FAILED, DIED, SPAWNER_DIED = "freed", "idle", "failed", "cell-died", "spawner-died"
+REVOKED: Final = "revoked"
 
 
 class CellHouse:
@@ -321,6 +322,11 @@ class CellHouse:
             self._timers[cell.cell_id] = asyncio.get_running_loop().call_later(left_s, self.watch, cell)
         else:
             self._in_background(self._end(cell, None, IDLE, 0))
+
+    async def fence(self, cell: Allocation) -> None:
+        """Ends a cell whose ticket was revoked, and those in it, without grace."""
+        if cell.ended is None:
+            await self._end(cell, None, REVOKED, 0)
 
     async def drain(self) -> None:
         """Waits for cells that are being ended; idle timers stop."""

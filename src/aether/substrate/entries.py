@@ -128,8 +128,11 @@ def stop_asked(of: Record, caller: Caller, admission: Admission, index: int, tim
     )
 
 
-def cell_outcome(job: OpenJob, finish: JobFinish, settled: BudgetRef, index: int, time: str) -> Record:
-    """`job.outcome` of a job that ran in a cell, or never started: the end and the usage are the authority's."""
+def cell_outcome(
+    job: OpenJob, finish: JobFinish, settled: BudgetRef, revocation: Record | None, index: int, time: str
+) -> Record:
+    """`job.outcome` of a job that ran in a cell, or never started: the end and the usage are the authority's.
+    `revocation` is the record that revoked its ticket."""
     end = job.end
     base = follow_up("job.outcome", job.intent, index, time)
     detail = {"intent_index": str(job.intent.log_index)}
@@ -139,6 +142,8 @@ def cell_outcome(job: OpenJob, finish: JobFinish, settled: BudgetRef, index: int
         detail["stop_index"] = str(job.stop.log_index)
     if job.egress_index is not None:
         detail["egress_index"] = str(job.egress_index)
+    if revocation is not None:
+        detail["revoked_index"] = str(revocation.log_index)
     return replace(
         base,
         state=str(finish.state),

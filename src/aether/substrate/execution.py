@@ -166,6 +166,8 @@ class Execution:
                 if job.row_kept is not None:
                     await job.row_kept.wait()  # set, or the job is abandoned: `granted` tells
                 self.granted(grant)
+                if self._book.ledger.tickets.revocation(job.intent.ticket) is not None:
+                    raise AetherError("REVOKED", f"cannot launch {grant.job_id}: its ticket was revoked")
                 job.launched_on = job.launched_on or self._cells.instance
                 found = await self._launch(job, spec, files, stdio)
                 if self._book.ledger.open.get(grant.job_id) is not job:
@@ -199,10 +201,15 @@ class Execution:
             self.lines.ended(job.grant.job_id)
 
     def conclude(self, job: OpenJob, finish: JobFinish) -> Record:
-        """Writes the outcome, not yet durable."""
+        """Writes the outcome, not yet durable. Whatever it was to be: a job whose ticket is revoked ends as revoked."""
         assert job.intent.budget is not None
+        revocation = self._book.ledger.tickets.revocation(job.intent.ticket)
+        if revocation is not None:
+            finish = _revoked(finish)
         settled = settlement(job.intent.budget, job.end.usage if job.end else finish.usage)
-        outcome = self._book.write(lambda index, time: entries.cell_outcome(job, finish, settled, index, time))
+        outcome = self._book.write(
+            lambda index, time: entries.cell_outcome(job, finish, settled, revocation, index, time)
+        )
         if job.row_kept is not None:
             job.row_kept.set()  # a launch that still waits learns that its grant is gone
         return outcome
@@ -423,6 +430,17 @@ def _judged(job: OpenJob, finish: JobFinish, gone: bool) -> JobFinish:
     if job.intent.kind == "command" and finish.state is JobState.SUCCEEDED and (end is None or end.exit.code != 0):
         raise AetherError("PROTOCOL", f"cannot finish {job_id} as succeeded: its executable did not")
     return finish
+
+
+def _revoked(finish: JobFinish) -> JobFinish:
+    """The verdict on a job whose ticket is revoked: nothing that it made is kept. What was lost stays lost."""
+    if finish.state is JobState.LOST:
+        return finish
+    error = AetherError("REVOKED", "cannot finish the job: its ticket was revoked").body()
+    grant, code = finish.grant, finish.code
+    return JobFinish(
+        grant=grant, state=JobState.CANCELLED, error=error, exit=finish.exit, code=code, usage=finish.usage
+    )
 
 
 def _tells_more(finish: JobFinish) -> bool:

@@ -26,6 +26,7 @@ _READS: Final = frozenset(
         "artifact.get", "artifact.list", "image.list", "image.show", "model.list", "audit.checkpoint", "cell.explain",
         "node.doctor",
         "cell.list", "cell.show", "cell.stats", "cell.events", "cell.get", "cell.files",
+        "ticket.list", "ticket.show", "ticket.verify",
         "job.activity", "cell.activity", "job.egress",
     }
 )  # fmt: skip

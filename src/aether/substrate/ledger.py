@@ -1,8 +1,8 @@
 """The authority's memory of jobs: a fold of the audit log, never a second source of truth.
 
 `apply` is fed every record exactly once, in log order, both live and at start; the two ways give the same
-state (a test holds them together). Held: jobs with an intent and no outcome, allocated cells, idempotency keys
-within their window. Everything older is found in the log through the indexes that the job store keeps.
+state (a test holds them together). Held: jobs with an intent and no outcome, allocated cells, minted tickets,
+idempotency keys within their window. Everything older is found in the log through the indexes that the job store keeps.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from aether.contract.limits import IDEMPOTENCY_KEYS_MAX, IDEMPOTENCY_WINDOW_S
 from aether.contract.records import Record
 from aether.contract.wire import Grant
 from aether.substrate.allocations import Allocations
+from aether.substrate.ticketbook import TicketBook
 
 EGRESS_TYPES: Final = frozenset({"egress.opened", "egress.connection", "egress.closed"})
 _WINDOW_NS: Final = IDEMPOTENCY_WINDOW_S * 1_000_000_000
@@ -72,7 +73,7 @@ class OpenJob:
 
 @dataclass(frozen=True, slots=True)
 class KeyEntry:
-    """What an idempotency key stands for until `expires_ns`: the job or cell that the first call made or touched."""
+    """What an idempotency key stands for until `expires_ns`: the job, cell or ticket that the first call made."""
 
     job_id: str
     input_hash: str
@@ -90,12 +91,17 @@ def grant_of(intent: Record) -> Grant:
     )
 
 
+def _link_of(minted: Record) -> str | None:
+    return minted.ticket.link_ids[0] if minted.type == "ticket.minted" and minted.ticket is not None else None
+
+
 class Ledger:
     """Open jobs and idempotency keys; see the module head."""
 
     def __init__(self) -> None:
         self.open: dict[str, OpenJob] = {}
         self.cells = Allocations()
+        self.tickets = TicketBook()
         self.applied = 0
         self._keys: OrderedDict[str, KeyEntry] = OrderedDict()
 
@@ -108,8 +114,9 @@ class Ledger:
             raise ValueError(f"record {record.log_index} applied out of order, expected {self.applied}")
         self.applied += 1
         self.cells.apply(record)
+        self.tickets.apply(record)
         job_id = record.job_id
-        self._remember(record, job_id or record.cell_id)
+        self._remember(record, job_id or record.cell_id or _link_of(record))
         if job_id is None:
             return
         if record.type == "job.intent":

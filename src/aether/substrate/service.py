@@ -60,6 +60,7 @@ from aether.substrate.cells.supervisor import CellSupervisor
 from aether.substrate.egress import EgressDesk
 from aether.substrate.egressreading import EgressReading
 from aether.substrate.execution import Execution
+from aether.substrate.fence import Fence
 from aether.substrate.gate import Gate
 from aether.substrate.images import ImageDesk
 from aether.substrate.orchestra import Orchestra
@@ -67,6 +68,7 @@ from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
 from aether.substrate.submission import Submitter
 from aether.substrate.talking import Talking
+from aether.substrate.ticketdesk import TicketDesk
 from aether.substrate.watching import Watching
 from aether.substrate.workers import Workers
 from aether.telemetry.metrics import Metrics
@@ -94,6 +96,8 @@ class Parts:
     egress_reading: EgressReading
     watching: Watching
     images: ImageDesk
+    tickets: TicketDesk
+    fence: Fence
     metrics: Metrics
 
 
@@ -144,16 +148,22 @@ class Service:
             "cell.activity": parts.watching.cell_activity,
             "job.trace": parts.watching.job_trace,
             "cell.trace": parts.watching.cell_trace,
+            "ticket.mint": parts.tickets.mint,
+            "ticket.list": parts.tickets.listing,
+            "ticket.show": parts.tickets.show,
+            "ticket.verify": parts.tickets.verify,
+            "ticket.revoke": parts.tickets.revoke,
         }
         self.handlers: Mapping[str, Handler] = {name: self._counted(name, run) for name, run in plain.items()}
 
     def _counted(self, name: str, run: Handler) -> Handler:
         children: dict[str, Any] = {"OK": self._calls.labels(name, "OK")}
+        guard = self._parts.fence.guard
 
         async def counted(caller: Caller, call: Any) -> Reply | UpgradeReply:
             code = "OK"
             try:
-                return await run(caller, call)
+                return guard(caller, await run(caller, call))
             except AetherError as error:
                 code = error.code
                 raise

@@ -119,6 +119,7 @@ CELL_ENDED: Final = {
     "cell-freed": (JobState.CANCELLED, "CANCELLED", "its cell was freed"),
     "idle": (JobState.CANCELLED, "CANCELLED", "its cell was freed because it was idle"),
     "cell-died": (JobState.FAILED, "JOB_FAILED", "its cell died"),
+    "revoked": (JobState.CANCELLED, "REVOKED", "the ticket of its cell was revoked"),
     "parent-ended": (JobState.CANCELLED, "CANCELLED", "the cell around its own ended"),
 }
 """How a guest of an allocated cell ends when the cell does."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -150,10 +150,16 @@ class Access:
 
     @classmethod
     def create(
-        cls, secret: bytes, policy: Policy, operators: Collection[int], on_minted: Callable[[Minted], None]
+        cls,
+        secret: bytes,
+        policy: Policy,
+        operators: Collection[int],
+        on_minted: Callable[[Minted], None],
+        revoked: Set[str] = frozenset(),
     ) -> Access:
-        """Access with one epoch's secret (32 bytes); `operators` are uids beside root with role `queen`."""
-        authority = Tickets({"e1": secret}, "e1")
+        """Access with one epoch's secret (32 bytes); `operators` are uids beside root with role `queen`, `revoked` the
+        ids of links that are refused, kept by the caller."""
+        authority = Tickets({"e1": secret}, "e1", revoked)
         nonce_key = hashlib.sha256(b"aether implicit v1\0" + secret).digest()
         return cls(authority, ImplicitTickets(authority, nonce_key, operators, on_minted), policy)
 
@@ -180,9 +186,17 @@ class Access:
         text = self._authority.mint(tenant or DEFAULT_TENANT, nonce, said)
         return text, Minted(holder, _ticket_ref(self._authority.verify(text), False), tuple(map(str, said)))
 
-    def revoke(self, link_id: str) -> None:
-        """Refuses every ticket that has this link, from now on; the record of it is the caller's."""
-        self._authority.revoked.add(link_id)
+    def text(self, tenant: str, nonce: bytes, said: tuple[caveats.Caveat, ...]) -> str:
+        """The text of a ticket that was minted before. Raises AetherError BAD_FIELD."""
+        return self._authority.mint(tenant, nonce, said)
+
+    def read(self, text: str) -> Verified:
+        """A ticket of this authority, also one that is revoked or expired; raises BAD_TICKET."""
+        return self._authority.read(text)
+
+    def verify(self, text: str) -> Verified:
+        """A ticket that holds, but for its caveats; raises BAD_TICKET, TICKET_REVOKED."""
+        return self._authority.verify(text)
 
     def _admit(
         self,

@@ -33,6 +33,9 @@ class Account:
     cpu_ms_spent: int = 0
     cpu_ms_reserved: int = 0
 
+    def spent(self, unit: str) -> int:
+        return self.ops_spent if unit == "ops" else self.cpu_ms_spent
+
     def used(self, unit: str) -> int:
         return self.ops_spent + self.ops_reserved if unit == "ops" else self.cpu_ms_spent + self.cpu_ms_reserved
 

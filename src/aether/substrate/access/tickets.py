@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,19 +52,20 @@ class Verified:
 
 
 class Tickets:
-    """Mints and verifies. `secrets` maps a key id (the epoch's name) to 32 bytes; `kid` is the one to mint with."""
+    """Mints and verifies. `secrets` maps a key id (the epoch's name) to 32 bytes; `kid` is the one to mint with.
+    `revoked` are ids of links, kept by the caller."""
 
-    def __init__(self, secrets: Mapping[str, bytes], kid: str) -> None:
+    def __init__(self, secrets: Mapping[str, bytes], kid: str, revoked: Set[str] = frozenset()) -> None:
         if kid not in secrets or any(len(secret) != SECRET_BYTES for secret in secrets.values()):
             raise ValueError("a ticket authority needs 32-byte secrets and the one to mint with")
         self._secrets = dict(secrets)
         self._kid = kid
         self._keys: dict[tuple[str, str], bytes] = {}
         self._cache: OrderedDict[str, Verified] = OrderedDict()
-        self.revoked: set[str] = set()
+        self._revoked = revoked
 
     def __repr__(self) -> str:
-        return f"<Tickets kid={self._kid} cached={len(self._cache)} revoked={len(self.revoked)}>"
+        return f"<Tickets kid={self._kid} cached={len(self._cache)} revoked={len(self._revoked)}>"
 
     def mint(self, tenant: str, nonce: bytes, caveats: Sequence[Caveat]) -> str:
         """A new ticket's text. The first link names exactly one role. Raises AetherError BAD_FIELD."""
@@ -78,14 +79,19 @@ class Tickets:
 
     def verify(self, text: str) -> Verified:
         """What the ticket says; raises AetherError BAD_TICKET or TICKET_REVOKED. Caveats are not checked here."""
+        verified = self.read(text)
+        if self._revoked and not self._revoked.isdisjoint(verified.link_ids):
+            raise AetherError("TICKET_REVOKED", "cannot use the ticket: it was revoked")
+        return verified
+
+    def read(self, text: str) -> Verified:
+        """The same of a ticket that may be revoked; raises BAD_TICKET."""
         verified = self._cache.get(text)
         if verified is None:
             verified = self._verify(text)
             self._cache[text] = verified
             if len(self._cache) > _CACHED_MAX:
                 self._cache.popitem(last=False)
-        if self.revoked and not self.revoked.isdisjoint(verified.link_ids):
-            raise AetherError("TICKET_REVOKED", "cannot use the ticket: it was revoked")
         return verified
 
     def _verify(self, text: str) -> Verified:
@@ -127,6 +133,16 @@ class Tickets:
         return key
 
 
+def check_expiry(verified: Verified, now_ms: int) -> None:
+    """Raises AetherError TICKET_EXPIRED unless no link has expired."""
+    if any(caveat.type == "expires" and now_ms >= caveat.number for link in verified.links for caveat in link):
+        raise _expired()
+
+
+def _expired() -> AetherError:
+    return AetherError("TICKET_EXPIRED", "cannot use the ticket: it expired")
+
+
 def check(verified: Verified, request: Request, now_ms: int) -> None:
     """Raises AetherError TICKET_EXPIRED or TICKET_DENIED unless every caveat of every link allows the request."""
     for link in verified.links:
@@ -134,7 +150,7 @@ def check(verified: Verified, request: Request, now_ms: int) -> None:
             if c.allows(caveat, request, now_ms):
                 continue
             if caveat.type == "expires":
-                raise AetherError("TICKET_EXPIRED", "cannot use the ticket: it expired")
+                raise _expired()
             raise AetherError(
                 "TICKET_DENIED",
                 f"cannot {request.operation}: the ticket's caveat {caveat.type} does not allow it",

@@ -23,7 +23,8 @@ class Kit:
     def __init__(self, secret: bytes = b"s" * 32) -> None:
         self.minted: list[Minted] = []
         self.full = False
-        self.access = Access.create(secret, POLICY, {1000}, self._on_minted)
+        self.revoked: set[str] = set()
+        self.access = Access.create(secret, POLICY, {1000}, self._on_minted, self.revoked)
 
     def _on_minted(self, minted: Minted) -> None:
         if self.full:
@@ -90,7 +91,7 @@ def test_refusals_have_their_codes() -> None:
     denied = kit.refused(5, "policy.load", Resource(kind="node"), ticket=ticket)
     assert denied.code == "POLICY_DENIED" and denied.details["policy_digest"] == POLICY.digest
     link = kit.admit(5, ticket=ticket).ticket.link_ids[0]
-    kit.access.revoke(link)
+    kit.revoked.add(link)
     assert kit.refused(5, ticket=attenuate(ticket, ())).code == "TICKET_REVOKED"
 
 

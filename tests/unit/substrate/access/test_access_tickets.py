@@ -182,14 +182,15 @@ def test_what_caveats_allow(said: Caveat, request_: Request, expected: bool) -> 
 
 
 def test_revoking_a_link_refuses_what_derives_from_it() -> None:
-    authority = Tickets({"e1": SECRET}, "e1")
+    revoked: set[str] = set()
+    authority = Tickets({"e1": SECRET}, "e1", revoked)
     parent = authority.mint("default", NONCE, (c.role("user"),))
     child = attenuate(parent, (c.kinds("command"),))
-    authority.revoked.add(authority.verify(child).link_ids[-1])
+    revoked.add(authority.verify(child).link_ids[-1])
     authority.verify(parent)
     with pytest.raises(AetherError, match="TICKET_REVOKED"):
         authority.verify(child)
-    authority.revoked.add(authority.verify(parent).link_ids[0])
+    revoked.add(authority.verify(parent).link_ids[0])
     for text in (parent, child):
         with pytest.raises(AetherError, match="TICKET_REVOKED"):
             authority.verify(text)
