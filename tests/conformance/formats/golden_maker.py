@@ -186,7 +186,16 @@ def added_records() -> list[Record]:
         base(
             "cell.trace", 314, operation="cell.trace", effect="control", detail={**named, "duration_ms": "50"}, **shared
         ),
+        ticket_revoked(),
     ]
+
+
+def ticket_revoked() -> Record:
+    """A link that its minter revoked."""
+    detail = {"link_id": LINKS[1], "root_id": LINKS[1]}
+    ticket = TicketRef(kid="e1", role="user", link_ids=LINKS[:1], implicit=True)
+    shared: dict[str, Any] = {"tenant_id": "default", "principal": "uid:1000", "effect": "control", "detail": detail}
+    return base("ticket.revoked", 317, operation="ticket.revoke", ticket=ticket, **shared)
 
 
 def image_records() -> list[Record]:
