@@ -29,6 +29,7 @@ import msgspec
 from aether.api.operations import BY_NAME
 from aether.client.cells import Cells, Session
 from aether.client.inputs import gather
+from aether.client.tickets import Tickets
 from aether.client.transport import Call, Transport, UnixConnection
 from aether.client.upgrade import open_stream
 from aether.contract import calls, ids, limits, wire
@@ -296,6 +297,11 @@ class Client:
         """A session in the cell of that name: the one that is there, or a new one. With `fields` (those of
         `Cells.allocate`) always a new one; raises NAME_TAKEN."""
         return Session(self, self.cells, name, fields)
+
+    @property
+    def tickets(self) -> Tickets:
+        """The operations on tickets."""
+        return Tickets(self)
 
     def call_json(self, name: str, reply: type[T], argument: str | None = None, **rest: Any) -> T:
         """Any operation that answers JSON."""
