@@ -13,6 +13,7 @@ Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Me
 MemoryHigh = Annotated[
     str | None, typer.Option("--memory-high", metavar="SIZE", help="Memory above which it is slowed down.")
 ]
+Disk = Annotated[str | None, typer.Option("--disk", metavar="SIZE", help="What it may keep on disk: 500M.")]
 Cpu = Annotated[str | None, typer.Option("--cpu", metavar="CPUS", help="CPUs: 0.5, 2.")]
 CpuWeight = Annotated[
     int | None, typer.Option("--cpu-weight", metavar="N", help="Share of contended CPUs: 1 to 10000, 100 by default.")
@@ -36,7 +37,7 @@ Limit = Annotated[
 Driver = Annotated[
     str | None, typer.Option("--driver", metavar="NAME", help="Who builds the cell: native, runc, crun, runsc.")
 ]
-_SIZES: Final = ("memory_", "swap_", "tmp_", "file_", "io_read_b", "io_write_b")
+_SIZES: Final = ("memory_", "swap_", "tmp_", "file_", "disk_", "io_read_b", "io_write_b")
 
 
 def required(words: list[str] | None, driver: str | None) -> list[str]:
@@ -48,6 +49,7 @@ def to_limits(
     *,
     memory: str | None = None,
     memory_high: str | None = None,
+    disk: str | None = None,
     cpu: str | None = None,
     cpu_weight: int | None = None,
     cpus_allowed: str | None = None,
@@ -67,6 +69,7 @@ def to_limits(
     for name, text, read in (
         ("memory_bytes", memory, parse.size_bytes),
         ("memory_high_bytes", memory_high, parse.size_bytes),
+        ("disk_bytes", disk, parse.size_bytes),
         ("cpu_millis", cpu, parse.cpu_millis),
         ("timeout_ms", timeout, parse.duration_ms),
     ):

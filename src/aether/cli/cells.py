@@ -91,6 +91,7 @@ def _allocate(
     session: Session,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Its name: agent, agent/worker-1.")],
     memory: bounds.Memory = None,
+    disk: bounds.Disk = None,
     cpu: bounds.Cpu = None,
     pids: Annotated[int | None, typer.Option(metavar="N", help="Processes and threads.")] = None,
     limit: bounds.Limit = None,
@@ -119,7 +120,7 @@ def _allocate(
         with progress("making the cell"):
             cell = client.cells.allocate(
                 name,
-                limits=bounds.to_limits(memory=memory, cpu=cpu, pids=pids, more=limit),
+                limits=bounds.to_limits(memory=memory, disk=disk, cpu=cpu, pids=pids, more=limit),
                 require=bounds.required(require, driver),
                 labels=label or (),
                 idle_timeout_ms=duration_ms(idle_timeout) if idle_timeout else None,
@@ -316,6 +317,7 @@ def _resize(
     session: Session,
     name: Name,
     memory: bounds.Memory = None,
+    disk: bounds.Disk = None,
     cpu: bounds.Cpu = None,
     pids: Annotated[int | None, typer.Option(metavar="N", help="Processes and threads.")] = None,
     limit: bounds.Limit = None,
@@ -327,9 +329,9 @@ def _resize(
     from aether.cli.parse import duration_ms
     from aether.contract.cells import Limits
 
-    asked, untouched = bounds.to_limits(memory=memory, cpu=cpu, pids=pids, more=limit), Limits()
+    asked, untouched = bounds.to_limits(memory=memory, disk=disk, cpu=cpu, pids=pids, more=limit), Limits()
     changed = {f: v for f in Limits.__struct_fields__ if (v := getattr(asked, f)) != getattr(untouched, f)}
-    named = {"memory_bytes": memory, "cpu_millis": cpu, "pids": pids}
+    named = {"memory_bytes": memory, "disk_bytes": disk, "cpu_millis": cpu, "pids": pids}
     changed |= {field: getattr(asked, field) for field, given in named.items() if given is not None}
     with session.client() as client:
         limits = replace(client.cells.show(name).limits, **changed)

@@ -14,6 +14,7 @@ from aether.cli.session import Session, command
 if TYPE_CHECKING:
     from aether.cli.follow import Follower
     from aether.client import Client
+    from aether.contract.cells import Interpreter
     from aether.contract.jobs import JobView
 
 _Files = Annotated[list[str] | None, typer.Option("--file", metavar="FILE", help="Put a file into /work: SRC[:DEST].")]
@@ -59,6 +60,7 @@ def _run(
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     memory: bounds.Memory = None,
     memory_high: bounds.MemoryHigh = None,
+    disk: bounds.Disk = None,
     cpu: bounds.Cpu = None,
     cpu_weight: bounds.CpuWeight = None,
     cpus_allowed: bounds.CpusAllowed = None,
@@ -87,12 +89,10 @@ def _run(
 ) -> int:
     from aether.cli.instance import ensure_instance
     from aether.cli.output import progress, show_json
-    from aether.contract.cells import Interpreter
 
-    if imports and not python:
-        raise typer.BadParameter("it goes with --python", param_hint="--import")
+    interpreter = _interpreter(python, imports)
     asked = bounds.to_limits(
-        memory=memory, memory_high=memory_high, cpu=cpu, cpu_weight=cpu_weight, cpus_allowed=cpus_allowed,
+        memory=memory, memory_high=memory_high, disk=disk, cpu=cpu, cpu_weight=cpu_weight, cpus_allowed=cpus_allowed,
         io_weight=io_weight, timeout=timeout, pids=pids, nice=nice, sched=sched, io_class=io_class, more=limit,
     )  # fmt: skip
     with session.client() as client:
@@ -112,13 +112,21 @@ def _run(
                 require=bounds.required(require, driver),
                 labels=label or [],
                 network=network.network_of(allow, credential, intercept, learn),
-                python=Interpreter(imports=tuple(imports or ())) if python else None,
+                python=interpreter,
                 wait=False,
             )
         if detach:
             show_json(job) if session.as_json else print(job.job_id)
             return 0
         return _finish(session, client, job, output_dir, force)
+
+
+def _interpreter(python: bool, imports: list[str] | None) -> Interpreter | None:
+    from aether.contract.cells import Interpreter
+
+    if imports and not python:
+        raise typer.BadParameter("it goes with --python", param_hint="--import")
+    return Interpreter(imports=tuple(imports or ())) if python else None
 
 
 def _finish(session: Session, client: Client, job: JobView, output_dir: Path, force: bool) -> int:

@@ -53,8 +53,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     Null leaves the kernel's default. memory: `memory_bytes` kills, `high` slows down and reclaims, `low` and `min` are
     kept from being reclaimed; weights (1..10000, default 100) share what is contended; `cpuset_*` are lists such as
-    `0-3,6`; the `io_*` rates hold for the disk of the state directory. What a host cannot hold is in the sandbox
-    report's `missing`.
+    `0-3,6`; the `io_*` rates hold for the disk of the state directory; `disk_bytes` is what the cell keeps there. What
+    a host cannot hold is in the sandbox report's `missing`.
     """
 
     memory_bytes: int = limits.MEMORY_BYTES_DEFAULT
@@ -63,6 +63,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     tmp_bytes: int = limits.TMP_BYTES_DEFAULT
     nofile: int = limits.NOFILE_DEFAULT
     file_bytes: int = limits.FILE_BYTES_DEFAULT
+    disk_bytes: int = limits.DISK_BYTES_DEFAULT
     timeout_ms: int = limits.TIMEOUT_MS_DEFAULT
     grace_ms: int = limits.STOP_GRACE_MS_DEFAULT
     memory_min_bytes: int | None = None

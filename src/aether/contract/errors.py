@@ -83,6 +83,7 @@ KINDS: Final[Mapping[str, ErrorKind]] = {
     "LOST": ErrorKind(200, EXIT_FAILED, "the job may have had effects; check before you run it again"),
     "ABANDONED": ErrorKind(200, EXIT_FAILED, "the job never started; submit it again"),
     "OUT_OF_MEMORY": ErrorKind(200, EXIT_FAILED, "raise the job's memory limit"),
+    "DISK_LIMIT": ErrorKind(200, EXIT_FAILED, "raise the job's disk limit with --disk, or let it keep less in /work"),
     "OUTPUT_REFUSED": ErrorKind(422, EXIT_FAILED, "declare regular files below the work directory"),
     "ENGINE_DIED": ErrorKind(503, EXIT_FAILED, "submit again; the model runtime is being restarted"),
     # models (422 with the reference's codes)

@@ -283,6 +283,7 @@ def check_bounds(asked: Limits) -> None:
         "tmp_bytes": (0, 1 << 40),
         "nofile": (16, 1 << 20),
         "file_bytes": (0, 1 << 50),
+        "disk_bytes": (limits.DISK_BYTES_MIN, 1 << 50),
         "timeout_ms": (1, limits.TIMEOUT_MS_MAX),
         "grace_ms": (0, limits.STOP_GRACE_MS_MAX),
     }

@@ -74,6 +74,13 @@ PIDS_MAX: Final = 32_768
 NOFILE_DEFAULT: Final = 1_024
 FILE_BYTES_DEFAULT: Final = 4 * GIB
 TMP_BYTES_DEFAULT: Final = 64 * MIB
+DISK_BYTES_DEFAULT: Final = 4 * GIB
+"""What a cell keeps on disk: its work directory and the layers of its overlays."""
+DISK_BYTES_MIN: Final = 1 * MIB
+WORK_ENTRIES_MAX: Final = 200_000
+"""Names below a cell's work directory and layers."""
+WORK_DEPTH_MAX: Final = 256
+"""Directories within directories there."""
 WEIGHT_MAX: Final = 10_000
 """Of CPU and I/O; 100 is everybody's default (cgroup-v2.rst, "Weights")."""
 CPU_LIST_CHARS_MAX: Final = 256
@@ -172,6 +179,9 @@ SEGMENT_FRAME_BYTES_MAX: Final = 1 * MIB
 """One group commit, its header included; so is what a write that was cut off can leave behind."""
 CHECKPOINT_INTERVAL_S: Final = 1.0
 TILE_WIDTH: Final = 256
+AUDIT_SEARCH_RECORDS_MAX: Final = 50_000
+"""Records that one page of a search looks at; the next page goes on from there."""
+AUDIT_PAGE_BYTES_MAX: Final = 1 * MIB
 DISK_FREE_BYTES_MIN: Final = 64 * MIB
 """Admission stops (507) below this plus the room of every open outcome."""
 OUTCOME_BYTES_RESERVED: Final = 16 * KIB

@@ -79,7 +79,7 @@ class Cell:
     """One cell. `once`: it ends with its first executable. `reason` says who ended it, when not itself.
 
     `place` names its cgroup and its work directory; `warm` until somebody takes it from the pool. `children` are
-    the cells inside that live; `altered` what somebody else last did to its cgroup.
+    the cells inside that live; `altered` what somebody else last did to its cgroup. `disk` holds `disk_bytes`.
     """
 
     cell_id: str
@@ -107,6 +107,8 @@ class Cell:
     altered: tuple[str, ...] = ()
     frozen: bool = False
     warm: bool = False
+    disk: str | None = None
+    disk_bytes: int = 0
     usage: dict[str, Any] | None = None
     io: tuple[int, int] | None = None
     timers: list[Timer] = field(default_factory=list)
@@ -120,6 +122,10 @@ class Cell:
 
     def running(self) -> list[Exec]:
         return [each for each in self.execs.values() if each.state != "ended"]
+
+    def enforced(self) -> dict[str, str]:
+        """Its limits, each with what holds it."""
+        return self.cgroup.enforced | ({"disk_bytes": self.disk} if self.disk is not None else {})
 
     def held(self) -> bool:
         """Whether its processes are stopped, by itself or with a cell around it."""

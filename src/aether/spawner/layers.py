@@ -34,7 +34,7 @@ def own_paths(plan: Plan) -> frozenset[str]:
 
 def prepare(root: int, overlay: Overlay, owner: Owner) -> None:
     """Make what is missing below the work root `root`; raises OSError."""
-    upper, scratch = _names(overlay)
+    upper, scratch = names(overlay)
     with contextlib.suppress(FileExistsError):
         os.mkdir(upper, 0o755, dir_fd=root)
         if owner.changes:
@@ -45,7 +45,7 @@ def prepare(root: int, overlay: Overlay, owner: Owner) -> None:
 
 def remove(root: int, overlay: Overlay) -> None:
     """Remove both directories; missing ones are removed ones."""
-    for name in _names(overlay):
+    for name in names(overlay):
         remove_tree(root, name)
 
 
@@ -53,7 +53,7 @@ def open_for_diff(root: int, overlay: Overlay) -> tuple[int, int, int]:
     """Descriptors of the layer, of what it lies over, and of an unnamed new file; raises OSError."""
     assert overlay.upper is not None
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    upper = os.open(_names(overlay)[0], flags | os.O_NOFOLLOW, dir_fd=root)
+    upper = os.open(names(overlay)[0], flags | os.O_NOFOLLOW, dir_fd=root)
     lower = os.open(overlay.lower, flags | os.O_NOFOLLOW)
     return upper, lower, os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=root)
 
@@ -67,6 +67,7 @@ def difference(upper: int, lower: int, layer: int, skipped: frozenset[str]) -> d
         return write_difference(upper, lower, file, limits.UPLOAD_BYTES_MAX, skipped)
 
 
-def _names(overlay: Overlay) -> tuple[str, str]:
+def names(overlay: Overlay) -> tuple[str, str]:
+    """The two directories of an overlay that keeps its changes, below the work root."""
     assert overlay.upper is not None
     return posixpath.basename(overlay.upper), posixpath.basename(scratch_of(overlay.upper))

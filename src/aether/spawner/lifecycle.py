@@ -22,15 +22,15 @@ from typing import Any
 from aether.contract import limits
 from aether.contract.cellplan import Plan
 from aether.spawner.cells import Cell, Exec, guest_usage, now_wall_us, proc_io, usage_view
+from aether.spawner.disk import Disk
 from aether.spawner.keeperlink import KeeperLink
 from aether.spawner.launcher import InitEvent, Launcher, LaunchFailedError, Running
 from aether.spawner.linux.cgroup import CgroupDriver
-from aether.spawner.linux.cgroup_limits import CgroupLimits
 from aether.spawner.linux.sched import Sched
 from aether.spawner.loop import Loop
 from aether.spawner.observerlink import ObserverLink
 from aether.spawner.orphans import Orphans
-from aether.spawner.placing import check_parent, read_sched, schedule, schedule_started
+from aether.spawner.placing import check_parent, read_sched, schedule, schedule_started, split_limits
 from aether.spawner.protocol import RefusedError
 from aether.spawner.roster import Reply, Roster
 from aether.spawner.rules import owner_of
@@ -59,6 +59,7 @@ class Lifecycle:
         self.cells = self.roster.cells
         self.keeper: KeeperLink | None = None
         self.observer: ObserverLink | None = None
+        self.disk: Disk | None = None
         self.orphans: Orphans | None = None
         self.stopping = Stopping(loop, cgroups)
         self._loop = loop
@@ -83,8 +84,7 @@ class Lifecycle:
         cell.once, cell.grace_ms = args["once"], args["grace_ms"]
         cell.started_ns, cell.started_wall_us = self._now_ns(), now_wall_us()
         cell.waiting_start.append(reply)
-        if self.observer is not None:
-            self.observer.watch(cell)
+        self._attend(cell)
 
     def begin(self, cell: Cell, args: dict[str, Any], wired: Wired | None) -> None:
         """The first executable of a taken cell. The cell's replies are answered once it runs."""
@@ -126,9 +126,15 @@ class Lifecycle:
         cell = self._admit(plan, key, args["limits"], reply, parent, args["nestable"])
         cell.once, cell.grace_ms = args["once"], args["grace_ms"]
         cell.has_work = args["work"] or bool(args["files"])
+        self._attend(cell)
+        return cell
+
+    def _attend(self, cell: Cell) -> None:
+        """Whoever looks at what cells do hears of it."""
         if self.observer is not None:
             self.observer.watch(cell)
-        return cell
+        if self.disk is not None:
+            self.disk.arm()
 
     def check_free(self, wired: Wired | None) -> None:
         """Whether the id of a first executable is free; raises RefusedError."""
@@ -146,9 +152,10 @@ class Lifecycle:
     ) -> Cell:
         ids = plan.id_map
         self.roster.check_room(ids)
+        bounds, disk_bytes = split_limits(asked)
         try:
             above = parent.cgroup if parent is not None else None
-            cgroup = self._cgroups.create(plan.cell_id, CgroupLimits(**asked), parent=above, nestable=nestable)
+            cgroup = self._cgroups.create(plan.cell_id, bounds, parent=above, nestable=nestable)
         except OSError as error:
             code = "LIMIT_REFUSED" if error.errno in (errno.EINVAL, errno.EBUSY) else "CELL_FAILED"
             raise RefusedError(code, f"cannot make the cell's cgroup: {error.strerror}") from error
@@ -168,6 +175,8 @@ class Lifecycle:
             parent.children.append(cell)
         cell.waiting_start.append(reply)
         self.roster.enter(cell)
+        if self.disk is not None and disk_bytes is not None:
+            self.disk.bound(cell, plan, disk_bytes)
         return cell
 
     def launch(self, cell: Cell, plan: Plan, args: dict[str, Any] | None, wired: Wired | None) -> None:
@@ -296,7 +305,7 @@ class Lifecycle:
     def _on_event(self, cell: Cell, event: InitEvent) -> None:
         executable = cell.execs.get(event.exec_id) if event.exec_id else None
         if event.kind == "ready":
-            cell.report = {**event.report, "limits": dict(cell.cgroup.enforced)}
+            cell.report = {**event.report, "limits": cell.enforced()}
             if not cell.execs:
                 self._cell_started(cell)
         elif event.kind == "container":
@@ -473,6 +482,8 @@ class Lifecycle:
         failed = cell.reason == "launch-failed" and not cell.execs
         if self.observer is not None:
             self.observer.end(cell.cell_id, started=not failed)
+        if self.disk is not None:
+            self.disk.ended(cell)
         if failed or cell.warm:
             self._discard(cell.place, lambda: self._forget(cell))
         else:

@@ -22,11 +22,13 @@ import resource
 import signal
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from aether.contract import limits
 from aether.spawner.cells import now_wall_us
+from aether.spawner.disk import Disk, projects_of
 from aether.spawner.helper import HelperOptions
 from aether.spawner.keeperlink import KeeperLink
 from aether.spawner.launcher import Launcher
@@ -100,7 +102,8 @@ class Spawner:
         for left in old:
             self.cgroups.sweep(left)
         self.server = Server(self.loop, frozenset({os.geteuid(), 0, options.peer_uid} - {-1}))
-        work_ops = WorkOps(self.loop, self.work)
+        projects = projects_of(self.work.fileno(), self.instance) if self._root else None
+        work_ops = WorkOps(self.loop, self.work, projects)
         self.lifecycle = Lifecycle(self.loop, self.cgroups, self.launcher, self.server.emit, work_ops.remove)
         helpers = HelperOptions(str(self._state / "logs/jobs"))
         if self._root:
@@ -108,6 +111,10 @@ class Spawner:
         self.keeper = self.lifecycle.keeper = KeeperLink(self.loop, helpers, self.lifecycle.on_output)
         self.observer = self.lifecycle.observer = ObserverLink(self.loop, helpers)
         self.tracer = Tracer(self.loop, self.observer)
+        watching = replace(helpers, directory=rules.work)
+        self.disk = self.lifecycle.disk = Disk(
+            self.loop, watching, self.lifecycle.cells, work_ops.trees, projects, self.lifecycle.kill
+        )
         self._work_ops = work_ops
         self._sweeper = -1
         Upkeep(self.loop, self.cgroups, self.lifecycle.cells, self.server.emit).start()
@@ -212,7 +219,10 @@ class Spawner:
         """The children that are no orphans of cells."""
         inits = {cell.launched.pid for cell in self.lifecycle.cells.values() if cell.pidfd >= 0}
         return (
-            inits | self._work_ops.children | self.launcher.pids() | {self.keeper.pid, self.observer.pid, self._sweeper}
+            inits
+            | self._work_ops.children
+            | self.launcher.pids()
+            | {self.keeper.pid, self.observer.pid, self.disk.pid, self._sweeper}
         )
 
     def _facts(self) -> dict[str, Any]:
@@ -258,6 +268,7 @@ class Spawner:
         self.keeper.close()
         self.tracer.close()
         self.observer.close()
+        self.disk.close()
         self.launcher.close()
         self.cgroups.sweep(self.instance)
         self.cgroups.close()

@@ -16,9 +16,9 @@ from aether.spawner.launcher import LaunchFailedError
 from aether.spawner.layers import layers_of
 from aether.spawner.lifecycle import Lifecycle
 from aether.spawner.linux.cgroup import CgroupDriver
-from aether.spawner.linux.cgroup_limits import CgroupLimits
 from aether.spawner.netlisten import listen_inside
 from aether.spawner.offload import json_memfd
+from aether.spawner.placing import split_limits
 from aether.spawner.protocol import PROTOCOL_VERSION, RefusedError, Request
 from aether.spawner.rules import Rules, check_owner, exec_spec
 from aether.spawner.server import Answer
@@ -280,17 +280,19 @@ class Operations:
 
     def _limit(self, request: Request, _: Message, answer: Answer) -> None:
         """A live resize: every limit that is named changes, or none. What this host cannot hold is told."""
-        cell, wanted = self._cell(request), CgroupLimits(**request.args["limits"])
+        cell, (wanted, disk_bytes) = self._cell(request), split_limits(request.args["limits"])
         if cell.state != "running":
             raise RefusedError("NO_SUCH_CELL", f"cannot resize cell {cell.cell_id}: it is {cell.state}")
         try:
+            if disk_bytes is not None and self._lifecycle.disk is not None:
+                self._lifecycle.disk.resize(cell, disk_bytes)
             self._cgroups.set_limits(cell.cgroup, wanted)
         except OSError as error:
             why = f"cannot resize cell {cell.cell_id}: {error.strerror}"
             raise RefusedError("LIMIT_REFUSED", why) from error
-        cell.report["limits"] = dict(cell.cgroup.enforced)
+        cell.report["limits"] = cell.enforced()
         missing = {name: why for name, why in self._cgroups.probe()["missing"].items() if name in wanted.asked()}
-        answer.ok({"limits": dict(cell.cgroup.enforced), "missing": missing})
+        answer.ok({"limits": cell.enforced(), "missing": missing})
 
     def _trace(self, request: Request, _: Message, answer: Answer) -> None:
         """With `on` it answers when the trace is over and written."""

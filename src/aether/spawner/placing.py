@@ -8,6 +8,7 @@ from aether.contract import limits
 from aether.spawner.cells import Cell
 from aether.spawner.linux import sched as scheduling
 from aether.spawner.linux.cgroup import CgroupDriver
+from aether.spawner.linux.cgroup_limits import CgroupLimits
 from aether.spawner.linux.sched import Sched, SchedError
 from aether.spawner.proctree import leader
 from aether.spawner.protocol import RefusedError
@@ -24,6 +25,12 @@ def check_parent(parent: Cell, cgroups: CgroupDriver) -> None:
         depth, above = depth + 1, above.parent
     if depth >= limits.CELL_DEPTH_MAX:
         raise RefusedError("CELL_LIMIT", f"cannot nest in cell {parent.cell_id}: it is {depth} deep")
+
+
+def split_limits(asked: dict[str, Any]) -> tuple[CgroupLimits, int | None]:
+    """What the cgroup is to hold, and what the cell may keep on disk."""
+    rest = {name: value for name, value in asked.items() if name != "disk_bytes"}
+    return CgroupLimits(**rest), asked.get("disk_bytes")
 
 
 def read_sched(asked: dict[str, Any] | None) -> Sched | None:

@@ -152,6 +152,7 @@ _LIMITS = record(
     io_write_bps=(_RATE, None),
     io_read_iops=(_RATE, None),
     io_write_iops=(_RATE, None),
+    disk_bytes=(optional(integer(limits.DISK_BYTES_MIN, 1 << 50)), None),
 )
 _SCHED = record(
     {},

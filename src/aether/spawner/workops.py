@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 from aether.contract import limits
 from aether.contract.cellplan import Overlay, Plan
 from aether.spawner import layers, workdir, workfiles
+from aether.spawner.disk import Projects
 from aether.spawner.loop import Loop
 from aether.spawner.offload import json_memfd, offload
 from aether.spawner.protocol import RefusedError
@@ -30,9 +32,10 @@ Then = Callable[[], None]
 class WorkOps:
     """Fill, list, open, remove. Directories prepared before their cell exists are remembered with their owner."""
 
-    def __init__(self, loop: Loop, root: WorkRoot) -> None:
+    def __init__(self, loop: Loop, root: WorkRoot, projects: Projects | None = None) -> None:
         self._loop = loop
         self._root = root
+        self._projects = projects
         self._prepared: dict[str, Owner] = {}
         self._layers: dict[str, tuple[tuple[Overlay, ...], frozenset[str]]] = {}
         self.busy: Counter[str] = Counter()
@@ -62,6 +65,8 @@ class WorkOps:
         try:
             self._root.prepare(cell_id, owner)
             directory = self._root.open(cell_id)
+            if self._projects is not None:
+                self._projects.assign(cell_id, directory)
         except (OSError, WorkError) as error:
             close_all(sources)
             failed(RefusedError("CELL_FAILED", f"cannot make the work directory: {error}"))
@@ -131,6 +136,8 @@ class WorkOps:
     def put(self, place: str, owner: Owner, source: int, args: dict[str, Any], answer: Answer) -> None:
         """Replace one file by the copy of `source`, which is closed."""
         try:
+            if self._projects is not None:
+                self._projects.check_room(place, os.fstat(source).st_size)
             directory = self._directory(place)
         except RefusedError:
             os.close(source)
@@ -185,6 +192,11 @@ class WorkOps:
             for overlay in overlays:
                 layers.prepare(self._root.fileno(), overlay, owner)
 
+    def trees(self, place: str) -> tuple[str, ...]:
+        """The directories below the work root that a cell changes."""
+        overlays, _ = self._layers.get(place, ((), frozenset()))
+        return tuple(dict.fromkeys((place, *(name for overlay in overlays for name in layers.names(overlay)))))
+
     def diff(self, place: str, answer: Answer) -> None:
         """Answers with a memfd of `{changes, refused}` and a file that holds the same as an OCI layer."""
         if place not in self._layers:
@@ -211,6 +223,8 @@ class WorkOps:
 
     def remove(self, cell_id: str, then: Then) -> None:
         """A small, flat directory at once, any other by a child."""
+        if self._projects is not None:
+            then = self._releasing(cell_id, then)
         overlays, _ = self._layers.pop(cell_id, ((), frozenset()))
         if not overlays and self._root.remove_flat(cell_id):
             then()
@@ -226,6 +240,15 @@ class WorkOps:
             then()
 
         self._offload(cell_id, work, (self._root.fileno(),), done)
+
+    def _releasing(self, place: str, then: Then) -> Then:
+        def released() -> None:
+            if self._projects is not None:
+                with contextlib.suppress(OSError):  # the id is not used again as long as there are others
+                    self._projects.release(place)
+            then()
+
+        return released
 
     def _offload(
         self, cell_id: str, work: Callable[[], Any], keep: tuple[int, ...], done: Callable[[int, str], None]

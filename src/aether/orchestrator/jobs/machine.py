@@ -119,10 +119,11 @@ CELL_ENDED: Final = {
     "cell-freed": (JobState.CANCELLED, "CANCELLED", "its cell was freed"),
     "idle": (JobState.CANCELLED, "CANCELLED", "its cell was freed because it was idle"),
     "cell-died": (JobState.FAILED, "JOB_FAILED", "its cell died"),
+    "disk-limit": (JobState.FAILED, "DISK_LIMIT", "its cell kept more on disk than its limit"),
     "revoked": (JobState.CANCELLED, "REVOKED", "the ticket of its cell was revoked"),
     "parent-ended": (JobState.CANCELLED, "CANCELLED", "the cell around its own ended"),
 }
-"""How a guest of an allocated cell ends when the cell does."""
+"""How an executable ends when its cell does."""
 
 # ---- commands
 

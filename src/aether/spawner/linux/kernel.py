@@ -37,16 +37,16 @@ ARCH: Final = platform.machine()
 _NUMBERS: Final = {
     "x86_64": {
         "capget": 125, "capset": 126, "clone": 56, "pivot_root": 155, "seccomp": 317, "setgroups": 116,
-        "sched_setattr": 314, "sched_getattr": 315, "ioprio_set": 251, "ioprio_get": 252,
+        "sched_setattr": 314, "sched_getattr": 315, "ioprio_set": 251, "ioprio_get": 252, "kcmp": 312,
     },
     "aarch64": {
         "capget": 90, "capset": 91, "clone": 220, "pivot_root": 41, "seccomp": 277, "setgroups": 159,
-        "sched_setattr": 274, "sched_getattr": 275, "ioprio_set": 30, "ioprio_get": 31,
+        "sched_setattr": 274, "sched_getattr": 275, "ioprio_set": 30, "ioprio_get": 31, "kcmp": 272,
     },
 }  # fmt: skip
 _COMMON: Final = {
     "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "clone3": 435,
-    "close_range": 436, "openat2": 437, "mount_setattr": 442, "landlock_create_ruleset": 444,
+    "close_range": 436, "openat2": 437, "mount_setattr": 442, "quotactl_fd": 443, "landlock_create_ruleset": 444,
     "landlock_add_rule": 445, "landlock_restrict_self": 446,
 }  # fmt: skip
 

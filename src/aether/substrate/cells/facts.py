@@ -20,7 +20,12 @@ NAMESPACE_WORDS: Final = {
     "uts": "utsns",
     "cgroup": "cgroupns",
 }
-LIMIT_WORDS: Final = {"memory_bytes": "cgroup-memory", "cpu_millis": "cgroup-cpu", "pids": "cgroup-pids"}
+LIMIT_WORDS: Final = {
+    "memory_bytes": "cgroup-memory",
+    "cpu_millis": "cgroup-cpu",
+    "pids": "cgroup-pids",
+    "disk_bytes": "disk",
+}
 
 
 @dataclass(frozen=True, slots=True)

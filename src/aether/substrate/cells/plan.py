@@ -54,6 +54,8 @@ DEFAULT_ENV: Final = {
     "USER": "job",
 }
 TMP_BYTES_MIN: Final = 4096
+DISK: Final = "disk_bytes"
+"""The one bound of a whole cell that no cgroup holds."""
 OBSERVATION: Final = "bpf"
 """What a host may lack that enforces nothing: no report of a cell names it."""
 CGROUP_LIMITS: Final = (
@@ -88,7 +90,7 @@ class Planned:
         return canonical({"plan": plan, "exec": executable, "limits": self.limits} | sched)
 
     def lines(self) -> tuple[str, ...]:
-        asked = [f"cgroup limit {name}: {value}" for name, value in self.limits.items()]
+        asked = [f"{'' if name == DISK else 'cgroup '}limit {name}: {value}" for name, value in self.limits.items()]
         if self.sched is not None:
             asked.append("schedule as " + ", ".join(f"{name} {value}" for name, value in self.sched.items() if value))
         lacks = [f"not enforced here: {name}: {reason}" for name, reason in self.missing.items()]
@@ -178,13 +180,14 @@ def _check_isolation(spec: CellSpec, facts: Facts) -> None:
 
 
 def cgroup_limits(asked: Limits) -> dict[str, Any]:
-    """What the cell's cgroup is to enforce: what is asked, and no swap unless it is."""
+    """What is to hold for the whole cell, by its cgroup and on disk: what is asked, and no swap unless it is."""
     own = {name: getattr(asked, name) for name in CGROUP_LIMITS if getattr(asked, name) is not None}
     return {
         "memory_bytes": asked.memory_bytes,
         "swap_bytes": 0,
         "cpu_millis": asked.cpu_millis,
         "pids": asked.pids + 1,  # PID 1 is ours, not the job's
+        DISK: asked.disk_bytes,
     } | own
 
 

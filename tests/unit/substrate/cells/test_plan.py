@@ -71,6 +71,7 @@ def test_defaults(facts: Facts) -> None:
         "swap_bytes": 0,
         "cpu_millis": 1000,
         "pids": limits.PIDS_DEFAULT + 1,
+        "disk_bytes": limits.DISK_BYTES_DEFAULT,
     }
     assert planned.missing == {} and planned.executable.cwd == "/work"
     assert dict(planned.executable.env)["HOME"] == "/work"
@@ -174,7 +175,8 @@ def test_every_plan_passes_the_parser_that_guards_the_spawner(
 
 def test_optional_limits_and_the_class_are_asked_for(facts: Facts) -> None:
     plain = plan_cell(CellSpec(argv=("true",)), "c", "e", facts, 0)
-    assert set(plain.limits) == {"memory_bytes", "swap_bytes", "cpu_millis", "pids"} and plain.sched is None
+    assert set(plain.limits) == {"memory_bytes", "swap_bytes", "cpu_millis", "pids", "disk_bytes"}
+    assert plain.sched is None
     wanted = Limits(cpu_weight=20, io_weight=30, cpuset_cpus="0-1", swap_bytes=4096, sched=Sched(policy="idle"))
     planned = plan_cell(CellSpec(argv=("true",), limits=wanted), "c", "e", facts, 0)
     assert planned.limits["cpu_weight"] == 20 and planned.limits["cpuset_cpus"] == "0-1"
