@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from aether.api import params
+from aether.api.auditoperations import AUDIT_OPERATIONS
 from aether.api.celloperations import CELL_OPERATIONS
 from aether.api.egressoperations import EGRESS_OPERATIONS
 from aether.api.imageoperations import IMAGE_OPERATIONS
@@ -244,18 +245,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         effect="read",
         idempotent=True,
     ),
-    Operation(
-        name="audit.checkpoint",
-        method="GET",
-        path="/v0/audit/checkpoint",
-        summary="The signed checkpoint of the audit log (C2SP tlog-checkpoint note); keep it elsewhere.",
-        request=calls.Nothing,
-        reply=calls.RawReply,
-        access="read",
-        effect="read",
-        idempotent=True,
-        media_type="text/plain",
-    ),
+    *AUDIT_OPERATIONS,
     Operation(
         name="cell.explain",
         method="POST",

@@ -29,6 +29,7 @@ from aether.substrate.access.policy import Policy
 from aether.substrate.audit.keyfile import open_signer
 from aether.substrate.audit.log import AuditLog
 from aether.substrate.audit.receipts import Receipts
+from aether.substrate.auditreading import AuditReading
 from aether.substrate.book import Book
 from aether.substrate.cellfiles import CellFileDesk
 from aether.substrate.cellhouse import CellHouse
@@ -118,6 +119,7 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         files=CellFileDesk(house, book, cells),
         talking=Talking(gate, book, house, cells, execution, reading),
         watching=Watching(gate, book, house, cells, reading, ActivityLogs(layout.job_logs)),
+        audit=AuditReading(gate, book, orchestra, reading, house),
         images=ImageDesk(gate, book, orchestra, execution, cells, house),
         tickets=TicketDesk(gate, book, access, house, fence),
         fence=fence,

@@ -24,7 +24,7 @@ _READS: Final = frozenset(
     {
         "health", "metrics", "job.list", "job.get", "job.result", "job.logs", "job.receipt", "job.story",
         "artifact.get", "artifact.list", "image.list", "image.show", "model.list", "audit.checkpoint", "cell.explain",
-        "node.doctor",
+        "node.doctor", "audit.query", "audit.tail", "audit.export", "audit.inspect",
         "cell.list", "cell.show", "cell.stats", "cell.events", "cell.get", "cell.files",
         "ticket.list", "ticket.show", "ticket.verify",
         "job.activity", "cell.activity", "job.egress",

@@ -53,6 +53,7 @@ from aether.contract.wire import (
 )
 from aether.substrate import entries
 from aether.substrate.access.access import Resource
+from aether.substrate.auditreading import AuditReading
 from aether.substrate.book import Book
 from aether.substrate.cellfiles import CellFileDesk
 from aether.substrate.cellhouse import CellHouse
@@ -98,6 +99,7 @@ class Parts:
     images: ImageDesk
     tickets: TicketDesk
     fence: Fence
+    audit: AuditReading
     metrics: Metrics
 
 
@@ -128,6 +130,9 @@ class Service:
             "artifact.list": reading.artifacts,
             "model.list": reading.models,
             "audit.checkpoint": reading.checkpoint,
+            "audit.query": parts.audit.query,
+            "audit.tail": parts.audit.tail,
+            "audit.export": parts.audit.export,
             "cell.allocate": parts.images.allocate,
             "cell.list": parts.house.listing,
             "cell.show": parts.house.show,

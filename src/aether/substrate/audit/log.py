@@ -2,7 +2,7 @@
 
 Protocol: `append` assigns the next index, synchronously, so that records appended before the next await are
 neighbours in one group commit; `await durable(index)` before anything the record allows happens. One writer thread
-commits; the loop is told once per batch. All methods belong to the event loop's thread.
+commits; the loop is told once per batch. Methods belong to the event loop's thread unless they say otherwise.
 
 Invariants:
 - an index is durable only after the fdatasync of its frame; indexes become durable in order;
@@ -28,7 +28,7 @@ from typing import Final
 
 from aether.contract.errors import AetherError
 from aether.contract.ids import Digest
-from aether.contract.limits import DISK_FREE_BYTES_MIN, OUTCOME_BYTES_RESERVED, RECORD_BYTES_MAX
+from aether.contract.limits import DISK_FREE_BYTES_MIN, OUTCOME_BYTES_RESERVED, RECORD_BYTES_MAX, TILE_WIDTH
 from aether.contract.records import Record
 from aether.substrate.audit import entry as entries
 from aether.substrate.audit import tree
@@ -183,6 +183,16 @@ class AuditLog:
         """Up to `limit` durable records from `start` on; empty at the end."""
         end = min(start + limit, self._durable.size)
         return [entries.decode(self._store.tiles.entry(index)) for index in range(max(0, start), end)]
+
+    def bundle(self, number: int) -> list[bytes]:
+        """The durable records of entry bundle `number`, unchecked; callable on any thread. Raises AetherError
+        LOG_CORRUPT."""
+        first = number * TILE_WIDTH
+        return self._store.tiles.bundle(number)[: max(0, self._durable.size - first)]
+
+    def check(self, index: int, entry: bytes) -> None:
+        """Holds an entry of `bundle` to the tree; callable on any thread. Raises AetherError LOG_CORRUPT."""
+        self._store.tiles.check(index, entry)
 
     def prove(self, index: int, size: int) -> tuple[str, ...]:
         """The inclusion proof of a durable record in the tree of `size`, base64. Raises AetherError NOT_FOUND."""

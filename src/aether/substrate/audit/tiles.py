@@ -142,9 +142,21 @@ class TileStore:
         if live is not None:
             return live[at]
         entry = self._bundle(number)[at]
-        if leaf_hash(entry) != self.node(0, index):
-            raise AetherError("LOG_CORRUPT", f"cannot read entry {index}: {tile_path(BUNDLES, number)} was changed")
+        self.check(index, entry)
         return entry
+
+    def check(self, index: int, entry: bytes) -> None:
+        """Raises AetherError LOG_CORRUPT unless `entry` is what was logged at `index`."""
+        if leaf_hash(entry) != self.node(0, index):
+            path = tile_path(BUNDLES, index // TILE_WIDTH)
+            raise AetherError("LOG_CORRUPT", f"cannot read entry {index}: {path} was changed")
+
+    def bundle(self, number: int) -> list[bytes]:
+        """The entries of bundle `number` as far as there are any, unchecked. Raises AetherError LOG_CORRUPT.
+
+        They are not cached: whoever searches reads each bundle once."""
+        live = self._live_entries.get(number)
+        return list(live) if live is not None else self._read_bundle(number)
 
     def publish(self) -> None:
         """Writes the tiles and bundles that became full. Raises OSError; what was not written stays due."""
