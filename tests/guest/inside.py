@@ -28,7 +28,7 @@ def mount(kind: str, target: str, options: str = "", source: str = "none") -> No
 
 def mount_scratch() -> None:
     """The disk at /tmp; memory elsewhere."""
-    subprocess.run(["modprobe", "-a", "virtio_blk", "ext4", "bfq"], check=False)
+    subprocess.run(["modprobe", "-a", "virtio_blk", "ext4", "bfq", "loop"], check=False)
     made = subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "/dev/vda"], check=False)
     if made.returncode == 0:
         mount("ext4", SCRATCH, source="/dev/vda")
