@@ -173,6 +173,8 @@ class Fence:
             await self._egress.close(job.place)
         if self._book.ledger.open.get(job.grant.job_id) is job:
             await self._tell([(job, self._conclude(job))])
+        else:  # aurorad was told of its end, too, and was sooner
+            await self._book.wait(job.grant.job_id, KILL_S)
 
     async def _killed(self, job: OpenJob) -> bool:
         """Whether its executable is seen to be over; else its end will be told, and aurorad finishes it."""
