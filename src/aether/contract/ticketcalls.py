@@ -154,7 +154,7 @@ def caveats_of(said: Narrowing, expires_at_ms: int | None) -> tuple[Caveat, ...]
         items: tuple[str, ...] | None = getattr(said, name)
         if items is not None:
             _check_items(name, items)
-            found.append(Caveat(name, items))  # type: ignore[arg-type]
+            found.append(Caveat(name, items))
     if expires_at_ms is not None:
         found.append(c.expires(expires_at_ms))
     return (*found, *_budgets(said.budget))

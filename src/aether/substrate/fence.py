@@ -117,8 +117,8 @@ class Fence:
         with self._held(links) as cut:
             try:
                 while True:
-                    step = asyncio.ensure_future(anext(chunks))  # type: ignore[arg-type]
-                    await asyncio.wait({step, cut}, return_when=asyncio.FIRST_COMPLETED)
+                    step = asyncio.ensure_future(anext(chunks))
+                    await _either(step, cut)
                     if cut.done():
                         raise AetherError("TICKET_REVOKED", "cannot go on with the answer: the ticket was revoked")
                     try:
@@ -136,7 +136,7 @@ class Fence:
         task: asyncio.Future[None] = asyncio.ensure_future(running)
         with self._held(links) as cut:
             try:
-                await asyncio.wait({task, cut}, return_when=asyncio.FIRST_COMPLETED)
+                await _either(task, cut)
             finally:
                 if not task.done():
                     task.cancel()
@@ -188,6 +188,10 @@ class Fence:
         except (AetherError, TimeoutError):
             return job.end is not None
         return True
+
+
+async def _either(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 def _is_under(record: Record, links: frozenset[str]) -> bool:

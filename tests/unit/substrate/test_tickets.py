@@ -22,7 +22,7 @@ from aether.substrate import ticketentries
 from aether.substrate.access.access import Admission, Resource
 from aether.substrate.book import Book
 from aether.substrate.cellentries import Order
-from aether.substrate.cells.drivers.memory import Run
+from aether.substrate.cells.drivers.memory import Program, Run
 from tests.support.onenode import OWNER, STRANGER, OneNode, caller, command, running
 
 HOUR_MS = 3_600_000
@@ -38,7 +38,7 @@ async def forever(run: Run) -> int:
     return 0
 
 
-PROGRAMS = {"ok": ok, "forever": forever}
+PROGRAMS: dict[str, Program] = {"ok": ok, "forever": forever}
 Step = Callable[[OneNode], Awaitable[None]]
 
 
@@ -314,12 +314,12 @@ def test_a_record_of_a_revoked_ticket_is_not_written(tmp_path: Path) -> None:
         assert ticket is not None
 
         def late(who: Caller, operation: str, resource: Resource) -> Admission:
-            admission = admit(who, operation, resource)
+            admission: Admission = admit(who, operation, resource)
             order = Order(caller(), admit(caller(), "ticket.revoke", Resource(kind="ticket")), "ticket.revoke")
             book.write(lambda index, now: ticketentries.revoked(ticket, minted.link_id, order, index, now))
             return admission
 
-        gate.admit = late  # type: ignore[method-assign]
+        gate.admit = late
         call = AllocateCall(request=CellRequest(name="late"))
         by = caller(OTHER, ticket=minted.ticket)
         assert await refused(node.call("cell.allocate", by, call)) == "TICKET_REVOKED"
