@@ -13,6 +13,7 @@ import pytest
 
 from aether.spawner.helper import Helper, HelperOptions
 from aether.spawner.loop import Loop
+from tests.support import machine
 
 # Answers {"say": text} with that text as it stands, closes on {"end": 1}, and ends when its owner is gone.
 MODULE = """
@@ -53,12 +54,12 @@ class Owner:
 
 @pytest.fixture
 def owner(tmp_path: Path) -> Iterator[Owner]:
+    before = set(machine.children(os.getpid()))
     made = Owner(tmp_path)
     yield made
     made.helper.close()
     sys.path.remove(str(tmp_path))
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert set(machine.children(os.getpid())) <= before, "neither a process nor a zombie is left"
 
 
 def test_one_that_ends_is_started_again(owner: Owner) -> None:
