@@ -22,6 +22,8 @@ from tests.support.spawnerprocess import MIB, Spawner, launch, run, with_driver
 
 KILLED = "disk-limit"
 LINGER = "; sleep 20"
+LOOKING = 1 << 2 | 1 << 19 | 1 << 40
+"""CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE, CAP_CHECKPOINT_RESTORE (linux/capability.h)."""
 
 
 @pytest.fixture(params=["root", "ordinary"])
@@ -126,13 +128,18 @@ def test_files_without_a_name_are_found(held: str) -> None:
         spawner.close()
 
 
-def test_many_empty_files_are_too_many(spawner: Spawner) -> None:
+def test_many_empty_files_are_too_many() -> None:
+    spawner = Spawner(None)
+
     async def step(driver: NativeDriver) -> None:
         code = "import os,time\nfor n in range(250_000): os.close(os.open(str(n), os.O_CREAT))\ntime.sleep(20)"
         end = await bounded(driver, f"exec python3 -IS -c '{code}'", 1 << 30)
         assert (end.exit.signal, end.exit.reason) == (9, KILLED)
 
-    with_driver(spawner, step)
+    try:
+        with_driver(spawner, step)
+    finally:
+        spawner.close()
 
 
 def test_the_watcher_dies_and_the_bound_holds() -> None:
@@ -142,6 +149,9 @@ def test_the_watcher_dies_and_the_bound_holds() -> None:
         started = await launch(driver, "sleep 1.5; head -c 30M /dev/zero > big" + LINGER, limits=disk(20 * MIB))
         await asyncio.sleep(0.8)
         (watcher,) = [pid for pid in children(spawner.process.pid) if any("diskwatch" in word for word in argv_of(pid))]
+        about = dict(line.split(":\t", 1) for line in Path(f"/proc/{watcher}/status").read_text().splitlines())
+        if os.geteuid() == 0:
+            assert "0" not in about["Uid"].split() and int(about["CapEff"], 16) == LOOKING
         os.kill(watcher, signal.SIGKILL)
         end = await driver.wait(started.handle, started.exec_id)
         assert (end.exit.signal, end.exit.reason) == (9, KILLED)

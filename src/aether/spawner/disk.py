@@ -28,6 +28,8 @@ from aether.spawner.loop import Loop
 from aether.spawner.protocol import RefusedError
 
 TICK_S: Final = 0.25
+MOMENT_S: Final = 0.1
+"""A cell that has not lived so long is not told of: most never do."""
 BATCH_CELLS: Final = 64
 REASON: Final = "disk-limit"
 _PROJECT_BASE: Final = 0x4000_0000
@@ -146,7 +148,9 @@ class Disk:
     def _tick(self) -> None:
         self._armed = False
         bounded = [each for each in self._cells.values() if each.disk == "watched" and not each.warm]
-        new = [each for each in bounded if each.state == "running" and each.place not in self._watched]
+        before_ns = (self._loop.clock_s() - MOMENT_S) * 1e9
+        running = [each for each in bounded if each.state == "running" and each.place not in self._watched]
+        new = [each for each in running if each.started_ns <= before_ns]
         if new:
             self._watch(new)
         if any(each.state in ("starting", "running") and each.place not in self._watched for each in bounded):

@@ -126,6 +126,7 @@ def test_model_jobs(key: tuple[str, str], expected: tuple[str, tuple[str, ...]])
         (ExitStatus(code=1), None, JobState.FAILED, "JOB_FAILED"),
         (ExitStatus(signal=11), None, JobState.FAILED, "JOB_FAILED"),
         (ExitStatus(signal=9, oom_killed=True), None, JobState.FAILED, "OUT_OF_MEMORY"),
+        (ExitStatus(signal=9, reason="disk-limit"), None, JobState.FAILED, "DISK_LIMIT"),
         (ExitStatus(signal=9, timed_out=True), None, JobState.TIMED_OUT, "TIMED_OUT"),
         (ExitStatus(signal=9, timed_out=True), 10, JobState.TIMED_OUT, "TIMED_OUT"),
         (ExitStatus(signal=15), 10, JobState.CANCELLED, "CANCELLED"),

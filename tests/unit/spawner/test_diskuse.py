@@ -15,10 +15,10 @@ MIB = 1 << 20
 def counted(root: Path, name: str = "work", bytes_max: int = 1 << 40, entries_max: int = 1000) -> Use:
     use = Use(bytes_max, entries_max)
     parent = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     try:
         count_tree(parent, name, use)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
     finally:
         os.close(parent)
     return use
