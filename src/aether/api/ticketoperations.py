@@ -38,7 +38,7 @@ TICKET_OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation(
         name="ticket.show",
         method="GET",
-        path="/v0/tickets/{link_id}",
+        path="/v0/tickets/link/{link_id}",
         summary="One minted ticket, by the id of its link; never its text.",
         request=ticketcalls.LinkCall,
         reply=ticketcalls.TicketView,

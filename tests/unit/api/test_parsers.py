@@ -91,10 +91,11 @@ def test_router_finds_every_operation() -> None:
                 .replace("{digest}", digest)
                 .replace("{cell}", "a:b")
                 .replace("{image}", "base:1")
+                .replace("{link_id}", "0" * 32)
             )
             found, fields = ROUTER.find(operation.method, asked)
             assert found is operation
-            values = {"job_id": JOB, "digest": digest, "cell": "a/b", "image": "base:1"}
+            values = {"job_id": JOB, "digest": digest, "cell": "a/b", "image": "base:1", "link_id": "0" * 32}
             assert fields == {name: values[name] for name in fields}
             assert set(fields) == {operation.path_argument} - {None}
             assert operation.method in ROUTER.allowed(asked)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aether.api.operations import OPERATIONS
-from aether.client import Client, cells
+from aether.client import Client, cells, tickets
 from aether.client.inputs import gather
 from aether.contract.cells import Limits
 from aether.contract.errors import AetherError
@@ -45,7 +45,7 @@ def test_every_operation_has_its_method(client: Client) -> None:
     assert client.artifact_list().artifacts[0].digest == info.digest
     job = client.get(job.job_id)
     assert client.signal(job.job_id, 15).job_id == client.window(job.job_id, 24, 80).job_id == job.job_id
-    source = inspect.getsource(Client) + inspect.getsource(cells)
+    source = inspect.getsource(Client) + inspect.getsource(cells) + inspect.getsource(tickets)
     assert all(f'"{operation.name}"' in source for operation in OPERATIONS)
 
 
