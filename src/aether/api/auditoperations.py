@@ -15,7 +15,8 @@ from aether.contract.records import RecordType
 _TYPES: Final[tuple[str, ...]] = get_args(RecordType)
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9:/._@+=-]{0,254}", re.ASCII)
 _LINK: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
-_TIME: Final = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,6}))?Z", re.ASCII)
+_DATE: Final = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+_TIME: Final = re.compile(rf"({_DATE}T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9])(\.([0-9]{{1,6}}))?Z", re.ASCII)
 _INDEX_SCHEMA: Final[dict[str, Any]] = {"type": "integer", "minimum": 0, "maximum": (1 << 53) - 1}
 
 
@@ -49,7 +50,7 @@ def parse_time(text: str) -> str:
     match = _TIME.fullmatch(text)
     if match is None:
         raise _refuse("since or until", text, "not a time such as 2026-09-21T13:33:20Z")
-    return f"{match[1]}.{match[2] or '':0<6}Z"
+    return f"{match[1]}.{match[6] or '':0<6}Z"
 
 
 def parse_order(text: str) -> str:
@@ -64,7 +65,7 @@ def _name(name: str, field: str, summary: str) -> params.Param:
 
 
 def _time(name: str, summary: str) -> params.Param:
-    schema = {"type": "string", "format": "date-time", "examples": ["2026-09-21T13:33:20Z"]}
+    schema = {"type": "string", "pattern": f"^{_TIME.pattern}$", "examples": ["2026-09-21T13:33:20Z"]}
     return params.Param(name, name, schema, parse_time, summary)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from aether.cli import auditlog, why
 from aether.cli.session import Session, command
 
 if TYPE_CHECKING:
@@ -41,7 +42,10 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="The audit log.", no_args_is_help=True, rich_markup_mode=None)
     app.add_typer(group, name="audit")
     example = "\n\n\b\nExample:\n  aether audit verify ./logs/audit --key audit.pub --checkpoint kept"
-    command(group, "verify", help="Verify a log directory, this instance's otherwise." + example)(_verify_log)
+    about = "Verify a log directory (this instance's otherwise), or the file of an export."
+    command(group, "verify", help=about + example)(_verify_log)
+    auditlog.register(group)
+    why.register(app)
     command(group, "checkpoint", help="Print the signed checkpoint; keep it elsewhere to notice truncation.")(
         _checkpoint
     )
@@ -128,7 +132,9 @@ def _verify(
 
 def _verify_log(
     session: Session,
-    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="The log's directory.")] = None,
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR|FILE", help="The log's directory, or an export.")
+    ] = None,
     key: Key = None,
     checkpoint: Annotated[
         list[Path] | None,
@@ -141,6 +147,8 @@ def _verify_log(
     from aether.substrate.audit.verify import verify_log
 
     chosen = directory if directory is not None else Layout(session.state_dir).audit
+    if chosen.is_file():
+        return _verify_export(session, chosen, key)
     if not chosen.is_dir():
         raise AetherError("NOT_FOUND", f"cannot verify {chosen}: no such directory", "name the log's directory")
     held = {str(path): _read(path) for path in checkpoint or ()}
@@ -149,6 +157,19 @@ def _verify_log(
             report = verify_log(chosen, _key(session, key), held)
         except OSError as error:
             raise _unreadable(chosen, error) from error
+    return _show_report(session, report)
+
+
+def _verify_export(session: Session, path: Path, key: Path | None) -> int:
+    from aether.cli.output import progress
+    from aether.substrate.audit.export_rules import LINE_BYTES_MAX, check_export
+
+    try:
+        with progress("verifying the export"), path.open("rb") as file:
+            lines = iter(lambda: file.readline(LINE_BYTES_MAX + 1), b"")
+            report = check_export(lines, _key(session, key))
+    except OSError as error:
+        raise _unreadable(path, error) from error
     return _show_report(session, report)
 
 

@@ -27,6 +27,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from aether.api.operations import BY_NAME
+from aether.client.audit import Audit
 from aether.client.cells import Cells, Session
 from aether.client.inputs import gather
 from aether.client.tickets import Tickets
@@ -302,6 +303,20 @@ class Client:
     def tickets(self) -> Tickets:
         """The operations on tickets."""
         return Tickets(self)
+
+    @property
+    def audit(self) -> Audit:
+        """The operations that read the audit log."""
+        return Audit(self)
+
+    def lines(self, name: str, query: Sequence[tuple[str, str]], follow: bool) -> Iterator[bytes]:
+        """Any operation that answers lines, without their newlines; one that was cut off is left out."""
+        call = self._call(name, query=query, extra_s=float(limits.TIMEOUT_MS_MAX) if follow else 0.0)
+        with self._transport.open(call) as response:
+            rest = b""
+            while chunk := _read1(response):
+                *lines, rest = (rest + chunk).split(b"\n")
+                yield from lines
 
     def call_json(self, name: str, reply: type[T], argument: str | None = None, **rest: Any) -> T:
         """Any operation that answers JSON."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -185,7 +185,7 @@ class AuditReading:
         async with self._turns:
             return await asyncio.to_thread(work)
 
-    async def _pieces(self, start: int, end: int, wanted: Wanted, room: tuple[int, int]) -> AsyncIterator[Found]:
+    async def _pieces(self, start: int, end: int, wanted: Wanted, room: tuple[int, int]) -> AsyncGenerator[Found, None]:
         """What fits from `start` up to `end`, oldest first, in bounded pieces."""
         while start < end:
             found = await self._search(_piece(start, end, False), wanted, False, room)

@@ -1,0 +1,190 @@
+"""The page that `aether why` prints, pure: from a job's receipt, and what else the node says of it, to sections.
+
+A receipt alone is enough for all but the caveats of the ticket, the connections and the activity of the job's cell:
+those are records and files of the node (`More`), and null where nobody could be asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from aether.contract.cells import SandboxReport, Usage
+from aether.contract.egresswire import EgressConnection
+from aether.contract.records import Receipt, Record
+
+Section = dict[str, Any]
+
+
+class More(msgspec.Struct, frozen=True, kw_only=True):
+    """What a receipt does not hold. `caveats` are those of each link of the ticket, by its id."""
+
+    caveats: dict[str, str] | None = None
+    connections: tuple[EgressConnection, ...] | None = None
+    activity: dict[str, int] | None = None
+
+
+class Why(msgspec.Struct, frozen=True, kw_only=True):
+    """Each section answers one question; facts that do not apply are null."""
+
+    job_id: str
+    asked: Section
+    authority: Section
+    rules: Section
+    place: Section
+    enforced: Section
+    used: Section
+    touched: Section
+    end: Section
+    proof: Section
+
+
+def page(receipt: Receipt, more: More) -> Why:
+    """Raises msgspec.DecodeError, or ValueError when the receipt lacks intent or outcome."""
+    records = [msgspec.json.decode(item.entry, type=Record) for item in receipt.entries]
+    by_type = {record.type: record for record in records}
+    intent, outcome = by_type.get("job.intent"), by_type.get("job.outcome")
+    if intent is None or outcome is None:
+        raise ValueError("it has no intent or no outcome")
+    started = by_type.get("job.started")
+    return Why(
+        job_id=receipt.job_id,
+        asked=_asked(intent, by_type.get("job.stop")),
+        authority=_authority(intent, more),
+        rules=_rules(intent),
+        place=_place(intent, started, outcome),
+        enforced=_enforced(receipt, started),
+        used=_used(intent, outcome),
+        touched=_touched(intent, outcome, more),
+        end=_end(outcome),
+        proof=_proof(receipt, records),
+    )
+
+
+def _asked(intent: Record, stop: Record | None) -> Section:
+    return {
+        "principal": intent.principal,
+        "tenant": intent.tenant_id,
+        "time": intent.created_at or intent.time,
+        "request": intent.request_id,
+        "operation": intent.operation,
+        "job": f"{intent.kind} {intent.op}",
+        "stop_asked_by": f"{stop.principal} at {stop.time}" if stop is not None else None,
+    }
+
+
+def _authority(intent: Record, more: More) -> Section:
+    ticket = intent.ticket
+    if ticket is None:
+        return {"ticket": None}
+    return {
+        "ticket": "the uid's own" if ticket.implicit else "shown by the caller",
+        "role": ticket.role,
+        "key": ticket.kid,
+        "links": ticket.link_ids,
+        "caveats": more.caveats,
+    }
+
+
+def _rules(intent: Record) -> Section:
+    policy = intent.policy
+    return {
+        "decision": policy.decision if policy else None,
+        "decided_by": policy.determining if policy else None,
+        "policy": policy.digest if policy else None,
+        "labels": intent.labels,
+    }
+
+
+def _place(intent: Record, started: Record | None, outcome: Record) -> Section:
+    code = outcome.code or (started.code if started else None)
+    return {
+        "node": outcome.node_id,
+        "cell": outcome.cell_id,
+        "allocated_cell": intent.detail.get("cell") if intent.cell_id else None,
+        "host_uid": started.detail.get("host_uid") if started else None,
+        "route": code.route if code else None,
+        "engine": code.engine if code else None,
+        "rung": code.rung if code else None,
+        "plan": code.plan_digest if code else None,
+        "model": f"{outcome.model_id}@{outcome.model_version}" if outcome.model_id else None,
+        "model_package": code.model_digest if code else None,
+    }
+
+
+def _enforced(receipt: Receipt, started: Record | None) -> Section:
+    digest = started.code.sandbox_digest if started is not None and started.code is not None else None
+    text = receipt.documents.get(digest) if digest is not None else None
+    if text is None:
+        return {"level": None}
+    report = msgspec.json.decode(text, type=SandboxReport)
+    return {
+        "level": report.level,
+        "by": report.executor,
+        "report": digest,
+        "mechanisms": tuple(name for name, seen in sorted(report.enforced.items()) if seen),
+        "missing": report.missing,
+    }
+
+
+def _used(intent: Record, outcome: Record) -> Section:
+    usage = outcome.usage or Usage()
+    measured = {name: getattr(usage, name) for name in msgspec.structs.asdict(usage) if name != "basis"}
+    return {
+        **{name: value for name, value in measured.items() if value is not None},
+        "apportioned": tuple(sorted(name for name, basis in usage.basis.items() if basis == "apportioned")),
+        "reserved": _budget(intent),
+        "settled": _budget(outcome),
+    }
+
+
+def _budget(record: Record) -> str | None:
+    budget = record.budget
+    return None if budget is None else f"{budget.ops} ops, {budget.cpu_ms} ms of CPU"
+
+
+def _touched(intent: Record, outcome: Record, more: More) -> Section:
+    return {
+        "input": intent.input_hash,
+        "artifacts": tuple(f"{ref.name} {ref.size_bytes} bytes {ref.digest}" for ref in outcome.artifacts),
+        "result": outcome.result_digest,
+        "network": outcome.detail.get("egress_index") is not None,
+        "connections": _connections(more.connections),
+        "activity": more.activity,
+    }
+
+
+def _connections(rows: Sequence[EgressConnection] | None) -> tuple[str, ...] | None:
+    if rows is None:
+        return None
+    return tuple(
+        f"{row.verdict} {row.host}:{row.port}"
+        + (f" x{row.count}" if row.count > 1 else "")
+        + (f" ({row.reason})" if row.reason else f", {row.sent_bytes} bytes out, {row.received_bytes} in")
+        for row in rows
+    )
+
+
+def _end(outcome: Record) -> Section:
+    ended = outcome.exit
+    return {
+        "state": outcome.state,
+        "exit_code": ended.code if ended else None,
+        "signal": ended.signal if ended else None,
+        "reason": ended.reason if ended else None,
+        "error": f"{outcome.error.message} [{outcome.error.code}]" if outcome.error else None,
+        "started": outcome.started_at,
+        "finished": outcome.finished_at,
+    }
+
+
+def _proof(receipt: Receipt, records: Sequence[Record]) -> Section:
+    return {
+        "log": receipt.origin,
+        "records": tuple(record.log_index for record in records),
+        "checkpoint_size": int(receipt.checkpoint.split("\n")[1]),
+        "verify": f"aether receipt show {receipt.job_id} --json > receipt.json && "
+        "aether verify receipt.json --key audit.pub",
+    }
