@@ -6,7 +6,7 @@ import argparse
 import subprocess
 import sys
 
-ALL = ("footprint", "cells", "egress", "jobs")
+ALL = ("footprint", "cells", "launch", "oci", "egress", "revoke", "jobs")
 
 
 def main() -> None:

@@ -13,7 +13,10 @@ _MODULE: Final = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
 
 
 def refine(schemas: Mapping[str, Any], ref: str) -> None:
-    """`ref` is the template of a reference. Adds to `Images`, `CommitBody`, `Interpreter`, `CommandParams` and `TraceBody`."""
+    """Adds to `Images`, `CommitBody`, `Interpreter`, `CommandParams`, `CellRequest`, `TraceBody`.
+
+    `ref` is the template of a reference.
+    """
     digest = {"type": "string"}
     for name in ("root", "work"):
         for way in schemas["Images"]["properties"][name]["anyOf"]:
