@@ -29,4 +29,17 @@ EGRESS_OPERATIONS: Final[tuple[Operation, ...]] = (
         query=(PAGE, params.LIMIT),
         errors=JOB_ERRORS,
     ),
+    Operation(
+        name="cell.egress",
+        method="GET",
+        path="/v0/cells/{cell}/egress",
+        summary="What an allocated cell reached or tried to reach, newest first.",
+        request=egresswire.CellEgressCall,
+        reply=egresswire.CellEgressPage,
+        access="read",
+        effect="read",
+        idempotent=True,
+        query=(PAGE, params.LIMIT),
+        errors=("BAD_ID", "NO_SUCH_CELL"),
+    ),
 )

@@ -31,8 +31,15 @@ HEADER: Final = rf"^(?!({_FORBIDDEN})$)[A-Za-z0-9!#$%&'*+.^_`|~-]{{1,64}}$"
 SOURCE: Final = rf"^(file:(?!.*/\.\.(/|$))/[^\u0000-\u001f\u007f]{{1,1023}}|env:{SECRET_VARIABLE}[A-Z0-9_]{{1,100}})$"
 
 
+_SHARED_HAS_NONE: Final = {
+    "if": {"required": ["isolate_network"], "properties": {"isolate_network": {"const": False}}},
+    "then": {"properties": {"network": {"type": "null"}}},
+}
+"""A cell that shares the host's network has no rules."""
+
+
 def refine(schemas: Mapping[str, Any]) -> None:
-    """Adds the rules to the schemas of Network, Credential, NetworkLimits and CommandParams."""
+    """Adds the rules to the schemas of Network, Credential, NetworkLimits, CommandParams and CellRequest."""
     network = schemas["Network"]
     network["properties"]["allow"].update(items={"type": "string", "pattern": RULE}, maxItems=limits.EGRESS_RULES_MAX)
     network["properties"]["credentials"]["maxItems"] = limits.EGRESS_CREDENTIALS_MAX
@@ -59,3 +66,4 @@ def refine(schemas: Mapping[str, Any]) -> None:
         schemas["NetworkLimits"]["properties"][name].update(minimum=low, maximum=high)
     guest = schemas["CommandParams"].setdefault("else", {"properties": {}})
     guest["properties"]["network"] = {"type": "null"}
+    schemas["CellRequest"].setdefault("allOf", []).append(_SHARED_HAS_NONE)

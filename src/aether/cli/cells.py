@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from aether.cli import activity, bounds, images
+from aether.cli import activity, bounds, images, network
 from aether.cli.session import Session, command
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ A name is labels joined by /, outermost first; the cell around it must be there.
 Examples:
   aether cell allocate agent --memory 1G --idle-timeout 30m
   aether cell allocate agent/worker-1 --memory 256M
+  aether cell allocate web --allow pypi.org:443
 """
 _EXEC: Final = """Run a command in a cell as if it ran here: live output, its exit code.
 
@@ -104,6 +105,10 @@ def _allocate(
     image: images.Image = None,
     writable_root: images.WritableRoot = False,
     workspace: images.Workspace = None,
+    allow: network.Allow = None,
+    credential: network.Credentials = None,
+    intercept: network.Intercept = False,
+    learn: network.Learn = False,
     no_isolate_network: Annotated[
         bool, typer.Option("--no-isolate-network", help="Share the host's network; needs a permission.")
     ] = False,
@@ -127,6 +132,7 @@ def _allocate(
                 isolate_network=not no_isolate_network,
                 isolate_process=not no_isolate_process,
                 images=images.found(client, images.Choice(image, writable_root, workspace)),
+                network=network.network_of(allow, credential, intercept, learn),
             )
     show_json(cell) if session.as_json else print(cell.cell_id)
 
@@ -177,6 +183,7 @@ def _show(session: Session, name: Name) -> None:
             ("reason", cell.reason),
             ("level", cell.level),
             ("shares", ", ".join(shared)),
+            ("network", ", ".join(cell.network.hosts()) if cell.network else None),
             ("memory", human_bytes(limits.memory_bytes)),
             ("cpu", f"{limits.cpu_millis / 1000:g}"),
             ("pids", limits.pids),

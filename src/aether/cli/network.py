@@ -1,4 +1,4 @@
-"""Options of `aether run` about the network, and `aether egress list|draft`: what a job reached or tried to."""
+"""Options about the network of jobs and cells, and `aether egress list|draft`: what they reached or tried to reach."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from aether.cli.session import Session, command
 
 if TYPE_CHECKING:
-    from aether.contract.egresswire import EgressConnection, EgressPage
+    from aether.contract.egresswire import CellEgressPage, EgressConnection, EgressPage
     from aether.contract.network import Credential, Network
 
 Allow = Annotated[
@@ -22,15 +22,15 @@ Credentials = Annotated[
 ]
 Intercept = Annotated[bool, typer.Option("--intercept", help="Add credentials inside TLS to their hosts too.")]
 Learn = Annotated[bool, typer.Option("--learn", help="Reach any public host, and note which.")]
-Job = Annotated[str, typer.Argument(metavar="JOB", help="A job id.")]
+Job = Annotated[str, typer.Argument(metavar="JOB|CELL", help="A job id, or a cell's name or id.")]
 
-LIST_HELP: Final = """Show what a job reached or tried to reach, newest first.
+LIST_HELP: Final = """Show what a job, or an allocated cell, reached or tried to reach, newest first.
 
 \b
 Example:
   aether egress list JOB
 """
-DRAFT_HELP: Final = """Print the rules that a job would have needed.
+DRAFT_HELP: Final = """Print the rules that a job, or an allocated cell, would have needed.
 
 \b
 Example:
@@ -41,7 +41,7 @@ Example:
 
 def register(app: typer.Typer) -> None:
     """Adds `egress`."""
-    group = typer.Typer(help="The network of jobs.", no_args_is_help=True, rich_markup_mode=None)
+    group = typer.Typer(help="The network of jobs and cells.", no_args_is_help=True, rich_markup_mode=None)
     app.add_typer(group, name="egress")
     command(group, "list", help=LIST_HELP)(_list)
     command(group, "draft", help=DRAFT_HELP)(_draft)
@@ -92,22 +92,24 @@ def credential_of(text: str) -> Credential:
     )
 
 
-def _pages(session: Session, job_id: str) -> Iterator[EgressPage]:
+def _pages(session: Session, subject: str) -> Iterator[EgressPage | CellEgressPage]:
     with session.client() as client:
         cursor: int | None = 0
         while cursor is not None:
-            page = client.egress(job_id, cursor=cursor)
+            ask = client.egress if subject.startswith("job_") else client.cells.egress
+            page: EgressPage | CellEgressPage = ask(subject, cursor=cursor)
             yield page
             cursor = page.next_cursor if page.connections else None
 
 
-def _list(session: Session, job_id: Job) -> None:
+def _list(session: Session, subject: Job) -> None:
     from aether.cli.output import show_json
     from aether.cli.terminal import printable
 
-    pages = list(_pages(session, job_id))
+    pages = list(_pages(session, subject))
     if session.as_json:
-        show_json({"job_id": job_id, "connections": [row for page in pages for row in page.connections]})
+        kind = "job_id" if subject.startswith("job_") else "cell"
+        show_json({kind: subject, "connections": [row for page in pages for row in page.connections]})
         return
     for row in (row for page in pages for row in page.connections):
         print(printable(_line(row)))
@@ -128,12 +130,12 @@ def _line(row: EgressConnection) -> str:
 
 def _draft(
     session: Session,
-    job_id: Job,
+    subject: Job,
     refused: Annotated[bool, typer.Option("--refused", help="Also what was refused.")] = False,
 ) -> None:
     from aether.cli.output import note, show_json
 
-    rows = [row for page in _pages(session, job_id) for row in page.connections]
+    rows = [row for page in _pages(session, subject) for row in page.connections]
     show_json({"allow": draft(rows, refused=refused)})
     left = [] if refused else sorted(set(draft(rows, refused=True)) - set(draft(rows, refused=False)))
     if left:

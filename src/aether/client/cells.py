@@ -35,6 +35,7 @@ from aether.contract.allocations import (
 )
 from aether.contract.cellnames import in_path
 from aether.contract.cells import Limits
+from aether.contract.egresswire import CellEgressPage
 from aether.contract.errors import AetherError
 from aether.contract.jobs import CommandParams, JobRequest, JobView, Stdio
 
@@ -134,6 +135,11 @@ class Cells:
 
     def stats(self, cell: str) -> CellStats:
         return self._calls.call_json("cell.stats", CellStats, in_path(cell))
+
+    def egress(self, cell: str, *, cursor: int = 0, limit: int = limits.PAGE_ITEMS_DEFAULT) -> CellEgressPage:
+        """What the cell reached or tried to reach, newest first; the next page is at its `next_cursor`."""
+        query = [("cursor", str(cursor)), ("limit", str(limit))]
+        return self._calls.call_json("cell.egress", CellEgressPage, in_path(cell), query=query)
 
     def events(self, cell: str, *, follow: bool = False, start: int = 0) -> Iterator[CellEvent]:
         """The records about the cell and its executables, oldest first; with `follow` until it ended."""

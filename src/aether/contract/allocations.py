@@ -16,6 +16,7 @@ from aether.contract.cellnames import check_name
 from aether.contract.cells import Contention, Images, Limits, Usage
 from aether.contract.errors import AetherError
 from aether.contract.jobs import check_bounds, check_images, check_labels, check_require
+from aether.contract.network import Network, check_network
 
 
 class CellState(StrEnum):
@@ -31,6 +32,7 @@ class CellState(StrEnum):
 class CellRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The body of `cell.allocate`. `limits.timeout_ms` bounds no cell, only its executables.
 
+    `network` is what all its executables may reach through egressd; without it there is no way out.
     `idle_timeout_ms`: freed after so long without an executable and without a file operation; null: never.
     Isolation is given up only by explicit permission (action `cell.unisolate` of the policy).
     """
@@ -43,6 +45,7 @@ class CellRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     isolate_process: bool = True
     idle_timeout_ms: int | None = None
     images: Images | None = None
+    network: Network | None = None
 
 
 class CellExecutable(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +85,7 @@ class CellView(msgspec.Struct, frozen=True, kw_only=True):
     plan_digest: str | None
     sandbox_digest: str | None
     allocated_index: int
+    network: Network | None = None
 
 
 class CellList(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,6 +167,10 @@ def check_request(request: CellRequest) -> None:
     if request.images is not None and request.images.keep_diff:
         raise AetherError("BAD_FIELD", "cannot keep the changes of an allocated cell: a job's cell alone keeps them")
     check_idle(request.idle_timeout_ms)
+    if request.network is not None:
+        if not request.isolate_network:
+            raise AetherError("BAD_FIELD", "cannot give the cell a network of rules: it shares the host's")
+        check_network(request.network)
 
 
 def check_idle(idle_timeout_ms: int | None) -> None:

@@ -109,6 +109,23 @@ class EgressCall(msgspec.Struct, frozen=True, kw_only=True):
     limit: int = limits.PAGE_ITEMS_DEFAULT
 
 
+class CellEgressCall(msgspec.Struct, frozen=True, kw_only=True):
+    """`cell.egress`: the same of an allocated cell, by name or id."""
+
+    cell: str
+    cursor: int = 0
+    limit: int = limits.PAGE_ITEMS_DEFAULT
+
+
+class CellEgressPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Its answer, like an EgressPage."""
+
+    cell_id: str
+    connections: tuple[EgressConnection, ...]
+    closed: EgressSums | None = None
+    next_cursor: int | None = None
+
+
 class EgressPage(msgspec.Struct, frozen=True, kw_only=True):
     """Its answer. `closed` are the sums, null while the cell lives or where they are not known."""
 

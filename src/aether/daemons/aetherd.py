@@ -95,7 +95,7 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
     egress = EgressDesk(node, book)
     execution = Execution(book, cells, orchestra, egress)
     reconciler = Reconciler(book, execution)
-    house = CellHouse(gate, book, cells)
+    house = CellHouse(gate, book, cells, egress)
     reading = Reading(gate, book, orchestra, receipts, JobLogs(layout.job_logs))
     fence = Fence(book, execution, cells, house, egress, orchestra, lambda text: access.read(text).link_ids)
     cells.on_end(execution.ended)
@@ -109,7 +109,7 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         cells=cells,
         orchestra=orchestra,
         egress=egress,
-        egress_reading=EgressReading(book, reading),
+        egress_reading=EgressReading(book, reading, house),
         submitter=Submitter(gate, book, orchestra, execution, cells, house),
         execution=execution,
         reading=reading,

@@ -24,7 +24,7 @@ ENDING: Final = frozenset({"cell.freed", "cell.lost"})
 @dataclass(slots=True)
 class Allocation:
     """One allocated cell. `spec` is the digest of what it is now; `jobs` are the open ones with an executable in it;
-    `used_ns` is when something was last done with it (epoch)."""
+    `used_ns` is when something was last done with it (epoch); `egress_index` is the last record about its network."""
 
     allocated: Record
     spec: str
@@ -33,6 +33,7 @@ class Allocation:
     ended: Record | None = None
     jobs: dict[str, None] = field(default_factory=dict)
     used_ns: int = 0
+    egress_index: int | None = None
 
     @property
     def cell_id(self) -> str:
@@ -76,7 +77,13 @@ class Allocations:
 
     def apply(self, record: Record) -> None:
         """Folds one record; those of other types change nothing."""
-        if record.cell_id is None or not record.type.startswith("cell."):
+        if record.cell_id is None:
+            return
+        if record.type.startswith("egress.") and record.job_id is None:
+            if (reached := self.find_any(record.cell_id)) is not None:
+                reached.egress_index = record.log_index
+            return
+        if not record.type.startswith("cell."):
             return
         if record.type == "cell.allocated":
             self._add(Allocation(record, record.detail["spec"], used_ns=epoch_ns(record.time)))

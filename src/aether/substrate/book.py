@@ -23,6 +23,7 @@ from aether.contract.jobs import JobView
 from aether.contract.records import Record
 from aether.contract.wire import JobOutcome
 from aether.substrate.access.budget import Accounts
+from aether.substrate.allocations import Allocation
 from aether.substrate.audit.log import AuditLog
 from aether.substrate.ledger import KeyEntry, Ledger, OpenJob
 from aether.substrate.views import final_view
@@ -131,6 +132,7 @@ class Book:
         ledger = self.ledger
         if ledger.applied != self.log.durable_size:
             return
+        networked: dict[str, OpenJob | Allocation] = {**ledger.open, **ledger.cells.live}
         state = _Snapshot(
             applied=ledger.applied,
             open=[(job.intent, job.started, job.stop, job.end) for job in ledger.open.values()],
@@ -138,7 +140,7 @@ class Book:
             accounts=self.accounts.snapshot(),
             cells=ledger.cells.snapshot(),
             tickets=ledger.tickets.snapshot(),
-            egress={name: job.egress_index for name, job in ledger.open.items() if job.egress_index is not None},
+            egress={name: each.egress_index for name, each in networked.items() if each.egress_index is not None},
         )
         body = msgspec.msgpack.encode(state)
         temporary = self._snapshot_path.with_suffix(".tmp")
@@ -160,8 +162,9 @@ class Book:
         self.ledger.cells.restore(state.cells)
         self.ledger.tickets.restore(state.tickets)
         self.ledger.restore(state.applied, jobs, state.keys)
-        for job_id, index in state.egress.items():
-            self.ledger.open[job_id].egress_index = index
+        for name, index in state.egress.items():
+            networked = self.ledger.open.get(name) or self.ledger.cells.live[name]
+            networked.egress_index = index
         self.accounts.restore(state.accounts)
         self._snapshot_at = state.applied
 

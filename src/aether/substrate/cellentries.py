@@ -160,6 +160,7 @@ def view(cell: Allocation, request: CellRequest, guests: Iterable[OpenJob]) -> C
         plan_digest=code.plan_digest if code else None,
         sandbox_digest=code.sandbox_digest if code else None,
         allocated_index=first.log_index,
+        network=request.network,
     )
 
 

@@ -42,14 +42,16 @@ from aether.contract.cells import CellSpec, Limits, Usage
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
 from aether.contract.jobs import check_bounds
+from aether.contract.network import NEEDED, NOTHING
 from aether.contract.records import BudgetRef, CodeRef, Record
 from aether.substrate import cellentries as entries
 from aether.substrate.access.access import Admission, Resource
 from aether.substrate.allocations import Allocation
 from aether.substrate.book import Book
 from aether.substrate.cellentries import Order
-from aether.substrate.cells.drivers.port import Adopted
+from aether.substrate.cells.drivers.port import Adopted, Listening
 from aether.substrate.cells.supervisor import CellSupervisor, Launched
+from aether.substrate.egress import EgressDesk, Files
 from aether.substrate.execution import check_enterable
 from aether.substrate.gate import Gate
 from aether.substrate.ledger import OpenJob
@@ -66,8 +68,9 @@ REVOKED: Final = "revoked"
 class CellHouse:
     """Handlers of the `cell.*` operations but those on files; see the module head."""
 
-    def __init__(self, gate: Gate, book: Book, cells: CellSupervisor) -> None:
+    def __init__(self, gate: Gate, book: Book, cells: CellSupervisor, egress: EgressDesk) -> None:
         self._gate = gate
+        self._egress = egress
         self._book = book
         self._cells = cells
         self._specs: dict[str, CellRequest] = {}
@@ -89,13 +92,12 @@ class CellHouse:
         if key is not None and (known := self._repeated(key)) is not None:
             return self.view(known)
         self._check_free(request, admission.principal.tenant_id)
-        self._cells.check_required(request.require)
+        self._cells.check_required((*request.require, *(NEEDED if request.network is not None else ())))
         cell = self._record(request, self.order(caller, admission, "cell.allocate", key))
         self._making.add(cell.cell_id)
         try:
             await self._book.durable(cell.allocated)
-            within = next((outer.cell_id for outer in self._book.ledger.cells.around(cell)), None)
-            made = await self._cells.allocate(cell.cell_id, self.cell_spec(cell), within)
+            made = await self._make(cell)
         except AetherError as error:
             if cell.ended is None:
                 self._write_end(cell, None, FAILED, None, error)
@@ -256,6 +258,7 @@ class CellHouse:
             isolate_network=request.isolate_network,
             isolate_process=request.isolate_process,
             images=request.images,
+            network=request.network,
         )
 
     def guests(self, cell: Allocation) -> list[OpenJob]:
@@ -293,10 +296,15 @@ class CellHouse:
                 self.gone(cell.cell_id, adopted.gone)
             elif adopted is None and cell.started is not None:
                 self._write_end(cell, None, SPAWNER_DIED, None, None, "cell.lost")
+                self._in_background(self._close_network(cell.cell_id))
             elif adopted is None and cell.cell_id not in self._making:
                 self._write_end(cell, None, FAILED, None, None)
             elif adopted is not None:
                 launched = self._cells.found(cell.cell_id)
+                if self._unserved(cell):
+                    self._write_end(cell, None, FAILED, None, None)
+                    self._in_background(self._discard(cell.cell_id))
+                    continue
                 if cell.started is None and launched is not None:
                     self._stands(cell, launched)
                 self.watch(cell)
@@ -339,9 +347,11 @@ class CellHouse:
     # ---- inside
 
     def _admit(self, caller: Caller, request: CellRequest) -> Admission:
+        wanted = request.network.wanted() if request.network is not None else NOTHING
         resource = Resource(
-            kind="cell", id=request.name, labels=request.labels, cells=(request.name,), raises=request.limits.raises
-        )
+            kind="cell", id=request.name, labels=request.labels, cells=(request.name,), raises=request.limits.raises,
+            hosts=wanted.hosts, credentials=wanted.credentials, paths=wanted.paths,
+        )  # fmt: skip
         admission = self._gate.admit(caller, "cell.allocate", resource)
         if not (request.isolate_network and request.isolate_process):
             try:
@@ -393,6 +403,30 @@ class CellHouse:
     def _record_spec(self, cell: Allocation, request: CellRequest, order: Order | None) -> Record:
         detail = {"spec": self._book.log.store_document(canonical(specification(request)))}
         return self.write(order, lambda index, now: entries.changed("cell.resized", cell, order, detail, index, now))
+
+    async def _make(self, cell: Allocation) -> Launched:
+        """Makes the cell; one with a network in the order that `substrate.egress` states."""
+        spec, cell_id = self.cell_spec(cell), cell.cell_id
+        within = next((outer.cell_id for outer in self._book.ledger.cells.around(cell)), None)
+        if spec.network is None:
+            return await self._cells.allocate(cell_id, spec, within)
+
+        async def start(told: CellSpec, files: Files, listening: Listening) -> Launched:
+            made = await self._cells.allocate(cell_id, told, within, listening)
+            try:
+                for file, fd in files:
+                    await self._cells.put(cell_id, file.path, fd, file.executable)
+            except BaseException:
+                await self._discard(cell_id)
+                raise
+            return made
+
+        return await self._egress.launch(cell_id, cell.allocated, spec, (), start)
+
+    def _unserved(self, cell: Allocation) -> bool:
+        """Whether whoever made it died before it stood with its network: nobody can tell if that is served."""
+        unfinished = cell.started is None and cell.cell_id not in self._making
+        return unfinished and self.request_of(cell).network is not None
 
     def _stands(self, cell: Allocation, made: Launched) -> None:
         log = self._book.log
@@ -467,6 +501,11 @@ class CellHouse:
     async def _discard(self, cell_id: str) -> None:
         with contextlib.suppress(AetherError):  # the spawner is away: what it lists when it is back is freed then
             await self._cells.free(cell_id)
+        await self._close_network(cell_id)
+
+    async def _close_network(self, cell_id: str) -> None:
+        if (closed := await self._egress.close(cell_id)) is not None:
+            await self._book.durable(closed)
 
     async def _usage(self, cell: Allocation) -> Usage | None:
         try:

@@ -3,8 +3,9 @@
 A cell with a network is made in this order: `egress.open` at egressd (rules and secrets are checked there, before
 anything exists), the record `egress.opened` durable, the cell without an executable, the listener in its network
 namespace handed to egressd, the executable. When the cell has ended, `egress.close`, and the record `egress.closed`
-with the sums, before the job's outcome. In between come records `egress.connection`, each naming the one before it
-of the same cell (`previous`), so that they can be found from the outcome backwards; at most EGRESS_RECORDS_PER_JOB_MAX.
+with the sums, before the job's outcome, or after the `cell.freed` or `cell.lost` of an allocated cell. In between come
+records `egress.connection`, each naming the one before it of the same cell (`previous`), so that they can be found
+from the last one backwards; at most EGRESS_RECORDS_PER_JOB_MAX of one cell.
 
 aetherd keeps a duplicate of each listener: a restarted egressd is given its cells again. A cell's certificate authority
 dies with the egressd that made it: its intercepted hosts then fail until the cell is made anew.
@@ -44,9 +45,10 @@ from aether.contract.ports import Link
 from aether.contract.records import Record, RecordType
 from aether.contract.wire import Empty, Hello, RoleHealth
 from aether.substrate import entries
+from aether.substrate.allocations import Allocation
 from aether.substrate.book import Book
+from aether.substrate.cells.drivers.port import Listening
 from aether.substrate.entries import Node
-from aether.substrate.ledger import OpenJob
 
 ROLE: Final = "egressd"
 LOCAL_ONLY: Final = "local-only"
@@ -62,10 +64,14 @@ NO_PROXY: Final = "localhost,127.0.0.1,::1"
 _NUMBERS: Final = ("port", "sent_bytes", "received_bytes", "ms", "count")
 _DETAILS: Final = ("host", "port", "address", "rule", "verdict", "reason", "credential", *_NUMBERS[1:])
 
-Listening = Callable[[int], Awaitable[None]]
-"""Takes the listener of a cell that stands, before its executable starts; borrows the descriptor."""
 T = TypeVar("T")
 Files = Sequence[tuple[InputFile, int]]
+
+
+class _Asked(msgspec.Struct, frozen=True):
+    """Of the specification of an allocated cell (`contract.allocations.specification`): its network."""
+
+    network: Network
 
 
 @dataclass(slots=True)
@@ -127,11 +133,15 @@ class EgressDesk:
         return await self._link.call("health", Empty(), RoleHealth)
 
     def _attach(self, link: Link, body: EgressServing) -> EgressDrop:
-        """Takes a connection: adopts the cells of open jobs that it serves, and gives it those that it lost."""
+        """Takes a connection: adopts the live cells that it serves, and gives it those that it lost."""
         self._link = link
-        places = {job.place: job for job in self._book.ledger.open.values() if not job.is_guest}
-        for cell_id in set(body.cell_ids) - self._served.keys() & places.keys():
-            self._served[cell_id] = _Served(places[cell_id].intent, None, told=True)
+        ledger = self._book.ledger
+        subjects = {job.place: job.intent for job in ledger.open.values() if not job.is_guest}
+        subjects |= {
+            cell.cell_id: cell.allocated for cell in ledger.cells.live.values() if cell.egress_index is not None
+        }
+        for cell_id in set(body.cell_ids) - self._served.keys() & subjects.keys():
+            self._served[cell_id] = _Served(subjects[cell_id], None, told=True)
         for cell_id in self._served.keys() - set(body.cell_ids):
             task = asyncio.ensure_future(self._restore(link, cell_id))
             self._restoring.add(task)
@@ -151,22 +161,30 @@ class EgressDesk:
     # ---- for execution
 
     async def launch(
-        self, job: OpenJob, spec: CellSpec, files: Files, start: Callable[[CellSpec, Files, Listening], Awaitable[T]]
+        self,
+        cell_id: str,
+        subject: Record,
+        spec: CellSpec,
+        files: Files,
+        start: Callable[[CellSpec, Files, Listening], Awaitable[T]],
     ) -> T:
-        """Starts a cell with a network by `start`, in the order that the module head states."""
-        cell_id, network = job.place, spec.network
+        """Makes a cell with a network by `start`, in the order that the module head states.
+
+        `subject` is the intent of its job, or the `cell.allocated` of an allocated cell.
+        """
+        network = spec.network
         assert network is not None
-        if LOCAL_ONLY in spec.labels:
-            raise AetherError("POLICY_DENIED", "cannot give the cell a network: the job or an input is local-only")
+        _check_leaves(spec)
         if self._link is None:
             why = "cannot give the cell a network: egressd is not connected"
             raise AetherError("UNAVAILABLE", why, retry_after_s=1)
-        served = self._served.setdefault(cell_id, _Served(job.intent, network))
+        served = self._served.setdefault(cell_id, _Served(subject, network))
         trusted = -1
         try:
             trusted = await self._open(self._link, cell_id, served)
             document = self._book.log.store_document(canonical(msgspec.to_builtins(network)))
-            opened = self._write(cell_id, served, "egress.opened", {"network": document})
+            whose = {} if subject.job_id is not None else {"allocated": str(subject.log_index)}
+            opened = self._write(cell_id, served, "egress.opened", {"network": document} | whose)
             served.told = True
             await self._book.durable(opened)
             more = [(InputFile(path=TRUSTED_FILE, artifact=""), trusted)] if trusted >= 0 else []
@@ -183,11 +201,19 @@ class EgressDesk:
             if trusted >= 0:
                 os.close(trusted)
 
-    async def close(self, cell_id: str) -> None:
-        """Ends a cell's network, and records the sums; a cell without one has nothing to end."""
+    def guest(self, cell: Allocation, spec: CellSpec) -> CellSpec:
+        """What an executable that enters an allocated cell is told of the network there. Raises POLICY_DENIED."""
+        if cell.egress_index is None:
+            return spec
+        _check_leaves(spec)
+        network = msgspec.json.decode(self._book.log.document(cell.spec), type=_Asked).network
+        return with_proxy(spec, trusts=network.intercept and bool(network.credentials))
+
+    async def close(self, cell_id: str) -> Record | None:
+        """Ends a cell's network; the record of its sums, not yet durable. A cell without one has nothing to end."""
         served = self._served.get(cell_id)
         if served is None or served.closing:
-            return
+            return None
         served.closing = True  # and still served: what egressd said before its answer is on its way
         if served.listener >= 0:
             os.close(served.listener)
@@ -201,8 +227,7 @@ class EgressDesk:
             detail = {"unknown": error.message}
         finally:
             del self._served[cell_id]
-        if served.told:
-            self._write(cell_id, served, "egress.closed", detail)
+        return self._write(cell_id, served, "egress.closed", detail) if served.told else None
 
     # ---- inside
 
@@ -237,14 +262,20 @@ class EgressDesk:
                 served.unlisted += row.count
 
     def _write(self, cell_id: str, served: _Served, kind: RecordType, detail: dict[str, str]) -> Record:
-        job = self._book.ledger.open.get(served.subject.job_id or "")
-        last = None if job is None else job.egress_index
+        ledger, job_id = self._book.ledger, served.subject.job_id
+        owner = ledger.cells.find_any(cell_id) if job_id is None else ledger.open.get(job_id)
+        last = None if owner is None else owner.egress_index
         chain = {} if last is None else {"previous": str(last)}
         return self._book.write(
             lambda index, time: replace(
                 entries.follow_up(kind, served.subject, index, time), cell_id=cell_id, detail=detail | chain
             )
         )
+
+
+def _check_leaves(spec: CellSpec) -> None:
+    if LOCAL_ONLY in spec.labels:
+        raise AetherError("POLICY_DENIED", "cannot give the cell a network: the job or an input is local-only")
 
 
 def connection_detail(row: EgressConnection) -> dict[str, str]:

@@ -186,8 +186,9 @@ class Execution:
             if spec.network is None:
                 return await self._cells.launch(job.place, spec, files)
             start = functools.partial(self._cells.launch, job.place)
-            return await self._egress.launch(job, spec, files, start)
-        check_enterable(self._book.ledger.cells.live.get(job.place), job.place)
+            return await self._egress.launch(job.place, job.intent, spec, files, start)
+        cell = check_enterable(self._book.ledger.cells.live.get(job.place), job.place)
+        spec = self._egress.guest(cell, spec)
         found = await self._cells.join(job.place, job.executable, spec, stdio, files)
         if stdio == "tty":
             await self._hold_terminal(job)

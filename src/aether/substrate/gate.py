@@ -27,7 +27,7 @@ _READS: Final = frozenset(
         "node.doctor", "audit.query", "audit.tail", "audit.export", "audit.inspect",
         "cell.list", "cell.show", "cell.stats", "cell.events", "cell.get", "cell.files",
         "ticket.list", "ticket.show", "ticket.verify",
-        "job.activity", "cell.activity", "job.egress",
+        "job.activity", "cell.activity", "job.egress", "cell.egress",
     }
 )  # fmt: skip
 

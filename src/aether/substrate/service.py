@@ -149,6 +149,7 @@ class Service:
             "job.attach": parts.talking.attach,
             "job.window": parts.talking.window,
             "job.egress": parts.egress_reading.egress,
+            "cell.egress": parts.egress_reading.of_cell,
             "job.activity": parts.watching.job_activity,
             "cell.activity": parts.watching.cell_activity,
             "job.trace": parts.watching.job_trace,

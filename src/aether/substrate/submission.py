@@ -10,6 +10,7 @@ An admitted intent whose row could not be kept gets the outcome ABANDONED at onc
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Final
 
 from msgspec.structs import replace
@@ -26,6 +27,7 @@ from aether.contract.records import Record
 from aether.contract.wire import Empty, JobRunReply, JobSubmit
 from aether.substrate import entries
 from aether.substrate.access.access import Resource
+from aether.substrate.allocations import Allocation
 from aether.substrate.book import Book, outcome_of
 from aether.substrate.cellhouse import CellHouse
 from aether.substrate.cells.supervisor import CellSupervisor
@@ -94,6 +96,7 @@ class Submitter:
         if params is not None and params.cell is not None and not self._stands_for(key_hash):
             place, granted = self._house.for_guest(principal.tenant_id, params.cell, params.executable)
             cell = replace(granted, timeout_ms=params.limits.timeout_ms, grace_ms=params.limits.grace_ms)
+            self._admit_network(caller, resource, place)
             cell_id, guest = place.cell_id, {"cell": place.name}
             guest |= {"executable": params.executable} if params.executable is not None else {}
         return Submission(
@@ -109,6 +112,14 @@ class Submitter:
             cell_id=cell_id,
             guest=guest,
         )
+
+    def _admit_network(self, caller: Caller, resource: Resource, place: Allocation) -> None:
+        """Whoever enters a cell may reach what the cell may: a narrower ticket must not gain by it."""
+        network = self._house.request_of(place).network
+        if network is not None:
+            asked = network.wanted()
+            wider = dataclasses.replace(resource, hosts=asked.hosts, credentials=asked.credentials, paths=asked.paths)
+            self._gate.admit(caller, "job.submit", wider)
 
     def _stands_for(self, key_hash: str | None) -> bool:
         """Whether the key already stands for a job: a repetition enters no cell a second time."""

@@ -6,7 +6,7 @@ answers into the documents that are recorded, and says what is healthy. All meth
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from aether.contract.canonical import digest_bytes
 from aether.contract.cells import CellSpec, Contention, ExecEnd, InputFile, Limits, SandboxReport, Usage
 from aether.contract.jobs import CommandParams, Stdio
 from aether.contract.wire import CellFiles, RoleHealth
-from aether.substrate.cells.drivers.port import Adopted, Connected, Handle, Order, Started
+from aether.substrate.cells.drivers.port import Adopted, Connected, Handle, Listening, Order, Started
 from aether.substrate.cells.report import verify_required
 
 ROLE: Final = "spawner"
@@ -76,7 +76,7 @@ class CellSupervisor:
         cell_id: str,
         spec: CellSpec,
         files: Sequence[tuple[InputFile, int]],
-        listening: Callable[[int], Awaitable[None]] | None = None,
+        listening: Listening | None = None,
     ) -> Launched:
         """Start the cell; repeated for the same id it answers with the cell that is there. Borrows the files.
 
@@ -85,10 +85,12 @@ class CellSupervisor:
         order = Order(cell_id, exec_of(cell_id), spec, files, listening)
         return _launched(cell_id, await self._driver.launch(order))
 
-    async def allocate(self, cell_id: str, spec: CellSpec, within: str | None = None) -> Launched:
+    async def allocate(
+        self, cell_id: str, spec: CellSpec, within: str | None = None, listening: Listening | None = None
+    ) -> Launched:
         """Make a cell without an executable; repeated for the same id it answers with the cell that is there."""
         around = Handle(within) if within is not None else None
-        return _launched(cell_id, await self._driver.allocate(cell_id, spec, around))
+        return _launched(cell_id, await self._driver.allocate(cell_id, spec, around, listening))
 
     async def join(
         self, cell_id: str, exec_id: str, spec: CellSpec, stdio: Stdio, files: Sequence[tuple[InputFile, int]]

@@ -1,4 +1,4 @@
-"""The start of a cell with a network: its listener is handed over between the cell and its executable.
+"""The start of a cell with a network: its listener is handed over between the cell and its (first) executable.
 
 Nothing of the job's runs before somebody outside serves the listener; when that fails, the cell is freed.
 
@@ -32,6 +32,23 @@ async def begin(link: SpawnerLink, order: Order, executable: dict[str, Any], fds
                 raise
             return await _gated(link, order, executable)
         return await _start(link, order, executable, fds)
+    except BaseException:
+        with contextlib.suppress(AetherError):
+            await link.call("cell.free", {"cell": order.cell_id})
+        raise
+
+
+async def serve(link: SpawnerLink, order: Order) -> None:
+    """Serves a cell that has no executable yet. LEVEL_UNMET where only an executable can lead in."""
+    try:
+        try:
+            await _listen(link, order, None)
+        except AetherError as error:
+            if error.code != "NOT_READY":
+                raise
+            why = "without root its namespaces can be entered by way of an executable alone, and it has none yet"
+            remedy = "run the node as root, or give each job a network of its own: `aether run --allow`"
+            raise AetherError("LEVEL_UNMET", f"cannot give an allocated cell a network: {why}", remedy) from error
     except BaseException:
         with contextlib.suppress(AetherError):
             await link.call("cell.free", {"cell": order.cell_id})

@@ -24,7 +24,7 @@ from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
 from aether.contract.jobs import Stdio
 from aether.contract.wire import CellFile, CellFiles
-from aether.substrate.cells.drivers.port import Adopted, Explained, Fingerprint, Handle, Order, Started
+from aether.substrate.cells.drivers.port import Adopted, Explained, Fingerprint, Handle, Listening, Order, Started
 
 LEVELS = ("process", "cell")
 
@@ -177,22 +177,23 @@ class MemoryDriver:
         ours, theirs = socket.socketpair() if order.spec.channel else (None, None)
         channel = ours.detach() if ours is not None else None
         started = Started(Handle(order.cell_id), order.exec_id, report, text, channel)
-        if order.listening is not None:
-            with socket.create_server(("127.0.0.1", 0)) as listener:
-                await order.listening(listener.fileno())
+        await _serve(order.listening)
         files = {file.path: os.pread(fd, os.fstat(fd).st_size, 0) for file, fd in order.files}
         cell = _Cell(started, time.time_ns() // 1000, files, order.spec.limits)
         self._start(cell, order.exec_id, order.spec, theirs)
         self._cells[order.cell_id] = cell
         return started
 
-    async def allocate(self, cell_id: str, spec: CellSpec, within: Handle | None = None) -> Started:
+    async def allocate(
+        self, cell_id: str, spec: CellSpec, within: Handle | None = None, listening: Listening | None = None
+    ) -> Started:
         known = self.found(Handle(cell_id))
         if known is not None:
             return known
         if within is not None and within not in self._cells:
             raise AetherError("NO_SUCH_CELL", f"cannot find cell {within}")
         text, report = self._confined(spec)
+        await _serve(listening)
         started = Started(Handle(cell_id), "", report, text, None)
         self._cells[cell_id] = _Cell(started, time.time_ns() // 1000, {}, spec.limits)
         return started
@@ -431,3 +432,9 @@ def _matches(glob: str, path: str) -> bool:
     """Within one part only; the double needs no `**`."""
     parts, names = glob.split("/"), path.split("/")
     return len(parts) == len(names) and all(map(fnmatchcase, names, parts))
+
+
+async def _serve(listening: Listening | None) -> None:
+    if listening is not None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            await listening(listener.fileno())

@@ -27,7 +27,7 @@ from aether.contract.wire import CellFile, CellFiles
 from aether.substrate.cells import levels
 from aether.substrate.cells.client import Connector, SpawnerLink
 from aether.substrate.cells.drivers import guests, listening
-from aether.substrate.cells.drivers.port import Adopted, Explained, Fingerprint, Handle, Order, Started
+from aether.substrate.cells.drivers.port import Adopted, Explained, Fingerprint, Handle, Listening, Order, Started
 from aether.substrate.cells.facts import Facts, read_facts
 from aether.substrate.cells.interpreter import zygote
 from aether.substrate.cells.plan import (
@@ -309,7 +309,10 @@ class NativeDriver:
             reply = await link.call("cell.create", args, placed if later else placed + wired, key=order.cell_id)
             uid, seen = reply.value["uid_first"] + (JOB_ID if self.facts.is_root else 0), reply.value["report"]
             if later and "existing" not in reply.value:
-                seen = await listening.begin(link, order, executable, wired)
+                if guest_only:
+                    await listening.serve(link, order)
+                else:
+                    seen = await listening.begin(link, order, executable, wired)
             report = sandbox_report(seen, drawn.missing, uid, digest_bytes(drawn.text))
         except BaseException:
             if ours is not None:
@@ -367,13 +370,15 @@ class NativeDriver:
     async def adopt(self) -> list[Adopted]:
         return await self._list(self._connector.require())
 
-    async def allocate(self, cell_id: str, spec: CellSpec, within: Handle | None = None) -> Started:
+    async def allocate(
+        self, cell_id: str, spec: CellSpec, within: Handle | None = None, listening: Listening | None = None
+    ) -> Started:
         check_spec(spec)
         link = self._connector.require()
         known = self.found(Handle(cell_id))
         if known is not None:
             return known
-        order = Order(cell_id, "", spec)
+        order = Order(cell_id, "", spec, listening=listening)
         nests = {"nestable": True, "parent": within}
         if self.facts.level == "cell":
             return await self._create_kept(link, order, nests)

@@ -21,6 +21,8 @@ from aether.contract.wire import CellFiles
 
 Handle = NewType("Handle", str)
 """Names a cell of one driver. Opaque: only the driver that made it reads it."""
+Listening = Callable[[int], Awaitable[None]]
+"""Takes the listener of a cell that stands, before anything runs in it; borrows the descriptor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Order:
     exec_id: str
     spec: CellSpec
     files: Sequence[tuple[InputFile, int]] = ()
-    listening: Callable[[int], Awaitable[None]] | None = None
+    listening: Listening | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +106,12 @@ class Driver(Protocol):
         """Every cell that lives or ended without being freed."""
         ...
 
-    async def allocate(self, cell_id: str, spec: CellSpec, within: Handle | None = None) -> Started:
+    async def allocate(
+        self, cell_id: str, spec: CellSpec, within: Handle | None = None, listening: Listening | None = None
+    ) -> Started:
         """A cell without an executable (`spec.argv` is empty), until it is freed; idempotent by cell id.
 
+        `listening` as in an Order: given the listener when the cell stands.
         `within` is the allocated cell around it, whose limits bound both, and with which it is frozen and ends.
         LIMIT_REFUSED when it asks for more than there is around it.
         """
