@@ -20,8 +20,9 @@ from aether.contract.network import Rule, parse_rule
 CAVEATS_MAX: Final = 64
 ITEMS_MAX: Final = 256
 JOB_OPERATIONS: Final = frozenset({"job.submit", "cell.explain"})
-"""Operations that are about a job to be: kinds, models, labels, hosts and paths bind them."""
+"""Operations that are about a job to be: kinds and models bind them."""
 LABELLED: Final = JOB_OPERATIONS | {"cell.allocate"}
+"""Those that make a cell: labels, hosts and paths bind them."""
 
 CaveatType = Literal[
     "role", "operations", "kinds", "models", "labels", "hosts", "paths", "expires", "budget", "cells", "unknown"
@@ -160,15 +161,15 @@ def allows(caveat: Caveat, request: Request, now_ms: int) -> bool:
         return not bound or (bool(request.cells) and all(matches(name, items) for name in request.cells))
     if kind == "labels":
         return request.operation not in LABELLED or set(items) <= set(request.labels)
+    if kind == "hosts":
+        return request.operation not in LABELLED or all(_host_allowed(host, items) for host in request.hosts)
+    if kind == "paths":
+        return request.operation not in LABELLED or all(_path_allowed(path, items) for path in request.paths)
     if request.operation not in JOB_OPERATIONS:
         return True
     if kind == "kinds":
         return request.kind in items
-    if kind == "models":
-        return request.kind != "model" or (request.model is not None and _model_allowed(request.model, items))
-    if kind == "hosts":
-        return all(_host_allowed(host, items) for host in request.hosts)
-    return all(_path_allowed(path, items) for path in request.paths)
+    return request.kind != "model" or (request.model is not None and _model_allowed(request.model, items))
 
 
 def matches(text: str, patterns: Sequence[str]) -> bool:

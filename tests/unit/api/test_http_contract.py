@@ -74,7 +74,12 @@ def session(node: HttpNode) -> requests.Session:
 
 
 def _names_a_file_twice(body: Any) -> bool:
-    """What no schema can forbid: two input files of one path."""
+    """What no schema can forbid: two input files of one path, two credentials of one name."""
+    network = body.get("network") if isinstance(body, dict) else None
+    secrets = network.get("credentials") if isinstance(network, dict) else None
+    names = [secret.get("name") for secret in secrets if isinstance(secret, dict)] if isinstance(secrets, list) else []
+    if any(names.count(name) > 1 for name in names):
+        return True
     inputs = body.get("inputs") if isinstance(body, dict) else None
     files = inputs.get("files") if isinstance(inputs, dict) else None
     paths = [file.get("path") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
