@@ -54,7 +54,7 @@ def _refine_commit(commit: dict[str, Any]) -> None:
     text = {"type": "string"}
     patterns = {
         "job_id": params.JOB_ID_SCHEMA,
-        "base": params.IMAGE_SCHEMA,
+        "base": {**params.IMAGE_SCHEMA, "maxLength": images.NAME_CHARS_MAX},
         "layer": params.DIGEST_SCHEMA,
         "name": {"pattern": rf"^{images.NAME_PATTERN}$", "maxLength": images.NAME_CHARS_MAX},
     }

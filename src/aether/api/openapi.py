@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from aether.api import commandschema, limitschema, networkschema, params
+from aether.api import commandschema, limitschema, networkschema, params, ticketschema
 from aether.api.operation import ErrorReply, Operation
 from aether.api.operations import OPERATIONS
 from aether.contract import cellnames, limits
@@ -202,6 +202,7 @@ def _schemas() -> JsonObject:
     commandschema.refine(schemas, _REF)
     networkschema.refine(schemas)
     limitschema.refine(schemas)
+    ticketschema.refine(schemas)
     schemas["JobRequest"] = _job_request()
     schemas["StopBody"]["properties"]["grace_ms"].update(minimum=0, maximum=limits.STOP_GRACE_MS_MAX)
     schemas["ErrorBody"]["properties"]["code"]["enum"] = sorted(KINDS)

@@ -73,17 +73,21 @@ def session(node: HttpNode) -> requests.Session:
     return found
 
 
-def _names_a_file_twice(body: Any) -> bool:
+def says_a_name_twice(body: Any) -> bool:
     """What no schema can forbid: two input files of one path, two credentials of one name."""
-    network = body.get("network") if isinstance(body, dict) else None
-    secrets = network.get("credentials") if isinstance(network, dict) else None
-    names = [secret.get("name") for secret in secrets if isinstance(secret, dict)] if isinstance(secrets, list) else []
-    if any(names.count(name) > 1 for name in names):
-        return True
-    inputs = body.get("inputs") if isinstance(body, dict) else None
-    files = inputs.get("files") if isinstance(inputs, dict) else None
-    paths = [file.get("path") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
-    return any(paths.count(path) > 1 for path in paths)
+    files = _part(_part(body, "inputs"), "files")
+    networks = (_part(body, "network"), _part(_part(body, "params"), "network"))
+    lists = [(files, "path"), *((_part(network, "credentials"), "name") for network in networks)]
+    return any(_repeats(items, name) for items, name in lists)
+
+
+def _part(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _repeats(items: Any, name: str) -> bool:
+    said = [item.get(name) for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+    return any(said.count(each) > 1 for each in said)
 
 
 # `requests` cannot leave HTTP: what an upgrade answers is in test_http_attach.py.
@@ -96,7 +100,7 @@ def _names_a_file_twice(body: Any) -> bool:
     derandomize=True,
 )
 def test_schemathesis(case: schemathesis.Case, session: requests.Session) -> None:
-    assume(not _names_a_file_twice(case.body))
+    assume(not says_a_name_twice(case.body))
     case.call_and_validate(session=session, base_url="http://localhost")
 
 
