@@ -135,7 +135,7 @@ def test_files_go_in_and_out(layout: Layout, client: Client, tmp_path: Path) -> 
 
 def test_pause_resume_resize_and_stats(layout: Layout, client: Client) -> None:
     with client.cell("busy", limits=Limits(memory_bytes=64 * MIB, pids=64)) as cell:
-        cell.start(["sh", "-c", "i=0; while :; do i=$((i+1)); echo $i > n; done"], name="counter")
+        cell.start(["sh", "-c", "i=0; while :; do i=$((i+1)); echo $i > t; mv t n; done"], name="counter")
         until(lambda: cell.stats.executables == 1 and cell.get("n"))
         try:
             cell.pause()
