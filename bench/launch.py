@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,9 @@ def _bare(driver: NativeDriver, beside: Path) -> Bare:
     work.chmod(0o777)
     sources = [step["source"] for step in explained.plan["steps"] if "source" in step]
     plan = parse_plan(explained.plan, source_roots=sources)
-    asked = cgroup_limits(CellSpec(argv=("/bin/true",)).limits)
+    limits = cgroup_limits(CellSpec(argv=("/bin/true",)).limits)
+    known = {field.name for field in fields(CgroupLimits)}
+    asked = {name: value for name, value in limits.items() if name in known}
     roots = {path if Path(path).is_dir() else str(Path(path).parent) for path in sources}
     return Bare(plan, tuple(roots), asked, work)
 

@@ -34,8 +34,8 @@ BLUEPRINTS_MAX = 64
 READY_MAX = 4
 """Prepared cells of one blueprint."""
 ALL_READY_MAX = 16
-REFILL_S = 0.002
-"""After a cell was asked for: a short job has ended by then and does not wait for our work."""
+REFILL_S = 0.005
+"""After a cell was asked for: a short job is over and answered by then, and does not share its CPUs with our work."""
 IDLE_S = 30.0
 
 
