@@ -257,6 +257,7 @@ class Spawner:
     def _end(self) -> None:
         self.loop.remove(self._listener.fileno())
         self.loop.remove(self._wakeup[0].fileno())  # told once: it would wake every turn that waits for the cells
+        self.warm.end()
         for cell in list(self.lifecycle.cells.values()):
             self.lifecycle.kill(cell, "spawner-stopped")
         deadline = self.loop.clock_s() + STOP_WAIT_S

@@ -91,6 +91,11 @@ class Warm:
         self._kept: OrderedDict[str, Blueprint] = OrderedDict()
         self._numbers = itertools.count(1)
         self.taken = 0
+        self._ended = False
+
+    def end(self) -> None:
+        """No cell is made from now on; those that stand end with the others."""
+        self._ended = True
 
     def facts(self) -> dict[str, int]:
         """How many cells stand ready, and how many were taken since the start."""
@@ -155,7 +160,7 @@ class Warm:
 
     def _prepare_next(self, kept: Blueprint) -> None:
         full = len(kept.ready) >= kept.target or self.facts()["ready"] >= ALL_READY_MAX
-        if full or kept.preparing is not None:
+        if full or kept.preparing is not None or self._ended:
             return
         start = _Start(lambda cell: self._stands(kept, cell))
         with contextlib.suppress(RefusedError):  # no room: the next use tries again

@@ -213,6 +213,7 @@ class Rig:
             self.loop.turn(0.05)
 
     def close(self) -> None:
+        self.warm.end()
         for cell in list(self.lifecycle.cells.values()):
             self.lifecycle.kill(cell, "test")
         self.until(lambda: all(cell.state == "gone" for cell in self.lifecycle.cells.values()))
