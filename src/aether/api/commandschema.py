@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from aether.api import params
+from aether.api.schemas import refine_optional
 from aether.contract import images, limits
 
 _NULL: Final = {"type": "null"}
@@ -19,9 +20,7 @@ def refine(schemas: Mapping[str, Any], ref: str) -> None:
     """
     digest = {"type": "string"}
     for name in ("root", "work"):
-        for way in schemas["Images"]["properties"][name]["anyOf"]:
-            if way["type"] == "string":
-                way.update(params.DIGEST_SCHEMA)
+        refine_optional(schemas["Images"]["properties"][name], "string", **params.DIGEST_SCHEMA)
     schemas["Images"]["anyOf"] = [
         {"properties": {"writable": {"const": False}, "keep_diff": {"const": False}}},
         {"properties": {"writable": {"const": True}, "root": digest, "work": _NULL}, "required": ["writable", "root"]},
@@ -59,9 +58,7 @@ def _refine_commit(commit: dict[str, Any]) -> None:
         "name": {"pattern": rf"^{images.NAME_PATTERN}$", "maxLength": images.NAME_CHARS_MAX},
     }
     for name, rule in patterns.items():
-        for way in commit["properties"][name]["anyOf"]:
-            if way["type"] == "string":
-                way.update(rule)
+        refine_optional(commit["properties"][name], "string", **rule)
     commit["anyOf"] = [
         {"properties": {"job_id": text, "base": _NULL, "layer": _NULL}, "required": ["job_id"]},
         {"properties": {"job_id": _NULL, "base": text, "layer": text}, "required": ["base", "layer"]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from aether.api.schemas import refine_optional
 from aether.contract import limits
 
 _BYTES_MAX: Final = 1 << 50
@@ -20,13 +21,9 @@ def refine(schemas: Mapping[str, Any]) -> None:
     """Adds to `Limits` and `Sched`."""
     found = schemas["Limits"]["properties"]
     for name, (low, high) in _OPTIONAL.items():
-        for way in found[name]["anyOf"]:
-            if way["type"] == "integer":
-                way.update(minimum=low, maximum=high)
+        refine_optional(found[name], "integer", minimum=low, maximum=high)
     for name in ("cpuset_cpus", "cpuset_mems"):
-        for way in found[name]["anyOf"]:
-            if way["type"] == "string":
-                way.update(pattern=limits.CPU_LIST_PATTERN, maxLength=limits.CPU_LIST_CHARS_MAX)
+        refine_optional(found[name], "string", pattern=limits.CPU_LIST_PATTERN, maxLength=limits.CPU_LIST_CHARS_MAX)
     _refine_sched(schemas["Sched"])
 
 

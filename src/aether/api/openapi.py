@@ -15,6 +15,7 @@ import msgspec
 from aether.api import commandschema, limitschema, networkschema, params, ticketschema
 from aether.api.operation import ErrorReply, Operation
 from aether.api.operations import OPERATIONS
+from aether.api.schemas import refine_optional
 from aether.contract import cellnames, limits
 from aether.contract.calls import FileReply, RawReply, StreamReply
 from aether.contract.cellcalls import UpgradeReply
@@ -262,12 +263,11 @@ def _refine_cells(schemas: Mapping[str, Any]) -> None:
     cell["require"]["items"] = {"type": "string", "enum": sorted(Requirement.__args__)}  # type: ignore[attr-defined]
     cell["labels"].update(items={"type": "string", "pattern": limits.LABEL_PATTERN}, maxItems=limits.LABELS_MAX)
     for name in ("CellRequest", "ResizeBody"):
-        for way in schemas[name]["properties"]["idle_timeout_ms"]["anyOf"]:
-            if way["type"] == "integer":
-                way.update(minimum=limits.CELL_IDLE_MS_MIN, maximum=limits.TIMEOUT_MS_MAX)
+        idle = schemas[name]["properties"]["idle_timeout_ms"]
+        refine_optional(idle, "integer", minimum=limits.CELL_IDLE_MS_MIN, maximum=limits.TIMEOUT_MS_MAX)
     command = schemas["CommandParams"]["properties"]
-    _text_or_null(command["cell"], cellnames.NAME_PATTERN)
-    _text_or_null(command["executable"], f"^{cellnames.LABEL}$")
+    refine_optional(command["cell"], "string", pattern=cellnames.NAME_PATTERN)
+    refine_optional(command["executable"], "string", pattern=f"^{cellnames.LABEL}$")
     alone = {"executable": {"type": "null"}, "stdio": {"const": "logs"}}
     schemas["CommandParams"]["if"] = {"properties": {"cell": {"type": "null"}}}
     schemas["CommandParams"]["then"] = {"properties": alone}
@@ -275,12 +275,6 @@ def _refine_cells(schemas: Mapping[str, Any]) -> None:
     schemas["SignalBody"]["properties"]["signal"].update(minimum=1, maximum=SIGNAL_MAX)
     for name in ("rows", "columns"):
         schemas["WindowBody"]["properties"][name].update(minimum=1, maximum=limits.TERMINAL_SIZE_MAX)
-
-
-def _text_or_null(schema: JsonObject, pattern: str) -> None:
-    for way in schema["anyOf"]:
-        if way["type"] == "string":
-            way.update(pattern=pattern)
 
 
 def _job_request() -> JsonObject:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from aether.api.schemas import refine_optional
 from aether.contract import ticketcalls
 from aether.contract.caveats import UNITS
 
@@ -17,13 +18,9 @@ def refine(schemas: Mapping[str, Any]) -> None:
     mint = schemas["MintRequest"]["properties"]
     amount = {"type": "integer", "minimum": 0, "maximum": ticketcalls.AMOUNT_MAX}
     mint["budget"].update(properties={unit: dict(amount) for unit in UNITS}, additionalProperties=False)
-    for way in mint["role"]["anyOf"]:
-        if way["type"] == "string":
-            way["pattern"] = ticketcalls.ROLE_PATTERN
+    refine_optional(mint["role"], "string", pattern=ticketcalls.ROLE_PATTERN)
     revoke = schemas["RevokeCall"]
-    for way in revoke["properties"]["link_id"]["anyOf"]:
-        if way["type"] == "string":
-            way["pattern"] = ticketcalls.LINK_PATTERN
+    refine_optional(revoke["properties"]["link_id"], "string", pattern=ticketcalls.LINK_PATTERN)
     revoke["oneOf"] = [
         {"properties": {"link_id": _TEXT, "ticket": _NULL}, "required": ["link_id"]},
         {"properties": {"ticket": _TEXT, "link_id": _NULL}, "required": ["ticket"]},
