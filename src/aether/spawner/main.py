@@ -93,7 +93,7 @@ class Spawner:
             str(self._state),
             str(self._state / "cells" / self.instance),
             host_devices(),
-        ).with_base(self._host["root_steps"])
+        )
         self.loop = Loop()
         roots = (*rules.roots, rules.work)
         self.launcher = Launcher(best_executor(roots, options.executor), oci_executors(roots))

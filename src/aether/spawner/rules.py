@@ -11,12 +11,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from aether.contract import limits
 from aether.contract.cellplan import (
-    NAMESPACES,
     BindRo,
     BindRw,
     ExecSpec,
@@ -24,7 +23,6 @@ from aether.contract.cellplan import (
     Overlay,
     Plan,
     PlanError,
-    Step,
     is_beneath,
     parse_exec,
     parse_plan,
@@ -41,22 +39,17 @@ GPU_PREFIXES = ("/dev/nvidia", "/dev/dri/", "/dev/kfd", "/dev/accel/")
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """`roots`: host directories that cells may see; `state`: ours; `work`: where work directories are.
-
-    `base` is the default root that this spawner itself hands out, as JSON and parsed: plans that begin with it,
-    nearly all, are not parsed from the start each time (0.2 ms).
-    """
+    """`roots`: host directories that cells may see; `state`: ours; `work`: where work directories are."""
 
     roots: tuple[str, ...]
     state: str
     work: str
     devices: frozenset[str] = frozenset()
-    base: tuple[list[Any], tuple[Step, ...]] = ([], ())
 
     def plan(self, value: Any) -> Plan:
         """A plan that may be carried out; raises RefusedError BAD_PLAN."""
         try:
-            plan = self._parse(value)
+            plan = parse_plan(value, source_roots=(*self.roots, self.work), devices=self.devices)
         except PlanError as error:
             raise RefusedError("BAD_PLAN", str(error)) from error
         check_ids(plan.id_map)
@@ -69,30 +62,6 @@ class Rules:
             if isinstance(step, Overlay):
                 self._check_overlay(step, root_layer(own) if step.path == "/" else own)
         return plan
-
-    def with_base(self, steps: list[Any]) -> Rules:
-        """These rules, with the host's default root parsed once; raises PlanError."""
-        outline = {
-            "cell_id": "base",
-            "level": "cell",
-            "namespaces": list(NAMESPACES),
-            "id_map": {"host_uid": 1, "host_gid": 1, "count": 1, "init_uid": 1, "job_uid": 1, "job_gid": 1},
-            "hostname": "cell",
-            "steps": steps,
-            "seccomp_profile": "cell",
-            "landlock": None,
-        }
-        parsed = parse_plan(outline, source_roots=self.roots).steps if steps else ()
-        return replace(self, base=(steps, parsed))
-
-    def _parse(self, value: Any) -> Plan:
-        roots = (*self.roots, self.work)
-        known, parsed = self.base
-        steps = value.get("steps") if isinstance(value, dict) else None
-        if known and isinstance(steps, list) and len(steps) > len(known) and steps[: len(known)] == known:
-            rest = parse_plan({**value, "steps": steps[len(known) :]}, source_roots=roots, devices=self.devices)
-            return replace(rest, steps=parsed + rest.steps)
-        return parse_plan(value, source_roots=roots, devices=self.devices)
 
     def _check_overlay(self, step: Overlay, layer: str) -> None:
         images = f"{self.state}/{IMAGES}"
