@@ -51,7 +51,7 @@ def refine(schemas: Mapping[str, Any], ref: str) -> None:
 def _refine_commit(commit: dict[str, Any]) -> None:
     """A job, or the base and the layer that `cell.diff` named."""
     text = {"type": "string"}
-    patterns = {
+    patterns: dict[str, dict[str, Any]] = {
         "job_id": params.JOB_ID_SCHEMA,
         "base": {**params.IMAGE_SCHEMA, "maxLength": images.NAME_CHARS_MAX},
         "layer": params.DIGEST_SCHEMA,
