@@ -25,9 +25,9 @@ from aether.contract.errors import AetherError
 from aether.contract.jobs import JobRequest, JobState, JobView
 from aether.contract.network import Credential, Network
 from aether.contract.paths import Layout
-from tests.support import instance, machine, web
+from tests.support import egressed, instance, machine, web
+from tests.support.egressed import ADDRESS
 
-ADDRESS = "127.0.0.2"
 SECRET = "planted-5d41402abc4b2a76b9719d911017c592"
 AETHER = Path(sys.executable).with_name("aether")
 
@@ -45,19 +45,8 @@ def server(authority: web.Authority) -> Iterator[web.Server]:
 
 @pytest.fixture(scope="module")
 def layout(authority: web.Authority) -> Iterator[Layout]:
-    trusted = Path("/tmp") / f"aether-test-ca-{os.getpid()}.pem"  # where egressd's own uid may read it
-    trusted.write_bytes(authority.ca.read_bytes())
-    trusted.chmod(0o644)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SSL_CERT_FILE", str(trusted))
-        patch.setenv("AETHER_SECRET_API", SECRET)
-        try:
-            with instance.running() as found, instance.client(found) as client:
-                if any(check["name"] == "netns" and not check["ok"] for check in client.doctor().checks):
-                    pytest.skip("this host gives cells no network namespace of their own")
-                yield found
-        finally:
-            trusted.unlink()
+    with egressed.running(authority, SECRET) as found:
+        yield found
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from aether.contract.errors import AetherError
 from aether.contract.jobs import JobState, JobView
 from aether.contract.network import Credential, Network
 from aether.contract.paths import Layout
-from tests.support import instance, web
+from tests.support import egressed, instance, web
+from tests.support.egressed import ADDRESS
 
-ADDRESS = "127.0.0.2"
 SECRET = "planted-7c211433f02071597741e6ff5a8ea349"
 AETHER = Path(sys.executable).with_name("aether")
 
@@ -39,21 +39,10 @@ def server(authority: web.Authority) -> Iterator[web.Server]:
 
 @pytest.fixture(scope="module")
 def layout(authority: web.Authority) -> Iterator[Layout]:
-    trusted = Path("/tmp") / f"aether-test-cells-ca-{os.getpid()}.pem"  # where egressd's own uid may read it
-    trusted.write_bytes(authority.ca.read_bytes())
-    trusted.chmod(0o644)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SSL_CERT_FILE", str(trusted))
-        patch.setenv("AETHER_SECRET_API", SECRET)
-        try:
-            with instance.running() as found, instance.client(found) as client:
-                if any(check["name"] == "netns" and not check["ok"] for check in client.doctor().checks):
-                    pytest.skip("this host gives cells no network namespace of their own")
-                if os.geteuid() != 0:
-                    pytest.skip("without root an allocated cell has no network")
-                yield found
-        finally:
-            trusted.unlink()
+    if os.geteuid() != 0:
+        pytest.skip("without root an allocated cell has no network")
+    with egressed.running(authority, SECRET) as found:
+        yield found
 
 
 @pytest.fixture
