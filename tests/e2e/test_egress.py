@@ -21,11 +21,12 @@ from typing import Any
 import pytest
 
 from aether.client import Client
+from aether.contract.cells import Interpreter
 from aether.contract.errors import AetherError
 from aether.contract.jobs import JobRequest, JobState, JobView
 from aether.contract.network import Credential, Network
 from aether.contract.paths import Layout
-from tests.support import egressed, instance, machine, web
+from tests.support import egressed, instance, machine, packageindex, web
 from tests.support.egressed import ADDRESS
 
 SECRET = "planted-5d41402abc4b2a76b9719d911017c592"
@@ -141,7 +142,7 @@ python3 -c "import urllib.request as u; print(u.urlopen('{url}/urllib').read().d
 ({look}) > /work/found 2>/dev/null
 """
     job, text = run(client, script, asked, outputs=["found"])
-    server.answer = lambda seen: (200, {}, b"hello " + seen.path.encode())
+    server.answer = web.hello
     assert {seen.path for seen in server.seen} == {"/internal", "/curl", "/urllib"}
     assert {seen.headers["authorization"] for seen in server.seen} == {f"Bearer {SECRET}"}
     assert text.count("you sent Bearer " + "*" * len(SECRET)) == 3
@@ -178,6 +179,79 @@ def test_secrets_come_from_files_too(client: Client, server: web.Server, layout:
         job, _ = run(client, "true", network(server, credentials=(credential(server, source),)))
         assert job.state is JobState.FAILED and job.error is not None, source
         assert "cannot use credential api" in job.error.message
+
+
+def installs(client: Client, server: web.Server, asked: Network, *options: str, **more: Any) -> str:
+    """What a module prints that pip installed from the server's index."""
+    target = f"--index-url=https://{ADDRESS}:{server.port}/simple/"
+    words = ["pip", "install", "-q", "--no-cache-dir", "--disable-pip-version-check", "-t", "lib", target]
+    code = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-m', *{words!r}, *sys.argv[1:]]) or "
+    code += "subprocess.call([sys.executable, '-c', 'import aether_tiny; print(aether_tiny.WORD)'], cwd='lib'))"
+    argv = ["-c", code, *options, packageindex.NAME]
+    job = client.run(argv, python=Interpreter(), network=asked, **more)
+    return b"".join(client.logs(job.job_id)).decode()
+
+
+def test_pip_installs_through_closed_tls(client: Client, server: web.Server, authority: web.Authority) -> None:
+    server.answer = packageindex.index()
+    text = installs(client, server, network(server), "--cert", "ca.pem", files={"ca.pem": authority.ca})
+    server.answer = web.hello
+    assert text.strip().endswith(packageindex.WORD), text
+
+
+def test_pip_installs_from_a_private_index_without_the_key(client: Client, server: web.Server) -> None:
+    """The index wants a token that only egressd has, and pip trusts the cell's authority by its variable."""
+    server.answer = packageindex.index(SECRET)
+    refused = installs(client, server, network(server, intercept=True), "--trusted-host", ADDRESS, "--retries", "0")
+    text = installs(client, server, network(server, credentials=(credential(server),), intercept=True))
+    server.answer = web.hello
+    assert text.strip().endswith(packageindex.WORD), text
+    assert packageindex.WORD not in refused
+
+
+def test_requests_and_httpx_find_the_proxy(client: Client, server: web.Server, authority: web.Authority) -> None:
+    """Through closed TLS with an authority that the program names; intercepted, with the one that the cell is given."""
+    code = "import sys, httpx, requests\nurl, ca = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None\n"
+    code += "print(requests.get(url + '/requests', verify=ca or True).text)\n"
+    code += "print(httpx.get(url + '/httpx', verify=ca or True).text)\n"
+    url = f"https://{ADDRESS}:{server.port}"
+    secret = network(server, credentials=(credential(server),), intercept=True)
+    for asked, words in ((network(server), [url, "ca.pem"]), (secret, [url])):
+        server.seen.clear()
+        job = client.run(["-c", code, *words], python=Interpreter(), network=asked, files={"ca.pem": authority.ca})
+        text = b"".join(client.logs(job.job_id)).decode()
+        assert text.split("\n")[:2] == ["hello /requests", "hello /httpx"], text
+        sent = {seen.headers.get("authorization") for seen in server.seen}
+        assert sent == ({f"Bearer {SECRET}"} if asked is secret else {None})
+
+
+NODE = """
+const get = (from, url) => new Promise((done, failed) =>
+  from.get(url, (answer) => answer.on('data', (text) => done(String(text)))).on('error', failed));
+const [closed, named] = process.argv.slice(2);
+(async () => {
+  console.log(await get(require('https'), closed + '/https'));
+  console.log(await (await fetch(closed + '/fetch', { method: 'POST', body: 'x' })).text());
+  console.log(await get(require('http'), named + '/http'));
+  console.log(await (await fetch(named + '/fetch-http')).text());
+  await fetch('https://example.test/').catch((error) => console.log(error.cause.message));
+})();
+"""
+
+
+def test_node_finds_the_proxy(client: Client, server: web.Server, tmp_path: Path) -> None:
+    """By itself from version 24 on, before that by the file that NODE_OPTIONS loads."""
+    if shutil.which("node") is None:
+        pytest.skip("no node: apt-get install nodejs")
+    (tmp_path / "main.js").write_text(NODE)
+    asked = network(server, credentials=(credential(server),), intercept=True)
+    words = ["node", "main.js", f"https://{ADDRESS}:{server.port}", "http://api.internal"]
+    job = client.run(words, network=asked, files={"main.js": tmp_path / "main.js"})
+    text = b"".join(client.logs(job.job_id)).decode()
+    assert text.split("\n")[:4] == ["hello /https", "hello /fetch", "hello /http", "hello /fetch-http"], text
+    assert "403" in text.split("\n")[4]
+    job = client.run(["node", "-p", "typeof fetch"], network=asked, env={"NODE_OPTIONS": ""})
+    assert b"".join(client.logs(job.job_id)) == b"function\n", "what the job sets itself stays"
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def pure(python: Path, checkout: Path) -> Path:
     wheel, names = build(python, checkout, "pure", PATH=str(python.parent))
     stale.unlink()
     assert "aether/stale.py" in names and INIT not in names
-    assert wheel.name.endswith("-py3-none-any.whl")
+    assert wheel.name.endswith("-py3-none-any.whl") and "aether/runtime/node/proxy.cjs" in names
     return wheel
 
 

@@ -17,17 +17,19 @@ import sys
 from pathlib import Path
 
 RB_POWER_OFF = 0x4321FEDC
+MS_BIND = 1 << 12
 SCRATCH = "/tmp"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def mount(kind: str, target: str, options: str = "", source: str = "none") -> None:
-    if _libc.mount(source.encode(), target.encode(), kind.encode(), 0, options.encode()) != 0:
+def mount(kind: str, target: str, options: str = "", source: str = "none", flags: int = 0) -> None:
+    if _libc.mount(source.encode(), target.encode(), kind.encode(), flags, options.encode()) != 0:
         raise OSError(ctypes.get_errno(), f"cannot mount {kind} on {target}: {os.strerror(ctypes.get_errno())}")
 
 
-def mount_scratch() -> None:
-    """The disk at /tmp; memory elsewhere."""
+def mount_scratch(repository: str) -> None:
+    """The disk at /tmp; memory elsewhere. A repository that lies in one of these places is shown there again."""
+    kept = os.open(repository, os.O_PATH | os.O_DIRECTORY)
     subprocess.run(["modprobe", "-a", "virtio_blk", "ext4", "bfq", "loop"], check=False)
     made = subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "/dev/vda"], check=False)
     if made.returncode == 0:
@@ -39,6 +41,10 @@ def mount_scratch() -> None:
     for target in ("/run", "/var/tmp"):
         with contextlib.suppress(FileNotFoundError):
             mount("tmpfs", target, "mode=0755")
+    if not Path(__file__).exists():
+        Path(repository).mkdir(parents=True)
+        mount("", repository, source=f"/proc/self/fd/{kept}", flags=MS_BIND)
+    os.close(kept)
     for target, kind, options in (("/dev/pts", "devpts", "gid=5,mode=620,ptmxmode=666"), ("/dev/shm", "tmpfs", "")):
         Path(target).mkdir(exist_ok=True)
         mount(kind, target, options)
@@ -73,7 +79,7 @@ def main(repository: str, arguments: str) -> None:
     print("AETHER-GUEST-UP", flush=True)
     status = 1
     try:
-        mount_scratch()
+        mount_scratch(repository)
         mount_cgroups()
         subprocess.run(["ip", "link", "set", "lo", "up"], check=False)
         status = run_tests(repository, json.loads(arguments))

@@ -30,13 +30,17 @@ class Seen:
     body: bytes
 
 
+def hello(seen: Seen) -> tuple[int, dict[str, str], bytes]:
+    return 200, {}, b"hello " + seen.path.encode()
+
+
 @dataclass
 class Server:
     """A running server and what it saw. `answer` may be replaced: gets a request, gives (status, headers, body)."""
 
     port: int
     seen: list[Seen] = field(default_factory=list)
-    answer: Callable[[Seen], tuple[int, dict[str, str], bytes]] = lambda seen: (200, {}, b"hello " + seen.path.encode())
+    answer: Callable[[Seen], tuple[int, dict[str, str], bytes]] = hello
 
 
 class Authority:

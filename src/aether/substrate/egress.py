@@ -18,6 +18,7 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
@@ -60,6 +61,9 @@ _TRUST_VARIABLES: Final = (
 _PROXY_VARIABLES: Final = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 PROXY: Final = f"http://127.0.0.1:{limits.EGRESS_PORT}"
 NO_PROXY: Final = "localhost,127.0.0.1,::1"
+NODE_DIRECTORY: Final = str(Path(__file__).resolve().parents[1] / "runtime/node")
+NODE_OPTIONS: Final = "--require=/mnt/node/proxy.cjs"
+"""Node looks at the proxy variables from 22.21 and 24 on alone: older ones are taught by this file."""
 
 _NUMBERS: Final = ("port", "sent_bytes", "received_bytes", "ms", "count")
 _DETAILS: Final = ("host", "port", "address", "rule", "verdict", "reason", "credential", *_NUMBERS[1:])
@@ -297,9 +301,11 @@ def with_proxy(spec: CellSpec, *, trusts: bool) -> CellSpec:
 
     Both spellings: curl reads http_proxy in lower case alone. What the job sets itself stays.
     """
-    env = {"NO_PROXY": NO_PROXY, "no_proxy": NO_PROXY, "NODE_USE_ENV_PROXY": "1"}
+    env = {"NO_PROXY": NO_PROXY, "no_proxy": NO_PROXY, "NODE_USE_ENV_PROXY": "1", "NODE_OPTIONS": NODE_OPTIONS}
     for name in _PROXY_VARIABLES:
         env |= {name: PROXY, name.lower(): PROXY}
     if trusts:
         env |= dict.fromkeys(_TRUST_VARIABLES, f"/work/{TRUSTED_FILE}")
-    return replace(spec, env=env | spec.env, require=tuple(dict.fromkeys((*spec.require, *NEEDED))))
+    shown = {"node": NODE_DIRECTORY} | spec.readonly_dirs
+    require = tuple(dict.fromkeys((*spec.require, *NEEDED)))
+    return replace(spec, env=env | spec.env, readonly_dirs=shown, require=require)
