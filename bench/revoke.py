@@ -1,4 +1,4 @@
-"""What a revocation takes: 100 running cells and 200 waiting jobs of one ticket, and one running job.
+"""What a revocation takes: 100 running cells and 1,000 waiting jobs of one ticket, and one running job.
 
 A time ends when the answer is there; then every job of the ticket is terminal, which is checked.
 64 cells run commands of their own, the others are allocated cells with one guest each: so many places there are.
@@ -16,7 +16,7 @@ from aether.contract.paths import Layout
 from aether.orchestrator.service import CELLS_RUNNING_MAX
 from bench import harness
 
-RUNNING, WAITING = 100, 200
+RUNNING, WAITING = 100, 1_000
 _MIB = 1 << 20
 
 

@@ -284,7 +284,8 @@ KINDS: dict[str, Callable[[Json], bool]] = {
     "time": is_time,
 }
 # fmt: off
-TYPES = ("|node.started|node.stopped|ticket.minted|ticket.revoked|policy.loaded|access.denied|document.stored"
+TYPES = ("|node.started|node.stopped|ticket.minted|ticket.revoked|ticket.key-rotated|policy.loaded|access.denied"
+         "|document.stored"
          "|job.intent|job.started|job.stop|job.outcome|job.signal|job.attach|job.trace"
          "|cell.allocated|cell.started|cell.frozen|cell.thawed|cell.resized|cell.trace|cell.put|cell.freed|cell.lost"
          "|image.imported|image.removed|egress.opened|egress.connection|egress.closed|")

@@ -93,7 +93,7 @@ SCRIPT = textwrap.dedent(
     control.ensure_running(state, lambda text: None)
     try:
         with Client(state=state) as client:
-            first = client.run(["/bin/echo", "before"])
+            first, ticket = client.run(["/bin/echo", "before"]), client.tickets.mint()
             accepted.append(first.job_id)
 
             submit_slow(client)
@@ -114,6 +114,7 @@ SCRIPT = textwrap.dedent(
             seen["free_bytes"] = free()
             pids = {role: role_pid(layout, role) for role in ("spawner", "aetherd")}
             seen["full"] = [refusal(lambda: client.run(FORBIDDEN, wait=False)) for _ in range(3)]
+            seen["revoked"] = refusal(lambda: client.tickets.revoke(ticket.link_id))
             time.sleep(3)
             seen["started"] = [pid for pid in machine.mentioning("987.5") if machine.argv_of(pid)[0] == "/bin/sleep"]
             seen["alive"] = all(Path(f"/proc/{pid}").exists() for pid in pids.values())
@@ -180,6 +181,10 @@ def test_on_a_full_disk_nothing_starts_and_the_authority_lives(seen: dict[str, A
     assert seen["free_bytes"] == 0
     assert {tuple(refused) for refused in seen["full"]} <= {("DISK_FULL", 507), ("UNAVAILABLE", 503)}
     assert seen["started"] == [] and seen["alive"]
+
+
+def test_on_a_full_disk_a_ticket_can_be_revoked(seen: dict[str, Any]) -> None:
+    assert seen["revoked"] is None
 
 
 def test_nothing_accepted_is_lost_and_work_goes_on_when_there_is_room(seen: dict[str, Any]) -> None:

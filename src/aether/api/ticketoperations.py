@@ -62,6 +62,18 @@ TICKET_OPERATIONS: Final[tuple[Operation, ...]] = (
         errors=JSON_ERRORS,
     ),
     Operation(
+        name="ticket.rotate-key",
+        method="POST",
+        path="/v0/tickets/rotate-key",
+        summary="Mint with a new key from now on; tickets of earlier keys hold until they expire.",
+        request=calls.Nothing,
+        reply=ticketcalls.KeyRotated,
+        access="control",
+        effect="control",
+        idempotent=False,
+        errors=(*WRITE_ERRORS, "TICKET_LIMIT"),
+    ),
+    Operation(
         name="ticket.revoke",
         method="POST",
         path="/v0/tickets/revoke",

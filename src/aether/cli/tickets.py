@@ -1,4 +1,4 @@
-"""`aether ticket mint|attenuate|inspect|verify|revoke|list|show`: capabilities that can be handed on.
+"""`aether ticket mint|attenuate|inspect|verify|revoke|rotate-key|list|show`: capabilities that can be handed on.
 
 A TICKET is given as an argument, as `-` (one line of standard input) or by AETHER_TICKET; arguments can be seen by
 every user of the machine (ps(1)). `attenuate` and `inspect` talk to nobody.
@@ -54,6 +54,12 @@ _REVOKE: Final = """Revoke a ticket, or a link of one: what it admitted ends, wh
 Example:
   aether ticket revoke 00112233445566778899aabbccddeeff
 """
+_ROTATE: Final = """Mint tickets with a new key from now on. Those given out before hold until they expire.
+
+\b
+Example:
+  aether ticket rotate-key
+"""
 
 
 def register(app: typer.Typer) -> None:
@@ -65,6 +71,7 @@ def register(app: typer.Typer) -> None:
     command(group, "inspect", help="Show what a ticket says, offline and unproven.")(_inspect)
     command(group, "verify", help="Ask the authority whether a ticket holds, and what it may still spend.")(_verify)
     command(group, "revoke", help=_REVOKE)(_revoke)
+    command(group, "rotate-key", help=_ROTATE)(_rotate_key)
     command(group, "list", help="List the minted tickets that are not expired.")(_list)
     command(group, "show", help="Show a minted ticket by its link.")(_show)
 
@@ -185,6 +192,18 @@ def _revoke(
         show_json(done)
     else:
         print(f"revoked {done.link_id}: {done.jobs} jobs and {done.cells} cells ended")
+
+
+def _rotate_key(session: Session) -> None:
+    from aether.cli.output import show_json
+
+    with session.client() as client:
+        rotated = client.tickets.rotate_key()
+    if session.as_json:
+        show_json(rotated)
+    else:
+        kept = f"; kept for live tickets: {', '.join(rotated.kept)}" if rotated.kept else ""
+        print(f"tickets are minted with {rotated.kid} from now on{kept}")
 
 
 def _list(session: Session) -> None:

@@ -111,6 +111,11 @@ class Tickets:
         """What the authority found; raises BAD_TICKET, TICKET_REVOKED, TICKET_EXPIRED."""
         return self._send("ticket.verify", ticketcalls.VerifiedTicket, {"ticket": ticket})
 
+    def rotate_key(self, *, idempotency_key: str | None = None) -> ticketcalls.KeyRotated:
+        """Mints with a new key from now on; tickets of earlier keys hold until they expire. The operator's to do."""
+        headers = {"Idempotency-Key": idempotency_key or ids.new(ids.REQUEST)}
+        return self._calls.call_json("ticket.rotate-key", ticketcalls.KeyRotated, headers=headers)
+
     def revoke(self, target: str) -> ticketcalls.Revoked:
         """Ends a ticket's last link, or the link of that id, and all that derives from it."""
         name = "ticket" if target.startswith(tickets.PREFIX) else "link_id"

@@ -168,6 +168,8 @@ TICKET_MS_MAX: Final = 366 * 24 * 3600 * 1000
 """How long a minted ticket holds: each expires, so that what is remembered of it ends."""
 TICKETS_MAX: Final = 1_000
 """Minted tickets of one tenant that are not expired; above it the answer is 429."""
+TICKET_EPOCHS_MAX: Final = 16
+"""Keys of tickets kept at once: the newest, and those of earlier epochs of which a ticket may still be used."""
 TICKET_LINKS_REVOKED_MAX: Final = 64
 """Revoked links of one ticket; above it only the ticket itself can be revoked."""
 
@@ -185,6 +187,8 @@ AUDIT_PAGE_BYTES_MAX: Final = 1 * MIB
 DISK_FREE_BYTES_MIN: Final = 64 * MIB
 """Admission stops (507) below this plus the room of every open outcome."""
 OUTCOME_BYTES_RESERVED: Final = 16 * KIB
+ENDINGS_BYTES_RESERVED: Final = 2 * MIB
+"""Room kept for records of tickets revoked and cells ended: about 2,000 of them on a full disk."""
 
 # Models
 MODEL_PACKAGE_BYTES_MAX: Final = 512 * MIB

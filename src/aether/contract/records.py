@@ -22,6 +22,7 @@ RecordType = Literal[
     "node.stopped",
     "ticket.minted",
     "ticket.revoked",
+    "ticket.key-rotated",
     "policy.loaded",
     "access.denied",
     "document.stored",

@@ -119,6 +119,16 @@ class Revoked(msgspec.Struct, frozen=True, kw_only=True):
     cells: int
 
 
+class KeyRotated(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to `ticket.rotate-key`: the key that tickets are minted with from now on, and the earlier ones that
+    are kept because a ticket of theirs may still be used. `log_index` is its record."""
+
+    kid: str
+    kept: tuple[str, ...]
+    rotated_at: str
+    log_index: int
+
+
 class LinkView(msgspec.Struct, frozen=True, kw_only=True):
     """One link of a verified ticket, root first."""
 

@@ -7,6 +7,7 @@ answers from the first moment; what is not there yet answers 503. Order of end: 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 import time
@@ -24,7 +25,8 @@ from aether.daemons.accounts import accounts
 from aether.daemons.node import open_node
 from aether.substrate.access.access import Access, Minted
 from aether.substrate.access.budget import Accounts
-from aether.substrate.access.keyfile import open_secret
+from aether.substrate.access.keyfile import Keys
+from aether.substrate.access.keyfile import settle as settle_keys
 from aether.substrate.access.policy import Policy
 from aether.substrate.audit.keyfile import open_signer
 from aether.substrate.audit.log import AuditLog
@@ -51,6 +53,7 @@ from aether.substrate.service import Parts, Service
 from aether.substrate.submission import Submitter
 from aether.substrate.talking import Talking
 from aether.substrate.ticketdesk import TicketDesk
+from aether.substrate.ticketkeys import TicketKeys
 from aether.substrate.watching import Watching
 from aether.substrate.workers import Workers
 from aether.telemetry.metrics import Metrics
@@ -79,13 +82,18 @@ def compose(layout: Layout, operators: frozenset[int], log: Any) -> Authority:
     book = Book(audit, Accounts(), layout.keys / "ledger.snapshot", time.time_ns)
     log.info("audit log open", records=audit.size, replayed=book.load())
     policy = Policy.load(layout.policy.read_text()) if layout.policy.exists() else Policy.default()
-    secret, revoked = open_secret(layout.keys / "tickets.key"), book.ledger.tickets.revoked
-    access = Access.create(secret, policy, operators, _minting(node, book), revoked)
+    access = Access.create(_keys(layout, book), policy, operators, _minting(node, book), book.ledger.tickets.revoked)
     audit.store_document(policy.text.encode())
     loaded = PolicyRef(digest=policy.digest, decision="allow", determining=())
     record_node(node, book, "node.started", None)
     record_node(node, book, "policy.loaded", loaded)
     return _assemble(layout, node, book, access, Receipts(audit, signer))
+
+
+def _keys(layout: Layout, book: Book) -> Keys:
+    """The keys of tickets as the log asks for them."""
+    tickets = book.ledger.tickets
+    return settle_keys(layout.keys / "tickets.key", tickets.epoch, tickets.kids())
 
 
 def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: Receipts) -> Authority:
@@ -122,6 +130,7 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         audit=AuditReading(gate, book, orchestra, reading, house),
         images=ImageDesk(gate, book, orchestra, execution, cells, house),
         tickets=TicketDesk(gate, book, access, house, fence),
+        ticket_keys=TicketKeys(gate, book, access, house, functools.partial(_keys, layout, book)),
         fence=fence,
         metrics=Metrics("aetherd"),
     )

@@ -44,6 +44,7 @@ class _Snapshot(msgspec.Struct):
     cells: list[tuple[Record, str, Record | None, bool]] = []
     egress: dict[str, int] = {}
     tickets: list[tuple[Record, list[Record]]] = []
+    epoch: int = 1
 
 
 class Book:
@@ -140,6 +141,7 @@ class Book:
             accounts=self.accounts.snapshot(),
             cells=ledger.cells.snapshot(),
             tickets=ledger.tickets.snapshot(),
+            epoch=ledger.tickets.epoch,
             egress={name: each.egress_index for name, each in networked.items() if each.egress_index is not None},
         )
         body = msgspec.msgpack.encode(state)
@@ -161,6 +163,7 @@ class Book:
         jobs = [OpenJob(intent, started, stop, end=end) for intent, started, stop, end in state.open]
         self.ledger.cells.restore(state.cells)
         self.ledger.tickets.restore(state.tickets)
+        self.ledger.tickets.epoch = state.epoch
         self.ledger.restore(state.applied, jobs, state.keys)
         for name, index in state.egress.items():
             networked = self.ledger.open.get(name) or self.ledger.cells.live[name]

@@ -70,6 +70,7 @@ from aether.substrate.reconcile import Reconciler
 from aether.substrate.submission import Submitter
 from aether.substrate.talking import Talking
 from aether.substrate.ticketdesk import TicketDesk
+from aether.substrate.ticketkeys import TicketKeys
 from aether.substrate.watching import Watching
 from aether.substrate.workers import Workers
 from aether.telemetry.metrics import Metrics
@@ -98,6 +99,7 @@ class Parts:
     watching: Watching
     images: ImageDesk
     tickets: TicketDesk
+    ticket_keys: TicketKeys
     fence: Fence
     audit: AuditReading
     metrics: Metrics
@@ -159,6 +161,7 @@ class Service:
             "ticket.show": parts.tickets.show,
             "ticket.verify": parts.tickets.verify,
             "ticket.revoke": parts.tickets.revoke,
+            "ticket.rotate-key": parts.ticket_keys.rotate,
         }
         self.handlers: Mapping[str, Handler] = {name: self._counted(name, run) for name, run in plain.items()}
 

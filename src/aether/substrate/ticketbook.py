@@ -4,7 +4,8 @@
 request, with the revocations of its links, until PRUNED_MS after it expired (then no job that it admitted can run any
 more). Tickets that uids get by themselves are not held: they cannot be revoked, the policy governs them.
 
-`revoked` is the set that verification asks. A link that left it is one of a ticket that expired.
+`revoked` is the set that verification asks. A link that left it is one of a ticket that expired. `epoch` is the number
+of the newest key.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class TicketBook:
 
     def __init__(self) -> None:
         self.revoked: set[str] = set()
+        self.epoch = 1
         self._live: dict[str, Ticket] = {}
         self._expiring: list[tuple[int, str]] = []
 
@@ -64,6 +66,8 @@ class TicketBook:
             self._add(record)
         elif record.type == "ticket.revoked":
             self._revoke(record)
+        elif record.type == "ticket.key-rotated":
+            self.epoch = int(record.detail["epoch"])
 
     def _add(self, minted: Record) -> Ticket | None:
         if "block" not in minted.detail:
@@ -85,6 +89,10 @@ class TicketBook:
             self.revoked.difference_update(ticket.revoked)
 
     # ---- asking
+
+    def kids(self) -> set[str]:
+        """The keys of the tickets that are held."""
+        return {ticket.minted.ticket.kid for ticket in self._live.values() if ticket.minted.ticket is not None}
 
     def find(self, link_id: str) -> Ticket | None:
         """The ticket whose first link it is."""

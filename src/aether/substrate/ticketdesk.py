@@ -153,7 +153,8 @@ class TicketDesk:
 
     def _told(self, ticket: Ticket, nonce: bytes) -> wire.MintedTicket:
         minted = ticket.minted
-        text = self._access.text(minted.tenant_id or "", nonce, ticket.said)
+        assert minted.ticket is not None
+        text = self._access.text(minted.ticket.kid, minted.tenant_id or "", nonce, ticket.said)
         return wire.MintedTicket(**msgspec.structs.asdict(self._view(ticket)), ticket=text)
 
     def _by_text(self, text: str | None) -> tuple[Ticket, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from aether.contract.caveats import Caveat, encode
 from aether.contract.records import Record
 from aether.substrate.access.access import Minted
+from aether.substrate.access.keyfile import epoch_name
 from aether.substrate.audit.redact import redact
 from aether.substrate.cellentries import Order
 from aether.substrate.entries import Node
@@ -54,4 +55,25 @@ def revoked(ticket: Ticket, link_id: str, order: Order, index: int, time: str) -
         ticket=order.admission.ticket,
         policy=order.admission.policy,
         detail={"link_id": link_id, "root_id": ticket.link_id},
+    )
+
+
+def key_rotated(node: Node, order: Order, epoch: int, index: int, time: str) -> Record:
+    """`ticket.key-rotated`: tickets are minted with the key of this epoch from here on. Nothing of the key is told."""
+    principal = order.admission.principal
+    return Record(
+        type="ticket.key-rotated",
+        log_index=index,
+        time=time,
+        node_id=node.node_id,
+        tenant_id=principal.tenant_id,
+        principal=principal.name,
+        request_id=order.caller.request_id,
+        traceparent=order.caller.traceparent,
+        operation=order.operation,
+        effect="control",
+        ticket=order.admission.ticket,
+        policy=order.admission.policy,
+        budget=order.budget,
+        detail={"epoch": str(epoch), "kid": epoch_name(epoch)},
     )

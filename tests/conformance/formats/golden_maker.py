@@ -187,6 +187,7 @@ def added_records() -> list[Record]:
             "cell.trace", 314, operation="cell.trace", effect="control", detail={**named, "duration_ms": "50"}, **shared
         ),
         ticket_revoked(),
+        key_rotated(),
     ]
 
 
@@ -196,6 +197,14 @@ def ticket_revoked() -> Record:
     ticket = TicketRef(kid="e1", role="user", link_ids=LINKS[:1], implicit=True)
     shared: dict[str, Any] = {"tenant_id": "default", "principal": "uid:1000", "effect": "control", "detail": detail}
     return base("ticket.revoked", 317, operation="ticket.revoke", ticket=ticket, **shared)
+
+
+def key_rotated() -> Record:
+    """Another key to mint tickets with."""
+    ticket = TicketRef(kid="implicit", role="queen", link_ids=LINKS[:1], implicit=True)
+    shared: dict[str, Any] = {"tenant_id": "default", "principal": "uid:1000", "effect": "control"}
+    detail = {"epoch": "2", "kid": "e2"}
+    return base("ticket.key-rotated", 318, operation="ticket.rotate-key", ticket=ticket, detail=detail, **shared)
 
 
 def image_records() -> list[Record]:

@@ -16,13 +16,14 @@ from aether.contract.calls import Caller, LogsCall, Nothing, StreamReply
 from aether.contract.cellcalls import AllocateCall, CellCall
 from aether.contract.errors import AetherError
 from aether.contract.jobs import JobState, JobView
-from aether.contract.limits import TICKET_LINKS_REVOKED_MAX, TICKET_MS_MAX
+from aether.contract.limits import TICKET_EPOCHS_MAX, TICKET_LINKS_REVOKED_MAX, TICKET_MS_MAX
 from aether.orchestrator.service import CELLS_RUNNING_MAX
 from aether.substrate import ticketentries
 from aether.substrate.access.access import Admission, Resource
 from aether.substrate.book import Book
 from aether.substrate.cellentries import Order
 from aether.substrate.cells.drivers.memory import Program, Run
+from aether.substrate.ticketbook import PRUNED_MS
 from tests.support.onenode import OWNER, STRANGER, OneNode, caller, command, running
 
 HOUR_MS = 3_600_000
@@ -324,5 +325,75 @@ def test_a_record_of_a_revoked_ticket_is_not_written(tmp_path: Path) -> None:
         by = caller(OTHER, ticket=minted.ticket)
         assert await refused(node.call("cell.allocate", by, call)) == "TICKET_REVOKED"
         assert not book.ledger.cells.live and not book.accounts._reservations
+
+    on_node(tmp_path, step)
+
+
+async def rotate(node: OneNode, by: Caller | None = None) -> wire.KeyRotated:
+    rotated = await node.call("ticket.rotate-key", by or caller(), Nothing())
+    assert isinstance(rotated, wire.KeyRotated)
+    return rotated
+
+
+def test_another_key_breaks_no_live_ticket_and_no_account(tmp_path: Path) -> None:
+    """Also across a restart, and with a death between the record and the file of keys."""
+
+    async def step(node: OneNode) -> None:
+        own = (await node.submit(command("ok"), caller(), 10_000)).job_id
+        old = await mint(node, caller(key="k"), budget={"ops": 3})
+        await node.submit(command("ok"), caller(ticket=old.ticket), 10_000)
+        rotated = await rotate(node)
+        assert (rotated.kid, rotated.kept) == ("e2", ("e1",))
+        again = await mint(node, caller(key="k"), budget={"ops": 3})
+        assert again.ticket == old.ticket, "a repeated call tells the ticket that it made, of the key of then"
+        new = await mint(node)
+        assert inspect(new.ticket).kid == "e2" and inspect(old.ticket).kid == "e1"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(node.parts.ticket_keys, "_settle", lambda: (_ for _ in ()).throw(OSError("died")))
+            with pytest.raises(OSError, match="died"):
+                await rotate(node)
+        await node.kill_aetherd()
+        await node.start_aetherd()
+        await node.connected()
+        assert inspect((await mint(node)).ticket).kid == "e3"
+        for ticket in (old.ticket, new.ticket):
+            await node.submit(command("ok"), caller(ticket=ticket), 10_000)
+        assert (await node.call("ticket.show", caller(), wire.LinkCall(link_id=old.link_id))).budget[0].spent == 2
+        later = (await node.submit(command("ok"), caller(), 10_000)).job_id
+        intents = {record.job_id: record for record in await node.records("job.intent")}
+        assert intents[own].ticket == intents[later].ticket, "the account of a uid is the same"
+        records = await node.records("ticket.key-rotated")
+        assert [record.detail["kid"] for record in records] == ["e2", "e3"]
+        assert all(record.budget is not None and record.budget.ops == 1 for record in records)
+
+    on_node(tmp_path, step)
+
+
+def test_only_the_operator_changes_keys_and_never_too_many(tmp_path: Path) -> None:
+    async def step(node: OneNode) -> None:
+        assert await refused(rotate(node, caller(STRANGER))) == "POLICY_DENIED"
+        for _ in range(TICKET_EPOCHS_MAX - 1):
+            await mint(node)
+            rotated = await rotate(node)
+        assert len(rotated.kept) == TICKET_EPOCHS_MAX - 1
+        await mint(node)
+        assert await refused(rotate(node)) == "TICKET_LIMIT"
+
+    on_node(tmp_path, step)
+
+
+def test_a_key_is_forgotten_when_no_ticket_of_it_is_left(tmp_path: Path) -> None:
+    async def step(node: OneNode) -> None:
+        await mint(node, expires_ms=1_000)
+        assert (await rotate(node)).kept == ("e1",)
+        book = node.parts.book
+        real = book.now_ns
+        book.now_ns = lambda: real() + (PRUNED_MS + 5_000) * 1_000_000
+        kept = await mint(node)
+        assert (await rotate(node)).kept == ("e2",)
+        keys = (node.layout.keys / "tickets.key").read_text().split()
+        assert keys[::2] == ["implicit", "e2", "e3"]
+        book.now_ns = real
+        assert await node.call("ticket.verify", caller(), wire.VerifyCall(ticket=kept.ticket))
 
     on_node(tmp_path, step)

@@ -36,6 +36,7 @@ from aether.substrate.access.identity import (
     node_principal,
     principal_of,
 )
+from aether.substrate.access.keyfile import IMPLICIT, Keys
 from aether.substrate.access.policy import Decision, Policy, Question
 from aether.substrate.access.tickets import Limit, Tickets, Verified
 
@@ -100,7 +101,8 @@ class Minted:
 class ImplicitTickets:
     """One ticket per uid that comes without one, and one for the node itself.
 
-    Its nonce is derived from the uid, so that it is the same ticket - and the same account - after a restart.
+    Its nonce is derived from the uid, and its key outlives epochs, so that it is the same ticket - and the same
+    account - after a restart or a change of keys. The text of such a ticket never leaves: nobody can send one.
     `on_minted` may refuse (no room for the record): then the ticket serves, unrecorded, only for what needs no
     record either, and is offered again.
     """
@@ -151,17 +153,22 @@ class Access:
     @classmethod
     def create(
         cls,
-        secret: bytes,
+        keys: Keys,
         policy: Policy,
         operators: Collection[int],
         on_minted: Callable[[Minted], None],
         revoked: Set[str] = frozenset(),
     ) -> Access:
-        """Access with one epoch's secret (32 bytes); `operators` are uids beside root with role `queen`, `revoked` the
+        """Access with the keys of tickets; `operators` are uids beside root with role `queen`, `revoked` the
         ids of links that are refused, kept by the caller."""
-        authority = Tickets({"e1": secret}, "e1", revoked)
-        nonce_key = hashlib.sha256(b"aether implicit v1\0" + secret).digest()
-        return cls(authority, ImplicitTickets(authority, nonce_key, operators, on_minted), policy)
+        authority = Tickets(keys.epochs, keys.newest, revoked)
+        nonce_key = hashlib.sha256(b"aether implicit v1\0" + keys.implicit).digest()
+        own = Tickets({IMPLICIT: keys.implicit}, IMPLICIT)
+        return cls(authority, ImplicitTickets(own, nonce_key, operators, on_minted), policy)
+
+    def rekey(self, keys: Keys) -> None:
+        """Mints with the newest of these epochs from now on, and takes tickets of all of them."""
+        self._authority.rekey(keys.epochs, keys.newest)
 
     def admit(self, caller: Caller, operation: str, resource: Resource, now_ns: int) -> Admission:
         """Leave for `caller`, or the AetherError of the rule that refused. `now_ns` is the wall clock."""
@@ -186,9 +193,9 @@ class Access:
         text = self._authority.mint(tenant or DEFAULT_TENANT, nonce, said)
         return text, Minted(holder, _ticket_ref(self._authority.verify(text), False), tuple(map(str, said)))
 
-    def text(self, tenant: str, nonce: bytes, said: tuple[caveats.Caveat, ...]) -> str:
-        """The text of a ticket that was minted before. Raises AetherError BAD_FIELD."""
-        return self._authority.mint(tenant, nonce, said)
+    def text(self, kid: str, tenant: str, nonce: bytes, said: tuple[caveats.Caveat, ...]) -> str:
+        """The text of a ticket that was minted before under `kid`. Raises AetherError BAD_FIELD, BAD_TICKET."""
+        return self._authority.mint(tenant, nonce, said, kid)
 
     def read(self, text: str) -> Verified:
         """A ticket of this authority, also one that is revoked or expired; raises BAD_TICKET."""

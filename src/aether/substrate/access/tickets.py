@@ -56,8 +56,7 @@ class Tickets:
     `revoked` are ids of links, kept by the caller."""
 
     def __init__(self, secrets: Mapping[str, bytes], kid: str, revoked: Set[str] = frozenset()) -> None:
-        if kid not in secrets or any(len(secret) != SECRET_BYTES for secret in secrets.values()):
-            raise ValueError("a ticket authority needs 32-byte secrets and the one to mint with")
+        _check(secrets, kid)
         self._secrets = dict(secrets)
         self._kid = kid
         self._keys: dict[tuple[str, str], bytes] = {}
@@ -67,14 +66,25 @@ class Tickets:
     def __repr__(self) -> str:
         return f"<Tickets kid={self._kid} cached={len(self._cache)} revoked={len(self._revoked)}>"
 
-    def mint(self, tenant: str, nonce: bytes, caveats: Sequence[Caveat]) -> str:
-        """A new ticket's text. The first link names exactly one role. Raises AetherError BAD_FIELD."""
+    def rekey(self, secrets: Mapping[str, bytes], kid: str) -> None:
+        """From now on these secrets, and `kid` to mint with; tickets of others are not known any more."""
+        _check(secrets, kid)
+        self._secrets, self._kid = dict(secrets), kid
+        self._keys.clear()
+        self._cache.clear()
+
+    def mint(self, tenant: str, nonce: bytes, caveats: Sequence[Caveat], kid: str | None = None) -> str:
+        """A new ticket's text, or that of one minted before under `kid`. The first link names exactly one role. Raises
+        AetherError BAD_FIELD, or BAD_TICKET when that key is gone."""
         roles = [caveat for caveat in caveats if caveat.type == "role"]
         if len(roles) != 1 or len(nonce) != NONCE_BYTES or not 0 < len(tenant.encode()) < 256:
             raise AetherError("BAD_FIELD", "cannot mint a ticket: it needs one role, a tenant and a nonce of 16 bytes")
-        header = text8(self._kid) + text8(tenant) + nonce
+        kid = kid or self._kid
+        if kid not in self._secrets:
+            raise _unknown_key()
+        header = text8(kid) + text8(tenant) + nonce
         block = encode_block(caveats)
-        tag = hmac.digest(self._key(self._kid, tenant), _DOMAIN + header + block, "sha256")
+        tag = hmac.digest(self._key(kid, tenant), _DOMAIN + header + block, "sha256")
         return write(header + block + tag)
 
     def verify(self, text: str) -> Verified:
@@ -97,7 +107,7 @@ class Tickets:
     def _verify(self, text: str) -> Verified:
         parts = parse(text)
         if parts.kid not in self._secrets:
-            raise AetherError("BAD_TICKET", "cannot use the ticket: its key is not known here")
+            raise _unknown_key()
         key, first = self._key(parts.kid, parts.tenant), _DOMAIN + parts.header
         link_ids: list[str] = []
         for block in parts.blocks:
@@ -131,6 +141,15 @@ class Tickets:
                 self._keys.clear()
             self._keys[kid, tenant] = key
         return key
+
+
+def _check(secrets: Mapping[str, bytes], kid: str) -> None:
+    if kid not in secrets or any(len(secret) != SECRET_BYTES for secret in secrets.values()):
+        raise ValueError("a ticket authority needs 32-byte secrets and the one to mint with")
+
+
+def _unknown_key() -> AetherError:
+    return AetherError("BAD_TICKET", "cannot use the ticket: its key is not known here")
 
 
 def check_expiry(verified: Verified, now_ms: int) -> None:

@@ -7,7 +7,7 @@ commits; the loop is told once per batch. Methods belong to the event loop's thr
 Invariants:
 - an index is durable only after the fdatasync of its frame; indexes become durable in order;
 - a record whose job was accepted (RESERVED) can be written on a full disk: other records are refused before they
-  would take its room (`reserve`, `room`);
+  would take its room (`reserve`, `room`); and so can ENDINGS_BYTES_RESERVED of those that end something (ENDINGS);
 - after the first failed write nothing more is durable, `on_fatal` was called, and whoever waits gets an error.
 
 Lifetime: `open` takes an exclusive lock on the directory; `close` commits what is queued, publishes the checkpoint,
@@ -28,7 +28,13 @@ from typing import Final
 
 from aether.contract.errors import AetherError
 from aether.contract.ids import Digest
-from aether.contract.limits import DISK_FREE_BYTES_MIN, OUTCOME_BYTES_RESERVED, RECORD_BYTES_MAX, TILE_WIDTH
+from aether.contract.limits import (
+    DISK_FREE_BYTES_MIN,
+    ENDINGS_BYTES_RESERVED,
+    OUTCOME_BYTES_RESERVED,
+    RECORD_BYTES_MAX,
+    TILE_WIDTH,
+)
 from aether.contract.records import Record
 from aether.substrate.audit import entry as entries
 from aether.substrate.audit import tree
@@ -42,6 +48,8 @@ from aether.substrate.audit.writer import Batch, Writer
 
 RESERVED: Final = frozenset({"job.started", "job.stop", "job.outcome", "node.stopped"})
 """Records of jobs already accepted: `reserve` keeps room for them."""
+ENDINGS: Final = frozenset({"ticket.revoked", "cell.freed", "cell.lost", "egress.closed"})
+"""What takes leave or room back must be possible when there is none."""
 _OVERHEAD_BYTES: Final = ENTRY_HEADER_BYTES + FRAME_HEADER_BYTES
 _ROOM_INTERVAL_NS: Final = 100_000_000
 
@@ -75,15 +83,16 @@ class AuditLog:
         self._closed = False
         self._documents = Documents(directory)
         self._store = LogStore(directory, signer, recovered, bounds, now_ns)
-        self._durable = self._store.state(0)
+        self._durable = self._store.state(ENDINGS_BYTES_RESERVED)
         self._size = self._durable.size
         self._outstanding_bytes = 0
         self._outstanding: list[int] = []
-        self._reserved_bytes = 0
+        self._reserved_bytes = ENDINGS_BYTES_RESERVED
         self._room_checked_ns: int | None = None
         self._disk_has_room = True
         self._store.publish(force=True)
         self._writer = Writer(self._store, bounds.frame_bytes, self._on_commit, self._on_fatal)
+        self._writer.want_bytes = self._reserved_bytes
         self._writer.start()
 
     @classmethod
@@ -153,7 +162,9 @@ class AuditLog:
             raise ValueError(f"record {record.log_index} made for index {index}")
         entry = entries.encode(record)
         cost = len(entry) + _OVERHEAD_BYTES
-        if record.type not in RESERVED:
+        if record.type in ENDINGS:
+            self._check_room(cost - ENDINGS_BYTES_RESERVED)
+        elif record.type not in RESERVED:
             self._check_room(cost + (OUTCOME_BYTES_RESERVED if record.type == "job.intent" else 0))
         self._schedule()
         self._pending.entries.append(entry)
@@ -237,7 +248,7 @@ class AuditLog:
 
     def reserve(self, open_jobs: int) -> None:
         """States how many accepted jobs still owe records; room for them is kept from now on."""
-        self._reserved_bytes = open_jobs * OUTCOME_BYTES_RESERVED
+        self._reserved_bytes = open_jobs * OUTCOME_BYTES_RESERVED + ENDINGS_BYTES_RESERVED
         self._writer.want_bytes = self._reserved_bytes
 
     def room(self) -> bool:

@@ -10,6 +10,7 @@ from aether.contract.errors import AetherError
 from aether.contract.tickets import attenuate
 from aether.substrate.access.access import Access, Minted, Resource
 from aether.substrate.access.identity import principal_of
+from aether.substrate.access.keyfile import Keys
 from aether.substrate.access.policy import Policy
 
 NOW_NS = 1_790_000_000_000_000_000
@@ -24,7 +25,7 @@ class Kit:
         self.minted: list[Minted] = []
         self.full = False
         self.revoked: set[str] = set()
-        self.access = Access.create(secret, POLICY, {1000}, self._on_minted, self.revoked)
+        self.access = Access.create(Keys(secret, {"e1": secret}), POLICY, {1000}, self._on_minted, self.revoked)
 
     def _on_minted(self, minted: Minted) -> None:
         if self.full:

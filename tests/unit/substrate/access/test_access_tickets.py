@@ -17,7 +17,7 @@ from aether.contract import tickets as texts
 from aether.contract.caveats import Caveat, Request
 from aether.contract.errors import AetherError
 from aether.contract.tickets import attenuate
-from aether.substrate.access.keyfile import open_secret
+from aether.substrate.access.keyfile import settle
 from aether.substrate.access.tickets import Tickets, check
 
 SECRET = b"s" * 32
@@ -220,15 +220,46 @@ def test_what_cannot_be_minted() -> None:
         attenuate(text, ())
 
 
-def test_secret_file(tmp_path: Path) -> None:
-    path = tmp_path / "keys/ticket.key"
-    secret = open_secret(path)
-    assert open_secret(path) == secret and stat.S_IMODE(path.stat().st_mode) == 0o600
+def test_key_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys/tickets.key"
+    first = settle(path, 1, set())
+    assert settle(path, 1, set()) == first and stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(first.epochs) == ["e1"] and first.implicit != first.epochs["e1"]
+    second = settle(path, 2, {"e1"})
+    assert list(second.epochs) == ["e1", "e2"] and second.newest == "e2" and second.implicit == first.implicit
+    assert second.epochs["e1"] == first.epochs["e1"] != second.epochs["e2"]
+    assert settle(path, 2, {"e1"}) == second and settle(path, 1, {"e1"}) == second, "a newer key is not thrown away"
+    third = settle(path, 3, {"e2"})
+    assert list(third.epochs) == ["e2", "e3"] and list(settle(path, 3, set()).epochs) == ["e3"]
+    assert "secret" not in repr(third) and third.implicit.hex() not in repr(third)
+
+
+def test_a_key_file_that_cannot_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "tickets.key"
+    good = settle(path, 1, set())
     path.chmod(0o644)
     with pytest.raises(AetherError, match="others can read"):
-        open_secret(path)
+        settle(path, 1, set())
     path.chmod(0o600)
-    for bad in ("", "zz", "00"):
+    line = "ab" * 32
+    short = good.implicit.hex()[:-2]
+    malformed = ("", "zz", line, "e1 00", f"e1 {line}", f"x {line}")
+    after_one = ("", f"e0 {line}", f"e2 {line}\ne1 {line}", f"e1 {short}", "e1")
+    for bad in (*malformed, *(f"implicit {line}\n{rest}" for rest in after_one)):
         path.write_text(bad)
         with pytest.raises(AetherError, match="malformed"):
-            open_secret(path)
+            settle(path, 1, set())
+
+
+def test_another_key_leaves_earlier_tickets_as_they_are_until_it_is_dropped() -> None:
+    authority = Tickets({"e1": SECRET}, "e1")
+    old = authority.mint("default", NONCE, (c.role("user"),))
+    authority.rekey({"e1": SECRET, "e2": b"o" * 32}, "e2")
+    new = authority.mint("default", NONCE, (c.role("user"),))
+    assert authority.verify(old).kid == "e1" and authority.verify(new).kid == "e2" and old != new
+    assert authority.mint("default", NONCE, (c.role("user"),), "e1") == old
+    authority.rekey({"e2": b"o" * 32}, "e2")
+    assert authority.verify(new).kid == "e2"
+    for refused in (lambda: authority.verify(old), lambda: authority.mint("default", NONCE, (c.role("user"),), "e1")):
+        with pytest.raises(AetherError, match="not known here"):
+            refused()

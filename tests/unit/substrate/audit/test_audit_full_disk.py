@@ -71,6 +71,10 @@ SCRIPT = textwrap.dedent(
             raise SystemExit("a document fitted on a full disk")
         except AetherError as error:
             assert error.code == "DISK_FULL"
+        for kind in ("ticket.revoked", "cell.freed", "cell.lost", "egress.closed"):
+            for _ in range(200):
+                log.append(lambda index: plain(index, kind, padding=1_900))
+            await log.durable(log.size - 1)
         for left in range(OPEN_JOBS // 2, 0, -1):
             log.append(outcome)
             if left % 8 == 0:
