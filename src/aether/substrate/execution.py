@@ -221,7 +221,7 @@ class Execution:
         self._book.publish(told)
         if job.is_guest:
             self._in_background(self._acknowledge(job.place, job.executable))
-        else:
+        elif job.started is not None or job.launched_on is not None or self._found(job) is not None:
             self.free(job.place)
         self._book.maybe_snapshot()
         return told

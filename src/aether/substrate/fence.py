@@ -5,8 +5,8 @@ refused (`TicketBook.revoked`), a job of it is not launched, and whatever ends i
 (`Execution.conclude`). So what is done here only makes it soon, and may be done again: after a crash it is, when the
 spawner is connected.
 
-Order: streams close; jobs that wait are concluded, so that no place that becomes free starts one; what runs is killed
-and concluded once its end was seen; allocated cells are ended.
+Order: streams close; what runs is killed and concluded once its end was seen, and allocated cells are ended; jobs that
+wait are concluded meanwhile: a launch of one that comes first is refused, since it asks for the ticket.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from aether.substrate.orchestra import Orchestra
 
 KILL_S: Final = 10.0
 """How long the end of what was killed is waited for; a later one is recorded when it comes."""
+_TURN: Final = 50
+"""Outcomes written before others get their turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +80,16 @@ class Fence:
                 cut.set_result(None)
         jobs = [job for job in self._book.ledger.open.values() if _is_under(job.intent, under)]
         cells = [cell for cell in self._book.ledger.cells.live.values() if _is_under(cell.allocated, under)]
-        concluded = [(job, self._conclude(job)) for job in jobs if job.started is None]
-        await asyncio.gather(
-            self._tell(concluded),
-            *(self._end(job) for job in jobs if job.started is not None),
-            *(self._house.fence(cell) for cell in _outermost(cells)),
-        )
+        ending = [asyncio.ensure_future(self._end(job)) for job in jobs if job.started is not None]
+        ending += [asyncio.ensure_future(self._house.fence(cell)) for cell in _outermost(cells)]
+        await asyncio.sleep(0)  # what is to be killed is asked for now, and dies while the rest is written down
+        concluded: list[tuple[OpenJob, Record]] = []
+        for job in jobs:
+            if job.started is None and self._book.ledger.open.get(job.grant.job_id) is job:
+                concluded.append((job, self._conclude(job)))
+                if len(concluded) % _TURN == 0:
+                    await asyncio.sleep(0)
+        await asyncio.gather(self._tell(concluded), *ending)
         return Fenced(len(jobs), len(cells))
 
     def spawner_connected(self, _: object) -> None:
