@@ -288,7 +288,8 @@ TYPES = ("|node.started|node.stopped|ticket.minted|ticket.revoked|ticket.key-rot
          "|document.stored"
          "|job.intent|job.started|job.stop|job.outcome|job.signal|job.attach|job.trace"
          "|cell.allocated|cell.started|cell.frozen|cell.thawed|cell.resized|cell.trace|cell.put|cell.freed|cell.lost"
-         "|image.imported|image.removed|egress.opened|egress.connection|egress.closed|")
+         "|image.imported|image.removed|egress.opened|egress.connection|egress.closed"
+         "|budget.set|budget.raised|budget.exhausted|quota.set|")
 TEXTS = "tenant_id principal request_id traceparent operation job_id kind op model_id model_version cell_id state"
 FIGURES = ("wall_us cpu_user_us cpu_system_us memory_peak_bytes io_read_bytes io_write_bytes pids_peak oom_kills "
            "throttled_us stdout_bytes stderr_bytes output_dropped_bytes batch_size")
@@ -299,7 +300,8 @@ RECORD = {
     "ticket": ({"implicit": "boolean", "kid": "text", "link_ids": ["text"], "role": "text"},),
     "policy": ({"decision": "|allow|deny|", "determining": ["text"], "digest": "digest"},),
     "budget": ({"accounts": ["text"], "cpu_ms": "integer", "ops": "integer", "reservation_id": "text",
-                "settled": "boolean"},),
+                "settled": "boolean", "amounts/": {"*": "integer"}, "grants/": {"*": "integer"},
+                "limits/": {"*": {"*": "integer"}}, "expires_ms/": "integer"},),
     "code": ({**dict.fromkeys(["engine", "model_digest", "route", "rung"], "text?"),
               **dict.fromkeys(["plan_digest", "sandbox_digest"], "digest?")},),
     "exit": ({"code": "integer?", "oom_killed": "boolean", "reason": "text?", "signal": "integer?",
@@ -320,7 +322,7 @@ RECEIPT = {
 
 
 def misfit(value: Json, shape: Any, where: str = "") -> str | None:
-    """What keeps a value from having a shape, or None."""
+    """What keeps a value from having a shape, or None. A field named with a slash is left out where it is empty."""
     if isinstance(shape, str):
         kind = shape.removesuffix("?")
         known = KINDS.get(kind) or (lambda value: isinstance(value, str) and value in kind[1:-1].split("|"))
@@ -333,10 +335,13 @@ def misfit(value: Json, shape: Any, where: str = "") -> str | None:
         parts = [(item, shape[0], f"{where}[{at}]") for at, item in enumerate(value)]
     elif "*" in shape:
         parts = [(item, shape["*"], f"{where}.{name}") for name, item in value.items()]
-    elif value.keys() != shape.keys():
-        return f"{where or 'it'} lacks {sorted(shape.keys() - value)}, has unknown {sorted(value.keys() - shape)}"
     else:
-        parts = [(value[name], each, f"{where}.{name}".lstrip(".")) for name, each in shape.items()]
+        known = {name.removesuffix("/"): each for name, each in shape.items()}
+        lacking = sorted(shape.keys() - value.keys() - {f"{name}/" for name in known})
+        unknown = sorted(value.keys() - known)
+        if lacking or unknown or any(value[name] in (None, {}) for name in value if f"{name}/" in shape):
+            return f"{where or 'it'} lacks {lacking}, has unknown {unknown}, or a part that is empty and not left out"
+        parts = [(item, known[name], f"{where}.{name}".lstrip(".")) for name, item in value.items()]
     return next(filter(None, (misfit(*part) for part in parts)), None)
 
 

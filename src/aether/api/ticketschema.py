@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from aether.api.schemas import refine_optional
 from aether.contract import ticketcalls
-from aether.contract.caveats import UNITS
+from aether.contract.units import AMOUNT_MAX, UNITS
 
 _NULL: Final = {"type": "null"}
 _TEXT: Final = {"type": "string"}
@@ -16,7 +16,7 @@ _TEXT: Final = {"type": "string"}
 def refine(schemas: Mapping[str, Any]) -> None:
     """Adds to `MintRequest` and `RevokeCall`."""
     mint = schemas["MintRequest"]["properties"]
-    amount = {"type": "integer", "minimum": 0, "maximum": ticketcalls.AMOUNT_MAX}
+    amount = {"type": "integer", "minimum": 0, "maximum": AMOUNT_MAX}
     mint["budget"].update(properties={unit: dict(amount) for unit in UNITS}, additionalProperties=False)
     refine_optional(mint["role"], "string", pattern=ticketcalls.ROLE_PATTERN)
     revoke = schemas["RevokeCall"]

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 Role = Annotated[str | None, typer.Option("--role", metavar="ROLE", help="What its holder is: user, worker-gpu, ...")]
 Spend = Annotated[
-    list[str] | None, typer.Option("--budget", metavar="UNIT=N[,UNIT=N]", help="At most this much: ops, cpu_ms.")
+    list[str] | None,
+    typer.Option("--budget", metavar="UNIT=N[,UNIT=N]", help="At most this much: ops=100,usd=1,cpu=10s,in=10MB, ..."),
 ]
 Expires = Annotated[str | None, typer.Option("--expires", metavar="TIME", help="For how long: 30m, 1h, 7d.")]
 Allow = Annotated[
@@ -33,13 +34,14 @@ Allow = Annotated[
 Labels = Annotated[list[str] | None, typer.Option("--label", metavar="LABEL", help="Every job carries it.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the ticket alone.")]
 Ticket = Annotated[str | None, typer.Argument(metavar="TICKET", help="A ticket, or - for standard input.")]
+TTL_MS: Final = "ttl_ms"
 _ALLOWED: Final = ("operations", "kinds", "models", "hosts", "paths", "cells")
 
 _MINT: Final = """Make a ticket, no wider than you are.
 
 \b
 Examples:
-  aether ticket mint --role user --budget ops=100 --expires 1h
+  aether ticket mint --role user --budget ops=100,usd=1 --expires 1h
   AETHER_TICKET=$(aether ticket mint --allow job.* --allow cells=agent --quiet) ./agent
 """
 _ATTENUATE: Final = """Narrow a ticket, offline. It never becomes wider.
@@ -92,14 +94,20 @@ def narrowing(role: str | None, budget: list[str] | None, allow: list[str] | Non
 
 
 def amounts(budget: list[str] | None) -> dict[str, int]:
-    """`UNIT=N` entries, several parted by commas; the smallest of a unit holds. Raises AetherError BAD_FIELD."""
-    found: dict[str, int] = {}
-    for entry in (part for text in budget or () for part in text.split(",")):
-        unit, equals, number = entry.partition("=")
-        if not (equals and unit and number.isascii() and number.isdigit() and len(number) <= 16):
-            _refuse("--budget", entry, "write it like ops=100 or ops=100,cpu_ms=60000")
-        found[unit] = min(int(number), found.get(unit, int(number)))
-    return found
+    """Entries of `--budget` but `ttl`; the smallest of a unit holds. Raises AetherError BAD_FIELD."""
+    from aether.cli.amounts import parse
+
+    return {unit: amount for unit, amount in parse(budget or ()).items() if unit != TTL_MS}
+
+
+def lifetime_ms(expires: str | None, budget: list[str] | None) -> int | None:
+    """How long a ticket is to hold: the shorter of `--expires` and `--budget ttl=...`."""
+    from aether.cli.amounts import parse
+    from aether.cli.parse import duration_ms
+
+    said = [] if expires is None else [duration_ms(expires)]
+    ttl_ms = parse(budget or ()).get(TTL_MS)
+    return min([*said, ttl_ms] if ttl_ms is not None else said, default=None)
 
 
 def _mint(
@@ -112,11 +120,11 @@ def _mint(
     quiet: Quiet = False,
 ) -> None:
     from aether.cli.output import show_json
-    from aether.cli.parse import duration_ms
     from aether.contract.limits import TICKET_MS_DEFAULT
 
     asked = narrowing(role, budget, allow, label)
-    expires_ms = duration_ms(expires) if expires is not None else TICKET_MS_DEFAULT
+    said_ms = lifetime_ms(expires, budget)
+    expires_ms = TICKET_MS_DEFAULT if said_ms is None else said_ms
     with session.client() as client:
         minted = client.tickets.mint(expires_ms=expires_ms, **asked)
     if quiet:
@@ -140,10 +148,10 @@ def _attenuate(
     import time
 
     from aether.cli.output import show_json
-    from aether.cli.parse import duration_ms
     from aether.client.tickets import attenuate, inspect
 
-    until_ms = time.time_ns() // 1_000_000 + duration_ms(expires) if expires is not None else None
+    said_ms = lifetime_ms(expires, budget)
+    until_ms = time.time_ns() // 1_000_000 + said_ms if said_ms is not None else None
     narrower = attenuate(_ticket(session, given), expires_at_ms=until_ms, **narrowing(role, budget, allow, label))
     if session.as_json:
         show_json({"ticket": narrower, "link_id": inspect(narrower).link_id})
@@ -265,7 +273,9 @@ def _line(caveats: tuple[str, ...]) -> str:
 
 
 def _spent(budgets: tuple[Budget, ...]) -> str:
-    return "".join(f"  {b.spent + b.reserved} of {b.limit} {b.unit}" for b in budgets)
+    from aether.cli.amounts import shown
+
+    return "".join(f"  {shown(b.unit, b.spent + b.reserved, b.limit)}" for b in budgets)
 
 
 def _refuse(what: str, text: str, remedy: str) -> NoReturn:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from aether.contract.network import Rule, parse_rule
+from aether.contract.units import UNITS
 
 CAVEATS_MAX: Final = 64
 ITEMS_MAX: Final = 256
@@ -33,7 +34,6 @@ _TYPES: Final[dict[int, CaveatType]] = {
 }  # fmt: skip
 _NUMBERS: Final = {name: number for number, name in _TYPES.items()}
 _LISTS: Final = frozenset({"role", "operations", "kinds", "models", "labels", "hosts", "paths", "cells"})
-UNITS: Final = ("ops", "cpu_ms")
 _HEAD: Final = struct.Struct(">BH")
 _U16: Final = struct.Struct(">H")
 _U64: Final = struct.Struct(">Q")

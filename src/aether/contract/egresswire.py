@@ -57,6 +57,21 @@ class EgressCell(msgspec.Struct, frozen=True, kw_only=True):
     cell_id: str
 
 
+class EgressWatch(msgspec.Struct, frozen=True, kw_only=True):
+    """`egress.passed`: what a cell has passed until now (EgressSums); NO_SUCH_CELL for one that is not served. With
+    `sent_bytes` and `received_bytes` there is an event `egress.reached` once when either sum is that much."""
+
+    cell_id: str
+    sent_bytes: int | None = None
+    received_bytes: int | None = None
+
+
+class EgressReached(msgspec.Struct, frozen=True, kw_only=True):
+    """Event `egress.reached`."""
+
+    cell_id: str
+
+
 class EgressConnection(msgspec.Struct, frozen=True, kw_only=True):
     """What the cell did, `count` times alike: bytes and time are sums. `address` is null where none was dialled.
 

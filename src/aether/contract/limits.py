@@ -170,6 +170,8 @@ TICKETS_MAX: Final = 1_000
 """Minted tickets of one tenant that are not expired; above it the answer is 429."""
 TICKET_EPOCHS_MAX: Final = 16
 """Keys of tickets kept at once: the newest, and those of earlier epochs of which a ticket may still be used."""
+TICKET_ACCOUNTS_MAX: Final = 10_000
+"""Links with a budget of one ticket that have spent something; above it the answer is 429."""
 TICKET_LINKS_REVOKED_MAX: Final = 64
 """Revoked links of one ticket; above it only the ticket itself can be revoked."""
 

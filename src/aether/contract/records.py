@@ -47,6 +47,10 @@ RecordType = Literal[
     "egress.opened",
     "egress.connection",
     "egress.closed",
+    "budget.set",
+    "budget.raised",
+    "budget.exhausted",
+    "quota.set",
 ]
 
 
@@ -67,10 +71,13 @@ class PolicyRef(msgspec.Struct, frozen=True, kw_only=True):
     determining: tuple[str, ...]
 
 
-class BudgetRef(msgspec.Struct, frozen=True, kw_only=True):
-    """A movement on the accounts of every link: `ops` reserved by an intent, spent by an outcome.
+class BudgetRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A movement on accounts: reserved by an intent, spent by an outcome. `reservation_id` joins the two.
 
-    CPU is integer milliseconds. `reservation_id` joins the two.
+    `accounts` are the links of the ticket. Charged are those that `limits` names, with what each may spend by unit: a
+    link, or `tenant:<id>`. `amounts` are those of units that have no field of their own; `grants` is what the cell may
+    use at most (`cpu_millis`, `memory_bytes`); `expires_ms` is when the ticket ends (epoch). These four are left out
+    where they are empty.
     """
 
     reservation_id: str
@@ -78,6 +85,10 @@ class BudgetRef(msgspec.Struct, frozen=True, kw_only=True):
     ops: int
     cpu_ms: int
     settled: bool
+    amounts: dict[str, int] = {}
+    limits: dict[str, dict[str, int]] = {}
+    grants: dict[str, int] = {}
+    expires_ms: int | None = None
 
 
 class CodeRef(msgspec.Struct, frozen=True, kw_only=True):

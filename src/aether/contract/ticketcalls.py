@@ -16,12 +16,12 @@ from aether.contract import caveats as c
 from aether.contract import limits
 from aether.contract.caveats import Caveat
 from aether.contract.errors import AetherError
+from aether.contract.units import AMOUNT_MAX, UNITS
 
 LINK_PATTERN: Final = r"^[0-9a-f]{32}$"
 ROLE_PATTERN: Final = r"^[a-z][a-z0-9-]{0,62}$"
 LISTS: Final = ("operations", "kinds", "models", "labels", "hosts", "paths", "cells")
 """What a ticket can be narrowed to, beside its role, its budget and its time."""
-AMOUNT_MAX: Final = (1 << 53) - 1
 _ITEM_BYTES_MAX: Final = 1_024
 _GRANT: Final = re.compile(r"[rwx]{1,3}:/.*", re.DOTALL)
 
@@ -184,10 +184,8 @@ def _check_items(name: str, items: tuple[str, ...]) -> None:
 
 def _budgets(budget: Mapping[str, int]) -> tuple[Caveat, ...]:
     for unit, amount in budget.items():
-        if unit not in c.UNITS:
-            known = " and ".join(c.UNITS)
-            why = f"nothing meters {unit[:40]!r} yet, so that a budget in it would not hold"
-            raise _refused(why, f"limit {known} instead")
+        if unit not in UNITS:
+            raise _refused(f"{unit[:40]!r} is no unit of a budget", f"limit {', '.join(UNITS)}")
         if not 0 <= amount <= AMOUNT_MAX:
             raise _refused(f"a budget of {amount} {unit} is not within 0..{AMOUNT_MAX}")
     return tuple(c.budget(unit, budget[unit]) for unit in sorted(budget))

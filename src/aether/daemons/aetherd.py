@@ -46,6 +46,7 @@ from aether.substrate.execution import Execution
 from aether.substrate.fence import Fence
 from aether.substrate.gate import Gate
 from aether.substrate.images import ImageDesk
+from aether.substrate.meter import Meter
 from aether.substrate.orchestra import Orchestra
 from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
@@ -106,11 +107,15 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
     house = CellHouse(gate, book, cells, egress)
     reading = Reading(gate, book, orchestra, receipts, JobLogs(layout.job_logs))
     fence = Fence(book, execution, cells, house, egress, orchestra, lambda text: access.read(text).link_ids)
+    meter = Meter(book, cells, fence, egress)
+    book.on_record(meter.heard)
+    egress.on_reached(meter.passed)
     cells.on_end(execution.ended)
     cells.on_gone(house.gone)
     cells.on_connect(reconciler.spawner_connected)
     cells.on_connect(house.spawner_connected)
     cells.on_connect(fence.spawner_connected)
+    cells.on_connect(meter.spawner_connected)
     parts = Parts(
         gate=gate,
         book=book,
@@ -132,6 +137,7 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         tickets=TicketDesk(gate, book, access, house, fence),
         ticket_keys=TicketKeys(gate, book, access, house, functools.partial(_keys, layout, book)),
         fence=fence,
+        meter=meter,
         metrics=Metrics("aetherd"),
     )
     return Authority(Service(parts), parts)
@@ -230,6 +236,7 @@ async def serve(layout: Layout, log: Any, stop: asyncio.Event) -> None:
     finally:
         for stop_link in stop_links:
             stop_link()
+        await parts.meter.drain()
         await parts.fence.drain()
         await parts.house.drain()
         await parts.execution.drain()

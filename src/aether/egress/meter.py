@@ -23,6 +23,7 @@ class Meter:
         self._now_s = now_s
         self._level = float(limits.requests_per_s)
         self._at_s = now_s()
+        self._told_at: tuple[int, int, Callable[[], object]] | None = None
 
     def take_request(self) -> None:
         """One more request; raises RefusedError `rate`. The bucket holds one second's worth."""
@@ -33,8 +34,20 @@ class Meter:
             raise RefusedError("rate", f"the cell may make {rate} requests per second")
         self._level -= 1
 
+    def tell_at(self, sent_bytes: int, received_bytes: int, tell: Callable[[], object]) -> None:
+        """`tell` is called once when so much was sent, or so much received; at once if it was already."""
+        self._told_at = (sent_bytes, received_bytes, tell)
+        self._tell()
+
+    def _tell(self) -> None:
+        told = self._told_at
+        if told is not None and (self.sent_bytes >= told[0] or self.received_bytes >= told[1]):
+            self._told_at = None
+            told[2]()
+
     def check_bytes(self) -> None:
-        """Raises RefusedError `bytes` once either direction is used up."""
+        """Raises RefusedError `bytes` once either direction is used up; tells whoever waits for so many."""
+        self._tell()
         if self.sent_bytes > self.limits.sent_bytes or self.received_bytes > self.limits.received_bytes:
             raise RefusedError("bytes", "the cell's bytes are used up")
 

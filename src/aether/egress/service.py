@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import functools
 import os
 import socket
 from collections.abc import Callable
@@ -25,8 +26,10 @@ from aether.contract.egresswire import (
     EgressListen,
     EgressOpen,
     EgressOpened,
+    EgressReached,
     EgressServing,
     EgressSums,
+    EgressWatch,
 )
 from aether.contract.errors import AetherError
 from aether.contract.network import check_network, parse_rule
@@ -94,6 +97,7 @@ class Egress:
             "egress.open": (EgressOpen, lambda body: self.open(link(), body)),
             "egress.listen": (EgressListen, lambda body: self.listen(link(), body)),
             "egress.close": (EgressCell, self.close_cell),
+            "egress.passed": (EgressWatch, self.passed),
             "health": (Empty, self._health),
         }
 
@@ -145,14 +149,23 @@ class Egress:
         cell = await self._forget(body.cell_id)
         if cell is None:
             return EgressClosed()
-        sums = EgressSums(
-            connections=cell.proxy.connections,
-            refused=cell.proxy.refused,
-            sent_bytes=cell.proxy.meter.sent_bytes,
-            received_bytes=cell.proxy.meter.received_bytes,
-            unlisted=cell.journal.unlisted,
-        )
+        sums = _sums(cell)
         return EgressClosed(rows=cell.journal.take(), sums=sums)
+
+    async def passed(self, body: EgressWatch) -> EgressSums:
+        """`egress.passed`; raises NO_SUCH_CELL."""
+        cell = self._cells.get(body.cell_id)
+        if cell is None:
+            raise AetherError("NO_SUCH_CELL", f"cannot count for {body.cell_id}: it is not served")
+        if body.sent_bytes is not None and body.received_bytes is not None:
+            reached = functools.partial(self._reached, body.cell_id)
+            cell.proxy.meter.tell_at(body.sent_bytes, body.received_bytes, reached)
+        return _sums(cell)
+
+    def _reached(self, cell_id: str) -> None:
+        if self._link is not None and not self._link.closed:
+            with contextlib.suppress(AetherError):  # whoever asked asks again after a reconnect
+                self._link.notify("egress.reached", EgressReached(cell_id=cell_id))
 
     async def _forget(self, cell_id: str) -> _Cell | None:
         cell = self._cells.pop(cell_id, None)
@@ -176,6 +189,16 @@ class Egress:
                     continue
                 with contextlib.suppress(AetherError):  # aetherd does not read: the sums still count what is lost
                     link.notify("egress.connections", EgressConnections(rows=cell.journal.take()))
+
+
+def _sums(cell: _Cell) -> EgressSums:
+    return EgressSums(
+        connections=cell.proxy.connections,
+        refused=cell.proxy.refused,
+        sent_bytes=cell.proxy.meter.sent_bytes,
+        received_bytes=cell.proxy.meter.received_bytes,
+        unlisted=cell.journal.unlisted,
+    )
 
 
 def _check_listener(fd: int) -> None:

@@ -22,6 +22,22 @@ ENDING: Final = frozenset({"cell.freed", "cell.lost"})
 
 
 @dataclass(slots=True)
+class Memory:
+    """The memory that a cell is granted: now, since when (epoch), and what the times before it add up to."""
+
+    granted_bytes: int = 0
+    since_ns: int = 0
+    byte_us: int = 0
+
+    def grant(self, granted_bytes: int, now_ns: int) -> None:
+        self.byte_us, self.since_ns, self.granted_bytes = self.until(now_ns), now_ns, granted_bytes
+
+    def until(self, now_ns: int) -> int:
+        """Byte-microseconds up to `now_ns`."""
+        return self.byte_us + self.granted_bytes * max(0, now_ns - self.since_ns) // 1000
+
+
+@dataclass(slots=True)
 class Allocation:
     """One allocated cell. `spec` is the digest of what it is now; `jobs` are the open ones with an executable in it;
     `used_ns` is when something was last done with it (epoch); `egress_index` is the last record about its network."""
@@ -33,6 +49,9 @@ class Allocation:
     ended: Record | None = None
     jobs: dict[str, None] = field(default_factory=dict)
     used_ns: int = 0
+    paid_cpu_ms: int = 0
+    """Of its CPU time, what was charged already: by the executables and the cells in it."""
+    memory: Memory = field(default_factory=lambda: Memory())
     egress_index: int | None = None
 
     @property
@@ -86,7 +105,9 @@ class Allocations:
         if not record.type.startswith("cell."):
             return
         if record.type == "cell.allocated":
-            self._add(Allocation(record, record.detail["spec"], used_ns=epoch_ns(record.time)))
+            made = Allocation(record, record.detail["spec"], used_ns=epoch_ns(record.time))
+            made.memory.grant(_granted(record), made.used_ns)
+            self._add(made)
             return
         cell = self.live.get(record.cell_id)
         if cell is None:
@@ -98,6 +119,7 @@ class Allocations:
             cell.frozen = record.type == "cell.frozen"
         elif record.type == "cell.resized":
             cell.spec = record.detail["spec"]
+            cell.memory.grant(_granted(record), cell.used_ns)
         elif record.type in ENDING:
             self._end(cell, record)
 
@@ -106,18 +128,24 @@ class Allocations:
         if (cell := self.live.get(cell_id)) is not None:
             cell.jobs[job_id] = None
 
-    def left(self, cell_id: str, job_id: str, time: str) -> None:
-        """The job has its outcome."""
+    def left(self, cell_id: str, job_id: str, time: str, cpu_ms: int = 0) -> None:
+        """The job has its outcome, and paid for so much CPU time."""
         cell = self.find_any(cell_id)
         if cell is not None:
             cell.jobs.pop(job_id, None)
             cell.used_ns = epoch_ns(time)
+            self._pay(cell, cpu_ms)
+
+    def _pay(self, cell: Allocation, cpu_ms: int) -> None:
+        for each in (cell, *self.around(cell)):
+            each.paid_cpu_ms += cpu_ms
 
     def _add(self, cell: Allocation) -> None:
         self.live[cell.cell_id] = cell
         self._names[cell.tenant_id, cell.name] = cell.cell_id
 
     def _end(self, cell: Allocation, record: Record) -> None:
+        self._pay(cell, record.budget.cpu_ms if record.budget is not None else 0)
         cell.ended = record
         del self.live[cell.cell_id]
         del self._names[cell.tenant_id, cell.name]
@@ -165,6 +193,15 @@ class Allocations:
 
     # ---- snapshots
 
+    def metered(self) -> dict[str, tuple[int, Memory]]:
+        """What was charged already and the memory granted, of the live cells; for a snapshot."""
+        return {cell_id: (cell.paid_cpu_ms, cell.memory) for cell_id, cell in self.live.items()}
+
+    def restore_metered(self, metered: dict[str, tuple[int, Memory]]) -> None:
+        """After `restore`."""
+        for cell_id, (paid_cpu_ms, memory) in metered.items():
+            self.live[cell_id].paid_cpu_ms, self.live[cell_id].memory = paid_cpu_ms, memory
+
     def snapshot(self) -> list[tuple[Record, str, Record | None, bool]]:
         """The live cells; `restore` takes them. The jobs follow from the ledger's open ones."""
         return [(cell.allocated, cell.spec, cell.started, cell.frozen) for cell in self.live.values()]
@@ -173,3 +210,8 @@ class Allocations:
         """Takes over a snapshot; only when fresh."""
         for allocated, spec, started, frozen in cells:
             self._add(Allocation(allocated, spec, started, frozen, used_ns=epoch_ns(allocated.time)))
+
+
+def _granted(record: Record) -> int:
+    """The memory that a cell is charged for from that record on: one within another has its share of that one's."""
+    return 0 if "/" in record.detail["name"] else int(record.detail.get("memory_bytes", "0"))

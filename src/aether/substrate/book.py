@@ -23,7 +23,7 @@ from aether.contract.jobs import JobView
 from aether.contract.records import Record
 from aether.contract.wire import JobOutcome
 from aether.substrate.access.budget import Accounts
-from aether.substrate.allocations import Allocation
+from aether.substrate.allocations import Allocation, Memory
 from aether.substrate.audit.log import AuditLog
 from aether.substrate.ledger import KeyEntry, Ledger, OpenJob
 from aether.substrate.views import final_view
@@ -45,6 +45,8 @@ class _Snapshot(msgspec.Struct):
     egress: dict[str, int] = {}
     tickets: list[tuple[Record, list[Record]]] = []
     epoch: int = 1
+    exhausted: dict[str, Record] = {}
+    metered: dict[str, tuple[int, Memory]] = {}
 
 
 class Book:
@@ -60,9 +62,14 @@ class Book:
         self._waiters: dict[str, asyncio.Future[JobOutcome]] = {}
         self._outcomes: dict[str, JobOutcome] = {}
         self._unpublished: set[str] = set()
+        self._heard: Callable[[Record], None] = lambda record: None
 
     def __repr__(self) -> str:
         return f"<Book {self.ledger!r} waiting={len(self._waiters)}>"
+
+    def on_record(self, call: Callable[[Record], None]) -> None:
+        """`call` hears of every record that is written from now on, right after it was applied."""
+        self._heard = call
 
     def load(self) -> int:
         """Folds snapshot and tail; returns how many records were read."""
@@ -87,6 +94,7 @@ class Book:
         self._apply(built[0])
         if built[0].type == "job.outcome" and built[0].job_id is not None:
             self._unpublished.add(built[0].job_id)
+        self._heard(built[0])
         return built[0]
 
     async def durable(self, record: Record) -> None:
@@ -142,6 +150,8 @@ class Book:
             cells=ledger.cells.snapshot(),
             tickets=ledger.tickets.snapshot(),
             epoch=ledger.tickets.epoch,
+            exhausted={name: job.exhausted for name, job in ledger.open.items() if job.exhausted is not None},
+            metered=ledger.cells.metered(),
             egress={name: each.egress_index for name, each in networked.items() if each.egress_index is not None},
         )
         body = msgspec.msgpack.encode(state)
@@ -165,6 +175,9 @@ class Book:
         self.ledger.tickets.restore(state.tickets)
         self.ledger.tickets.epoch = state.epoch
         self.ledger.restore(state.applied, jobs, state.keys)
+        for name, record in state.exhausted.items():
+            self.ledger.open[name].exhausted = record
+        self.ledger.cells.restore_metered(state.metered)
         for name, index in state.egress.items():
             networked = self.ledger.open.get(name) or self.ledger.cells.live[name]
             networked.egress_index = index
@@ -174,6 +187,8 @@ class Book:
     def _apply(self, record: Record) -> None:
         self.ledger.apply(record)
         self.accounts.apply(record)
+        for root in self.ledger.tickets.forgotten():
+            self.accounts.forget(root)
         self.log.reserve(len(self.ledger.open))
 
 

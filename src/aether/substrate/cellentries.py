@@ -54,7 +54,7 @@ def allocated(node: Node, order: Order, cell_id: str, request: CellRequest, spec
         policy=order.admission.policy,
         budget=order.budget,
         created_at=time,
-        detail={"name": request.name, "spec": spec},
+        detail={"name": request.name, "spec": spec, "memory_bytes": str(request.limits.memory_bytes)},
     )
 
 
@@ -98,11 +98,11 @@ def started(cell: Allocation, code: CodeRef, host_uid: int | None, index: int, t
 
 def ended(
     kind: RecordType, cell: Allocation, order: Order | None, reason: str, usage: Usage | None, error: ErrorBody | None,
-    index: int, time: str,
+    charge: BudgetRef | None, index: int, time: str,
 ) -> Record:  # fmt: skip
-    """`cell.freed` (before it is done) or `cell.lost` (found)."""
+    """`cell.freed` (before it is done) or `cell.lost` (found); `charge` is what it cost while it was there."""
     base = changed(kind, cell, order, {"reason": reason}, index, time)
-    return replace(base, usage=usage, error=masked(error), finished_at=time)
+    return replace(base, usage=usage, error=masked(error), finished_at=time, budget=charge)
 
 
 def told(of: Record, kind: RecordType, order: Order, detail: Mapping[str, str], index: int, time: str) -> Record:
@@ -178,7 +178,7 @@ def executable(job: OpenJob) -> CellExecutable:
 
 def event(record: Record) -> CellEvent:
     """A record about a cell, as `cell.events` shows it."""
-    detail = {name: text for name, text in record.detail.items() if name not in ("spec", "host_uid")}
+    detail = {name: text for name, text in record.detail.items() if name not in ("spec", "host_uid", "memory_bytes")}
     if record.exit is not None:
         shown = {"exit_code": record.exit.code, "signal": record.exit.signal, "reason": record.exit.reason}
         detail |= {name: str(value) for name, value in shown.items() if value is not None}

@@ -43,7 +43,7 @@ from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
 from aether.contract.jobs import check_bounds
 from aether.contract.network import NEEDED, NOTHING
-from aether.contract.records import BudgetRef, CodeRef, Record
+from aether.contract.records import CodeRef, Record
 from aether.substrate import cellentries as entries
 from aether.substrate.access.access import Admission, Resource
 from aether.substrate.allocations import Allocation
@@ -55,6 +55,7 @@ from aether.substrate.egress import EgressDesk, Files
 from aether.substrate.execution import check_enterable
 from aether.substrate.gate import Gate
 from aether.substrate.ledger import OpenJob
+from aether.substrate.metering.settle import cell_charge, limits_of, reservation
 
 CONCLUDE_S: Final = 3.0
 """How long the end of a cell waits for the outcomes of its executables, whose outputs lie in it."""
@@ -93,7 +94,7 @@ class CellHouse:
             return self.view(known)
         self._check_free(request, admission.principal.tenant_id)
         self._cells.check_required((*request.require, *(NEEDED if request.network is not None else ())))
-        cell = self._record(request, self.order(caller, admission, "cell.allocate", key))
+        cell = self._record(request, self.order(caller, admission, "cell.allocate", key, request.limits))
         self._making.add(cell.cell_id)
         try:
             await self._book.durable(cell.allocated)
@@ -214,18 +215,24 @@ class CellHouse:
             raise AetherError("NOT_READY", f"cannot use cell {cell.name}: it is being made")
         return admission, cell
 
-    def order(self, caller: Caller, admission: Admission, operation: str, key: tuple[str, str] | None = None) -> Order:
-        """An order that costs one operation; raises DISK_FULL, BUDGET_EXHAUSTED."""
+    def order(
+        self,
+        caller: Caller,
+        admission: Admission,
+        operation: str,
+        key: tuple[str, str] | None = None,
+        cell: Limits | None = None,
+    ) -> Order:
+        """An order that costs one operation, and what a cell of these limits uses; raises DISK_FULL,
+        BUDGET_EXHAUSTED."""
         if not self._book.log.room():
             raise AetherError("DISK_FULL", f"cannot {operation}: the disk of the state directory is almost full")
-        charge = BudgetRef(
-            reservation_id=ids.new(ids.RESERVATION),
-            accounts=admission.ticket.link_ids,
-            ops=1,
-            cpu_ms=0,
-            settled=True,
-        )
-        self._book.accounts.reserve(charge, admission.limits)
+        tenant_id, accounts = admission.principal.tenant_id, self._book.accounts
+        bounds = limits_of(admission.limits, tenant_id, accounts.tenant_limits(tenant_id))
+        name = ids.new(ids.RESERVATION)
+        held = reservation(name, admission.ticket.link_ids, bounds, admission.expires_ms, cell)
+        charge = msgspec.structs.replace(held, settled=True)
+        accounts.reserve(charge, runs=cell is not None)
         return Order(caller, admission, operation, charge, key)
 
     def write(self, order: Order | None, make: Callable[[int, str], Record]) -> Record:
@@ -331,10 +338,10 @@ class CellHouse:
         else:
             self._in_background(self._end(cell, None, IDLE, 0))
 
-    async def fence(self, cell: Allocation) -> None:
-        """Ends a cell whose ticket was revoked, and those in it, without grace."""
+    async def fence(self, cell: Allocation, reason: str = REVOKED) -> None:
+        """Ends a cell whose ticket was revoked or is used up, and those in it, without grace."""
         if cell.ended is None:
-            await self._end(cell, None, REVOKED, 0)
+            await self._end(cell, None, reason, 0)
 
     async def drain(self) -> None:
         """Waits for cells that are being ended; idle timers stop."""
@@ -401,7 +408,8 @@ class CellHouse:
         return self._book.ledger.cells.live[cell_id]
 
     def _record_spec(self, cell: Allocation, request: CellRequest, order: Order | None) -> Record:
-        detail = {"spec": self._book.log.store_document(canonical(specification(request)))}
+        spec = self._book.log.store_document(canonical(specification(request)))
+        detail = {"spec": str(spec), "memory_bytes": str(request.limits.memory_bytes)}
         return self.write(order, lambda index, now: entries.changed("cell.resized", cell, order, detail, index, now))
 
     async def _make(self, cell: Allocation) -> Launched:
@@ -523,7 +531,8 @@ class CellHouse:
         kind: Any = "cell.freed",
     ) -> None:
         body = error.body() if error is not None else None
-        self._book.write(lambda index, now: entries.ended(kind, cell, order, reason, usage, body, index, now))
+        charge = cell_charge(cell, usage, self._book.now_ns())
+        self._book.write(lambda index, now: entries.ended(kind, cell, order, reason, usage, body, charge, index, now))
         self._unwatch(cell)
 
     def _end_of(self, cell: Allocation) -> Record:

@@ -25,7 +25,7 @@ import msgspec
 from msgspec.structs import replace
 
 from aether.backends.link import EventHandlers, Handlers
-from aether.contract import limits
+from aether.contract import ids, limits
 from aether.contract.canonical import canonical
 from aether.contract.cells import CellSpec, InputFile
 from aether.contract.egresswire import (
@@ -37,13 +37,15 @@ from aether.contract.egresswire import (
     EgressListen,
     EgressOpen,
     EgressOpened,
+    EgressReached,
     EgressServing,
     EgressSums,
+    EgressWatch,
 )
 from aether.contract.errors import AetherError
 from aether.contract.network import NEEDED, Network
 from aether.contract.ports import Link
-from aether.contract.records import Record, RecordType
+from aether.contract.records import BudgetRef, Record, RecordType
 from aether.contract.wire import Empty, Hello, RoleHealth
 from aether.substrate import entries
 from aether.substrate.allocations import Allocation
@@ -90,6 +92,8 @@ class _Served:
     listener: int = -1
     written: int = 0
     unlisted: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
     told: bool = False
     closing: bool = False
 
@@ -102,6 +106,7 @@ class EgressDesk:
         self._book = book
         self._link: Link | None = None
         self._served: dict[str, _Served] = {}
+        self._reached: Callable[[str], None] = lambda cell_id: None
         self._restoring: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -124,7 +129,20 @@ class EgressDesk:
         return {"hello": (Hello, greet), "egress.serving": (EgressServing, serving)}
 
     def events(self) -> EventHandlers:
-        return {"egress.connections": (EgressConnections, self._connected)}
+        return {
+            "egress.connections": (EgressConnections, self._connected),
+            "egress.reached": (EgressReached, lambda event: self._reached(event.cell_id)),
+        }
+
+    def on_reached(self, call: Callable[[str], None]) -> None:
+        """`call(cell)` hears when a cell has passed the bytes that `passed` asked about."""
+        self._reached = call
+
+    async def passed(self, cell_id: str, until: tuple[int, int] | None) -> EgressSums:
+        """What the cell has sent and received; `until`: tell when it has sent or received that much."""
+        sent, received = until or (None, None)
+        asked = EgressWatch(cell_id=cell_id, sent_bytes=sent, received_bytes=received)
+        return await self._require().call("egress.passed", asked, EgressSums)
 
     def detach(self, link: Link) -> None:
         if self._link is link:
@@ -227,11 +245,12 @@ class EgressDesk:
             self._write_rows(cell_id, served, closed.rows)
             detail = {name: str(getattr(closed.sums, name)) for name in EgressSums.__struct_fields__}
             detail["unlisted"] = str(closed.sums.unlisted + served.unlisted)
+            served.sent_bytes, served.received_bytes = closed.sums.sent_bytes, closed.sums.received_bytes
         except AetherError as error:  # the sums died with egressd, or it drops the cell when it is back
             detail = {"unknown": error.message}
         finally:
             del self._served[cell_id]
-        return self._write(cell_id, served, "egress.closed", detail) if served.told else None
+        return self._write(cell_id, served, "egress.closed", detail, _charge(served)) if served.told else None
 
     # ---- inside
 
@@ -259,22 +278,47 @@ class EgressDesk:
 
     def _write_rows(self, cell_id: str, served: _Served, rows: Sequence[EgressConnection]) -> None:
         for row in rows:
+            served.sent_bytes += row.sent_bytes
+            served.received_bytes += row.received_bytes
             if served.written < limits.EGRESS_RECORDS_PER_JOB_MAX:
                 served.written += 1
                 self._write(cell_id, served, "egress.connection", connection_detail(row))
             else:
                 served.unlisted += row.count
 
-    def _write(self, cell_id: str, served: _Served, kind: RecordType, detail: dict[str, str]) -> Record:
+    def _write(
+        self, cell_id: str, served: _Served, kind: RecordType, detail: dict[str, str], charge: BudgetRef | None = None
+    ) -> Record:
         ledger, job_id = self._book.ledger, served.subject.job_id
         owner = ledger.cells.find_any(cell_id) if job_id is None else ledger.open.get(job_id)
         last = None if owner is None else owner.egress_index
         chain = {} if last is None else {"previous": str(last)}
         return self._book.write(
             lambda index, time: replace(
-                entries.follow_up(kind, served.subject, index, time), cell_id=cell_id, detail=detail | chain
+                entries.follow_up(kind, served.subject, index, time),
+                cell_id=cell_id,
+                detail=detail | chain,
+                budget=charge,
             )
         )
+
+
+def _charge(served: _Served) -> BudgetRef | None:
+    """What the cell's bytes cost; of sums that nobody knows any more, those of the connections that were told."""
+    subject = served.subject.budget
+    amounts = {"bytes_out": served.sent_bytes, "bytes_in": served.received_bytes}
+    amounts = {unit: amount for unit, amount in amounts.items() if amount}
+    if subject is None or not amounts:
+        return None
+    return BudgetRef(
+        reservation_id=ids.new(ids.RESERVATION),
+        accounts=subject.accounts,
+        ops=0,
+        cpu_ms=0,
+        settled=True,
+        amounts=amounts,
+        limits=subject.limits,
+    )
 
 
 def _check_leaves(spec: CellSpec) -> None:

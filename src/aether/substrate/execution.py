@@ -46,6 +46,7 @@ from aether.substrate.cells.supervisor import CellSupervisor, Launched
 from aether.substrate.egress import EgressDesk
 from aether.substrate.ledger import OpenJob
 from aether.substrate.lines import Held, Lines
+from aether.substrate.metering.exhaustion import ended_by
 from aether.substrate.metering.settle import settlement
 from aether.substrate.orchestra import Orchestra
 
@@ -207,7 +208,12 @@ class Execution:
         revocation = self._book.ledger.tickets.revocation(job.intent.ticket)
         if revocation is not None:
             finish = _revoked(finish)
+        if job.exhausted is not None:
+            finish = ended_by(job.exhausted, finish)
         settled = settlement(job.intent.budget, job.end.usage if job.end else finish.usage)
+        cell = self._book.ledger.cells.find_any(job.place) if job.is_guest else None
+        if cell is not None and cell.ended is not None:
+            settled = replace(settled, cpu_ms=0)  # the end of the cell paid for all that ran in it
         outcome = self._book.write(
             lambda index, time: entries.cell_outcome(job, finish, settled, revocation, index, time)
         )

@@ -25,7 +25,7 @@ from aether.contract.records import Record
 from aether.contract.wire import JobFinish
 from aether.substrate.allocations import Allocation
 from aether.substrate.book import Book
-from aether.substrate.cellhouse import CellHouse
+from aether.substrate.cellhouse import REVOKED, CellHouse
 from aether.substrate.cells.supervisor import CellSupervisor
 from aether.substrate.egress import EgressDesk
 from aether.substrate.execution import Execution
@@ -80,8 +80,12 @@ class Fence:
                 cut.set_result(None)
         jobs = [job for job in self._book.ledger.open.values() if _is_under(job.intent, under)]
         cells = [cell for cell in self._book.ledger.cells.live.values() if _is_under(cell.allocated, under)]
+        return await self.end(jobs, cells)
+
+    async def end(self, jobs: Sequence[OpenJob], cells: Sequence[Allocation], reason: str = REVOKED) -> Fenced:
+        """Ends these jobs, and these cells with what is in them for that reason; returns like `apply`."""
         ending = [asyncio.ensure_future(self._end(job)) for job in jobs if job.started is not None]
-        ending += [asyncio.ensure_future(self._house.fence(cell)) for cell in _outermost(cells)]
+        ending += [asyncio.ensure_future(self._house.fence(cell, reason)) for cell in _outermost(cells)]
         await asyncio.sleep(0)  # what is to be killed is asked for now, and dies while the rest is written down
         concluded: list[tuple[OpenJob, Record]] = []
         for job in jobs:

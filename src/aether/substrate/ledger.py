@@ -28,13 +28,14 @@ _WINDOW_NS: Final = IDEMPOTENCY_WINDOW_S * 1_000_000_000
 @dataclass(slots=True)
 class OpenJob:
     """An admitted job without an outcome. `end` is set once its executable ended; `egress_index` is the last record
-    about its cell's network. What the log does not hold is
+    about its cell's network, `exhausted` says which budget ran out while it ran. What the log does not hold is
     known only to the process that admitted it: `argv`, the spawner that was asked to launch it, and whether its row
     is durable."""
 
     intent: Record
     started: Record | None = None
     stop: Record | None = None
+    exhausted: Record | None = None
     argv: tuple[str, ...] | None = None
     launched_on: str | None = None
     row_kept: asyncio.Event | None = None
@@ -126,12 +127,15 @@ class Ledger:
         elif record.type == "job.outcome":
             ended = self.open.pop(job_id, None)
             if ended is not None and ended.is_guest:
-                self.cells.left(ended.place, job_id, record.time)
+                cpu_ms = record.budget.cpu_ms if record.budget is not None else 0
+                self.cells.left(ended.place, job_id, record.time, cpu_ms)
         elif (job := self.open.get(job_id)) is not None:
             if record.type == "job.started":
                 job.started = record
             elif record.type == "job.stop":
                 job.stop = record
+            elif record.type == "budget.exhausted":
+                job.exhausted = record
             elif record.type in EGRESS_TYPES:
                 job.egress_index = record.log_index
 

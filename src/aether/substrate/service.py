@@ -64,6 +64,7 @@ from aether.substrate.execution import Execution
 from aether.substrate.fence import Fence
 from aether.substrate.gate import Gate
 from aether.substrate.images import ImageDesk
+from aether.substrate.meter import Meter
 from aether.substrate.orchestra import Orchestra
 from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
@@ -101,6 +102,7 @@ class Parts:
     tickets: TicketDesk
     ticket_keys: TicketKeys
     fence: Fence
+    meter: Meter
     audit: AuditReading
     metrics: Metrics
 

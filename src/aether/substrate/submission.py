@@ -18,15 +18,16 @@ from msgspec.structs import replace
 from aether.contract import ids, limits
 from aether.contract.calls import Caller, SubmitCall, SubmittedJob
 from aether.contract.canonical import digest_bytes, input_hash
+from aether.contract.cells import Limits
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError, ErrorBody
 from aether.contract.jobs import JobRequest, JobView, check_labels, parse_command, parse_model
 from aether.contract.network import NEEDED, NOTHING
 from aether.contract.ports import Link
-from aether.contract.records import Record
+from aether.contract.records import BudgetRef, Record
 from aether.contract.wire import Empty, JobRunReply, JobSubmit
 from aether.substrate import entries
-from aether.substrate.access.access import Resource
+from aether.substrate.access.access import Admission, Resource
 from aether.substrate.allocations import Allocation
 from aether.substrate.book import Book, outcome_of
 from aether.substrate.cellhouse import CellHouse
@@ -35,7 +36,7 @@ from aether.substrate.entries import Submission
 from aether.substrate.execution import Execution
 from aether.substrate.gate import Gate
 from aether.substrate.ledger import OpenJob, grant_of
-from aether.substrate.metering.settle import reservation, settlement
+from aether.substrate.metering.settle import grants, limits_of, reservation, settlement
 from aether.substrate.orchestra import Orchestra, submitted
 from aether.substrate.views import queued_view
 
@@ -104,7 +105,7 @@ class Submitter:
             caller=caller,
             request=request,
             admission=admission,
-            budget=reservation(ids.sibling(ids.RESERVATION, job_id), admission.ticket.link_ids, admission.limits, cell),
+            budget=self._reservation(job_id, admission, cell, cell_id is not None),
             input_hash=input_hash(request.schema_version, request.kind, request.op, request.params, request.inputs),
             key_hash=key_hash,
             created=rfc3339(self._book.now_ns()),
@@ -112,6 +113,14 @@ class Submitter:
             cell_id=cell_id,
             guest=guest,
         )
+
+    def _reservation(self, job_id: str, admission: Admission, cell: Limits | None, is_guest: bool) -> BudgetRef:
+        """What the job holds; the memory of an allocated cell is charged to whoever allocated it."""
+        tenant_id = admission.principal.tenant_id
+        bounds = limits_of(admission.limits, tenant_id, self._book.accounts.tenant_limits(tenant_id))
+        name = ids.sibling(ids.RESERVATION, job_id)
+        held = reservation(name, admission.ticket.link_ids, bounds, admission.expires_ms, cell)
+        return replace(held, grants=grants(cell, memory=False)) if cell is not None and is_guest else held
 
     def _admit_network(self, caller: Caller, resource: Resource, place: Allocation) -> None:
         """Whoever enters a cell may reach what the cell may: a narrower ticket must not gain by it."""
@@ -152,7 +161,7 @@ class Submitter:
 
     async def _run(self, submission: Submission, wait_ms: int) -> SubmittedJob:
         self._check_capacity()
-        self._book.accounts.reserve(submission.budget, submission.admission.limits)
+        self._book.accounts.reserve(submission.budget, runs=True)
         if submission.request.kind == "model" and wait_ms > 0:
             return await self._run_pure(submission)
         return await self._queue(submission, wait_ms)

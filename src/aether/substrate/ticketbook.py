@@ -53,6 +53,7 @@ class TicketBook:
         self.epoch = 1
         self._live: dict[str, Ticket] = {}
         self._expiring: list[tuple[int, str]] = []
+        self._forgotten: list[str] = []
 
     def __repr__(self) -> str:
         return f"<TicketBook live={len(self._live)} revoked={len(self.revoked)}>"
@@ -87,6 +88,12 @@ class TicketBook:
         while self._expiring and self._expiring[0][0] + PRUNED_MS < now_ms:
             ticket = self._live.pop(heapq.heappop(self._expiring)[1])
             self.revoked.difference_update(ticket.revoked)
+            self._forgotten.append(ticket.link_id)
+
+    def forgotten(self) -> list[str]:
+        """The first links of tickets that were forgotten since it was last asked."""
+        told, self._forgotten = self._forgotten, []
+        return told
 
     # ---- asking
 

@@ -30,6 +30,7 @@ from aether.substrate import ticketentries as entries
 from aether.substrate.access.access import Access, Admission, Resource
 from aether.substrate.access.tickets import Verified, check_expiry
 from aether.substrate.book import Book
+from aether.substrate.budgetviews import budgets_of
 from aether.substrate.cellentries import Order
 from aether.substrate.cellhouse import CellHouse
 from aether.substrate.fence import Fence
@@ -204,17 +205,11 @@ class TicketDesk:
         )
 
     def _budget(self, link: str, said: tuple[Caveat, ...]) -> tuple[wire.Budget, ...]:
-        account = self._book.accounts.account(link)
-        return tuple(
-            wire.Budget(
-                unit=caveat.items[0],
-                limit=caveat.number,
-                spent=account.spent(caveat.items[0]),
-                reserved=account.used(caveat.items[0]) - account.spent(caveat.items[0]),
-            )
-            for caveat in said
-            if caveat.type == "budget"
-        )
+        limits: dict[str, int] = {}
+        for caveat in said:
+            if caveat.type == "budget":
+                limits[caveat.items[0]] = min(caveat.number, limits.get(caveat.items[0], caveat.number))
+        return budgets_of(self._book.accounts, link, limits)
 
 
 def _sees(admission: Admission, ticket: Ticket) -> bool:

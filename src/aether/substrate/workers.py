@@ -44,7 +44,7 @@ class Workers:
         """Starts the model runtime for one package; raises the AetherError of admission or launch."""
         package = self._package(body)
         submission = self._admit(body)
-        self._book.accounts.reserve(submission.budget, submission.admission.limits)
+        self._book.accounts.reserve(submission.budget)
         self._book.write(lambda index, time: entries.intent(self._gate.node, submission, index, time))
         job = self._book.ledger.open[submission.job_id]
         try:
@@ -75,7 +75,7 @@ class Workers:
             caller=caller,
             request=request,
             admission=admission,
-            budget=reservation(ids.sibling(ids.RESERVATION, job_id), admission.ticket.link_ids, admission.limits, None),
+            budget=reservation(ids.sibling(ids.RESERVATION, job_id), admission.ticket.link_ids, {}, None),
             input_hash=input_hash(SCHEMA_VERSION, "model", WORKER_OP, request.params, {}),
             key_hash=None,
             created=rfc3339(self._book.now_ns()),

@@ -11,6 +11,7 @@ import msgspec
 from aether.contract.caveats import Caveat
 from aether.contract.records import Receipt, Record
 
+OMITTED: dict[str, set[str]] = {"BudgetRef": {"amounts", "grants", "limits", "expires_ms"}}
 SCHEMAS: dict[str, Any] = {"record.schema.json": Record, "receipt.schema.json": Receipt, "caveat.schema.json": Caveat}
 
 
@@ -24,10 +25,10 @@ def texts() -> dict[str, str]:
 
 def _schema(name: str, kind: Any) -> str:
     schema = msgspec.json.schema(kind)
-    # what is written has every field and no other: readers may rely on it
+    # what is written has every field and no other, but for those that the type leaves out where they are empty
     for definition in schema["$defs"].values():
         if "properties" in definition:
-            definition["required"] = sorted(definition["properties"])
+            definition["required"] = sorted(definition["properties"].keys() - OMITTED.get(definition["title"], set()))
             definition["additionalProperties"] = False
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:aether:v1:{name}"}
     return json.dumps(head | schema, indent=1, ensure_ascii=False) + "\n"

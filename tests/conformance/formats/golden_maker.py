@@ -188,6 +188,26 @@ def added_records() -> list[Record]:
         ),
         ticket_revoked(),
         key_rotated(),
+        *budget_records(talk),
+    ]
+
+
+def budget_records(talk: dict[str, Any]) -> list[Record]:
+    """A tenant gets a budget and a quota, a link more than it had; a job comes to an end by its budget."""
+    by: dict[str, Any] = {"tenant_id": "default", "principal": "uid:0", "effect": "control"}
+    link = {"account": LINKS[0], "unit": "micro_usd"}
+    raised = link | {"amount": "250000", "root_id": LINKS[0]}
+    tenant = {"account": "tenant:default", "unit": "ops", "amount": "none"}
+    quota = {"subject": "tenant:default", "quota": "open_jobs", "amount": "100"}
+    charge = BudgetRef(
+        reservation_id="rsv_1", accounts=LINKS, ops=1, cpu_ms=0, settled=True, amounts={"bytes_out": 9},
+        limits={LINKS[0]: {"ops": 5}}, grants={"cpu_millis": 1000, "memory_bytes": 1 << 29}, expires_ms=1_790_000_000,
+    )  # fmt: skip
+    return [
+        base("budget.set", 330, operation="budget.set", detail=tenant, **by),
+        base("budget.raised", 331, operation="budget.top-up", budget=charge, detail=raised, **by),
+        base("budget.exhausted", 332, detail=link | {"limit": "250000", "used": "250001"}, **talk),
+        base("quota.set", 333, operation="quota.set", detail=quota, **by),
     ]
 
 
@@ -288,6 +308,8 @@ def write_samples(target: Path, records: list[Record], receipt: Receipt) -> None
     whole = msgspec.json.decode(msgspec.json.encode(receipt))
     budget = {"type": "budget", "items": ["ops"], "number": 10}
     good = {"record/ok-outcome": record, "receipt/ok": whole, "caveat/ok-budget": budget}
+    moved = {"amounts": {"bytes_in": 7, "micro_usd": 1}, "limits": {LINKS[0]: {"ops": 5}}, "grants": {"cpu_millis": 1}}
+    good["record/ok-budget"] = record | {"budget": record["budget"] | moved | {"expires_ms": 1}}
     bad = {
         "record/bad-missing-field": {name: value for name, value in record.items() if name != "policy"},
         "record/bad-unknown-field": record | {"colour": "red"},
@@ -296,6 +318,7 @@ def write_samples(target: Path, records: list[Record], receipt: Receipt) -> None
         "record/bad-float": record | {"result_bytes": 1.5},
         "record/bad-null-labels": record | {"labels": None},
         "record/bad-nested-field": record | {"budget": record["budget"] | {"usd": 1}},
+        "record/bad-budget-amount": record | {"budget": record["budget"] | {"amounts": {"tokens": 0.5}}},
         "receipt/bad-missing-checkpoint": {name: value for name, value in whole.items() if name != "checkpoint"},
         "receipt/bad-entry-object": whole | {"entries": [whole["entries"][0] | {"entry": {}}]},
         "receipt/bad-unknown-field": whole | {"comment": ""},

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from aether.cli import main
-from aether.cli.tickets import amounts, narrowing
+from aether.cli.amounts import parse
+from aether.cli.tickets import amounts, lifetime_ms, narrowing
 from aether.client.tickets import attenuate, inspect
 from aether.contract import caveats as c
 from aether.contract.caveats import Request
 from aether.contract.errors import AetherError
+from aether.contract.units import AMOUNT_MAX, UNITS
 from aether.substrate.access.tickets import Tickets, check
 
 NOW_MS = 1_790_000_000_000
@@ -27,7 +30,7 @@ OPTIONS = st.fixed_dictionaries(
         **{name: st.lists(NAMES, max_size=3) for name in ("operations", "kinds", "models", "labels", "hosts", "cells")},
         "paths": st.lists(st.sampled_from(["r:/work", "rwx:/", "r:/work/../etc"]), max_size=2),
         "role": st.sampled_from(["user", "queen", "node"]),
-        "budget": st.dictionaries(st.sampled_from(c.UNITS), st.integers(0, 1 << 53), max_size=2),
+        "budget": st.dictionaries(st.sampled_from(UNITS), st.integers(0, 1 << 53), max_size=2),
         "expires_at_ms": st.integers(NOW_MS - 2, NOW_MS + 20),
     },
 )
@@ -102,7 +105,7 @@ def test_the_command_narrows_and_inspects_offline(tmp_path: Path) -> None:
 
 def test_the_command_refuses_what_it_does_not_understand(tmp_path: Path) -> None:
     for words in (
-        ("attenuate", PLAIN, "--budget", "usd=1"),
+        ("attenuate", PLAIN, "--budget", "gold=1"),
         ("attenuate", PLAIN, "--budget", "ops"),
         ("attenuate", PLAIN, "--allow", "everything=1"),
         ("attenuate", PLAIN, "--role", "Not A Role"),
@@ -122,3 +125,26 @@ def test_options_are_read_as_written() -> None:
         "hosts": ("x.org:443",),
         "labels": ("a", "b"),
     }
+
+
+def test_budgets_have_short_spellings() -> None:
+    text = "ops=100,usd=0.25,cpu=10s,wall=1m,in=10MB,out=1K,memory=8G,gpu=1s,tokens=7,ticks=2,ttl=1h,bytes_in=5"
+    assert parse([text, "usd=1"]) == {
+        "ops": 100, "micro_usd": 250_000, "cpu_ms": 10_000, "wall_ms": 60_000, "bytes_in": 5, "bytes_out": 1_024,
+        "memory_byte_s": 8 << 30, "gpu_ms": 1_000, "tokens": 7, "ticks": 2, "ttl_ms": 3_600_000,
+    }  # fmt: skip
+    assert lifetime_ms("2h", [text]) == 3_600_000 and lifetime_ms("1s", [text]) == 1_000
+    assert lifetime_ms(None, ["ops=1"]) is None
+    for text in ("usd=1.2345678", "usd=-1", "ops=1.5", "cpu=fast", "ops=", "=1", "in=9999999999T", "tokens=²"):
+        with pytest.raises(AetherError):
+            parse([text])
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    try:
+        found = parse([text])
+    except AetherError as error:
+        assert error.code == "BAD_FIELD"
+    else:
+        assert all(0 <= amount <= AMOUNT_MAX for amount in found.values())

@@ -40,7 +40,7 @@ def test_a_key_stands_for_one_job_and_one_charge(tmp_path: Path) -> None:
             jobs = await asyncio.gather(*(node.submit(command("ok"), by, 5_000) for _ in range(20)))
             assert len({job.job_id for job in jobs}) == 1
             assert {job.state for job in jobs} == {JobState.SUCCEEDED}
-            assert node.parts.book.accounts.account(link).ops_spent == 1
+            assert node.parts.book.accounts.account(link).spent["ops"] == 1
             assert len(await node.records("job.intent")) == 1
             with pytest.raises(AetherError) as caught:
                 await node.submit(command("ok", "other"), by)
@@ -93,7 +93,7 @@ def test_a_budget_admits_exactly_what_it_holds(tmp_path: Path) -> None:
             codes = Counter(answer.code if isinstance(answer, AetherError) else "OK" for answer in answers)
             assert codes == {"OK": 3, "BUDGET_EXHAUSTED": 17}
             account = node.parts.book.accounts.account(link)
-            assert (account.ops_spent, account.ops_reserved) == (3, 0)
+            assert (account.spent["ops"], account.reserved) == (3, {})
             assert len(await node.records("job.outcome")) == 3
             await node.kill_aetherd()
             await node.start_aetherd()

@@ -109,7 +109,7 @@ def test_who_may_mint_what(tmp_path: Path) -> None:
         for ticket in (own.ticket, (await mint(node, role="queen")).ticket):
             assert await refused(mint(node, caller(ticket=ticket))) == "TICKET_DENIED", "it would shed what narrows it"
         for fields in (
-            {"budget": {"usd": 1}},
+            {"budget": {"gold": 1}},
             {"budget": {"ops": -1}},
             {"role": "no role"},
             {"expires_ms": TICKET_MS_MAX + 1},
@@ -219,7 +219,7 @@ def test_revoking_ends_what_the_ticket_admitted_and_nothing_else(tmp_path: Path)
         assert (done.jobs, done.cells) == (len(runs) + len(waits), 1)
         assert node.parts.book.ledger.open.keys() == {keeps}
         account = node.parts.book.accounts.account(minted.link_id)
-        assert account.ops_reserved == 0 and account.ops_spent == len(runs) + len(waits) + 1, "the cell is one"
+        assert not account.reserved and account.spent["ops"] == len(runs) + len(waits) + 1, "the cell is one"
         shown = await node.call("cell.show", caller(), CellCall(cell="agent"))
         assert shown.reason == "revoked"
         outcomes = {r.job_id: r for r in await node.records("job.outcome")}

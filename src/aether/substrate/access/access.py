@@ -79,6 +79,8 @@ class Admission:
     policy: PolicyRef
     limits: tuple[Limit, ...]
     cells: tuple[tuple[str, ...], ...] = ()
+    expires_ms: int | None = None
+    """When the ticket ends, since the epoch."""
 
     def sees(self, name: str) -> bool:
         """Whether the ticket lets its bearer know of the allocated cell of that name."""
@@ -221,7 +223,8 @@ class Access:
         for role in verified.roles:
             policy = self._decided(principal, role, operation, resource)
         cells = tuple(caveat.items for link in verified.links for caveat in link if caveat.type == "cells")
-        return Admission(principal, _ticket_ref(verified, implicit), policy, verified.limits, cells)
+        ticket = _ticket_ref(verified, implicit)
+        return Admission(principal, ticket, policy, verified.limits, cells, verified.expires_ms)
 
     def _decided(self, principal: Principal, role: str, operation: str, resource: Resource) -> PolicyRef:
         """The policy's leave for all that the request asks; raises POLICY_DENIED."""

@@ -1,59 +1,68 @@
-"""Accounts: what the links of tickets may still spend. Pure, exact, and a fold of the log.
+"""Accounts: what the links of tickets, and tenants, may still spend. Pure, exact, and a fold of the log.
 
-Each link that carries a budget has an account. A reservation charges every link of the ticket, so an ancestor's
-limit binds whatever is derived from it. `reserve` before the intent, `apply` with every record in log order: an
-intent confirms its reservation (or makes it, when the log is read at start), an outcome turns it into spending;
-the record of an operation that is done at once spends at once.
+A movement (`BudgetRef`) names the accounts that it charges with what each may spend, so an ancestor's limit binds
+whatever is derived from it, and a reader of the log needs no ticket. `reserve` before the record, `apply` with every
+record in log order: an intent confirms its reservation (or makes it, when the log is read at start), an outcome turns
+it into spending; a movement that is settled at once spends at once. Where nothing is limited nothing is kept.
 
-A link's id fixes its caveats, hence its limits. Links without a budget need no account; while the log is read their
-limits are not known, so all are kept until a ticket is shown that says otherwise.
+The limit of a link is in the ticket and thus in the movement; `budget.raised` adds to it. That of a tenant is what the
+latest `budget.set` said, from which on its account counts; `budget.raised` adds to that too.
 
-Invariants: spent and reserved are never negative; for every limit, spent + reserved never exceeds it by a reservation
-(an outcome may settle above what it reserved: CPU is measured after the fact).
+Invariants: spent and reserved are never negative; for every limit, spent + reserved never exceeds it by a reservation.
+Metered units are not reserved and may be settled above a limit, by what ran before it was ended (`substrate.meter`).
+
+Accounts of links go when the ticket that they derive from is forgotten; one ticket has at most TICKET_ACCOUNTS_MAX.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
 
 import msgspec
 
 from aether.contract.errors import AetherError
+from aether.contract.limits import TICKET_ACCOUNTS_MAX
 from aether.contract.records import BudgetRef, Record
-from aether.substrate.access.tickets import Limit
+from aether.contract.units import METERED, told
+
+TENANT: Final = "tenant:"
+"""Begins the name of a tenant's account."""
+_METERED: Final = frozenset(METERED)
+
+
+def tenant_account(tenant_id: str) -> str:
+    return TENANT + tenant_id
 
 
 @dataclass(slots=True)
 class Account:
-    """Amounts on one link: `ops` and `cpu_ms`, spent and reserved."""
+    """Amounts by unit. `root` is the first link of the ticket that it derives from, or the account itself."""
 
-    ops_spent: int = 0
-    ops_reserved: int = 0
-    cpu_ms_spent: int = 0
-    cpu_ms_reserved: int = 0
-
-    def spent(self, unit: str) -> int:
-        return self.ops_spent if unit == "ops" else self.cpu_ms_spent
+    root: str = ""
+    spent: dict[str, int] = field(default_factory=dict)
+    reserved: dict[str, int] = field(default_factory=dict)
 
     def used(self, unit: str) -> int:
-        return self.ops_spent + self.ops_reserved if unit == "ops" else self.cpu_ms_spent + self.cpu_ms_reserved
+        return self.spent.get(unit, 0) + self.reserved.get(unit, 0)
 
 
 class Reservation(msgspec.Struct, frozen=True):
     """What is held for one open job, on which accounts."""
 
-    links: tuple[str, ...]
-    ops: int
-    cpu_ms: int
+    accounts: tuple[str, ...]
+    amounts: dict[str, int]
 
 
 class AccountsState(msgspec.Struct, frozen=True):
-    """A snapshot of `Accounts`."""
+    """A snapshot of `Accounts`: per account its root and what was spent; what is reserved follows from the
+    reservations."""
 
-    accounts: dict[str, tuple[int, int]]
-    """Spent ops and cpu_ms per link; what is reserved follows from the reservations."""
+    accounts: dict[str, tuple[str, dict[str, int]]]
     reservations: dict[str, Reservation]
+    raised: dict[str, dict[str, int]]
+    tenants: dict[str, dict[str, int]]
 
 
 class Accounts:
@@ -61,79 +70,141 @@ class Accounts:
 
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
+        self._of_root: dict[str, set[str]] = {}
         self._reservations: dict[str, Reservation] = {}
+        self._raised: dict[str, dict[str, int]] = {}
+        self._tenants: dict[str, dict[str, int]] = {}
 
     def __repr__(self) -> str:
-        return f"<Accounts links={len(self._accounts)} reservations={len(self._reservations)}>"
+        return f"<Accounts accounts={len(self._accounts)} reservations={len(self._reservations)}>"
 
-    def account(self, link_id: str) -> Account:
-        """The account of a link as it stands; zero for one that never spent."""
-        return self._accounts.get(link_id) or Account()
+    # ---- asking
 
-    def reserve(self, budget: BudgetRef, limits: Sequence[Limit]) -> None:
-        """Holds `budget` on all its links; raises AetherError BUDGET_EXHAUSTED and then holds nothing.
+    def account(self, account_id: str) -> Account:
+        """The account as it stands; empty for one that never spent."""
+        return self._accounts.get(account_id) or Account()
 
-        `limits` are those of the verified ticket. Reserving an id twice changes nothing.
-        """
-        if budget.reservation_id in self._reservations:
+    def tenant_limits(self, tenant_id: str) -> Mapping[str, int]:
+        """What `budget.set` said for the tenant, without what was added; empty when nothing is limited."""
+        return self._tenants.get(tenant_account(tenant_id), {})
+
+    def tenants(self) -> Iterator[str]:
+        """The tenants that have a budget."""
+        return (name.removeprefix(TENANT) for name in self._tenants)
+
+    def limit(self, account_id: str, unit: str, stated: int) -> int | None:
+        """What an account may spend in all, `stated` by whoever charges it; None when it is not limited any more."""
+        if account_id.startswith(TENANT):
+            own = self._tenants.get(account_id, {}).get(unit)
+            if own is None:
+                return None
+            stated = own
+        raised = self._raised.get(account_id)
+        return stated + raised.get(unit, 0) if raised is not None else stated
+
+    # ---- moving
+
+    def reserve(self, budget: BudgetRef, runs: bool = False) -> None:
+        """Holds `budget` on all the accounts that it limits; raises AetherError BUDGET_EXHAUSTED, or TICKET_LIMIT for
+        one account too many, and then holds nothing. `runs`: metered units are going to be spent, so that some must
+        be left. Reserving an id twice changes nothing."""
+        if not budget.limits or budget.reservation_id in self._reservations:
             return
-        for limit in limits:
-            asked = budget.ops if limit.unit == "ops" else max(budget.cpu_ms, 1)
-            used = self.account(limit.link_id).used(limit.unit)
-            if used + asked > limit.amount:
-                raise AetherError(
-                    "BUDGET_EXHAUSTED",
-                    f"cannot spend {asked} {limit.unit}: {used} of {limit.amount} are used or reserved",
-                    details={"link_id": limit.link_id, "unit": limit.unit, "limit": limit.amount, "used": used},
-                )
-        limited = {limit.link_id for limit in limits}
-        for link in budget.accounts:
-            if link not in limited:
-                self._accounts.pop(link, None)
-        self._hold(budget, tuple(link for link in budget.accounts if link in limited))
+        amounts = amounts_of(budget)
+        for account_id, limits in budget.limits.items():
+            account = self._accounts.get(account_id)
+            if account is None:
+                self._check_room(_root(account_id, budget))
+            for unit, stated in limits.items():
+                asked = amounts.get(unit, 0) or int(runs and unit in _METERED)
+                used = account.used(unit) if account is not None else 0
+                limit = self.limit(account_id, unit, stated)
+                if asked and limit is not None and used + asked > limit:
+                    raise exhausted(account_id, unit, limit, used)
+        self._hold(budget)
 
     def release(self, budget: BudgetRef) -> None:
         """Gives a reservation back unspent: nothing was recorded under it. Releasing twice changes nothing."""
         self._unhold(budget.reservation_id)
 
     def settle(self, budget: BudgetRef) -> None:
-        """Spends what an outcome says and ends its reservation."""
+        """Spends what a record says and ends its reservation."""
         held = self._unhold(budget.reservation_id)
-        for link in held.links if held is not None else budget.accounts:
-            account = self._accounts.get(link)
-            if account is None and held is None:
-                account = self._accounts[link] = Account()
-            if account is not None:
-                account.ops_spent += budget.ops
-                account.cpu_ms_spent += budget.cpu_ms
+        amounts = amounts_of(budget)
+        for account_id in held.accounts if held is not None else budget.limits:
+            _add(self._opened(account_id, _root(account_id, budget)).spent, amounts, 1)
 
     def apply(self, record: Record) -> None:
         """Folds one record; records come in log order, each once."""
+        if record.type in ("budget.set", "budget.raised"):
+            self._apply_order(record)
         if record.budget is None:
             return
-        if record.type == "job.intent" and record.budget.reservation_id not in self._reservations:
-            self._hold(record.budget, record.budget.accounts)
-        elif record.budget.settled:
+        if record.budget.settled:
             self.settle(record.budget)
+        elif record.type == "job.intent" and record.budget.reservation_id not in self._reservations:
+            self._hold(record.budget)
+
+    def forget(self, root: str) -> None:
+        """The ticket of that first link is forgotten: no job that it admitted can run any more."""
+        for account_id in self._of_root.pop(root, ()):
+            del self._accounts[account_id]
+            self._raised.pop(account_id, None)
+
+    # ---- snapshots
 
     def snapshot(self) -> AccountsState:
         """The state as data; `restore` takes it, also after a trip through msgpack."""
-        spent = {link: (a.ops_spent, a.cpu_ms_spent) for link, a in self._accounts.items()}
-        return AccountsState(spent, dict(self._reservations))
+        spent = {name: (account.root, dict(account.spent)) for name, account in self._accounts.items()}
+        return AccountsState(spent, dict(self._reservations), self._raised, self._tenants)
 
     def restore(self, state: object) -> None:
         """Takes over a snapshot; only on fresh accounts."""
         snapshot = msgspec.convert(msgspec.to_builtins(state), AccountsState)
-        self._accounts = {link: Account(ops, 0, cpu, 0) for link, (ops, cpu) in snapshot.accounts.items()}
+        for name, (root, spent) in snapshot.accounts.items():
+            self._opened(name, root).spent.update(spent)
+        self._raised, self._tenants = snapshot.raised, snapshot.tenants
         for reservation_id, held in snapshot.reservations.items():
             self._reservations[reservation_id] = held
             self._reserved(held, 1)
 
-    def _hold(self, budget: BudgetRef, links: tuple[str, ...]) -> None:
-        held = Reservation(links, budget.ops, budget.cpu_ms)
+    # ---- inside
+
+    def _apply_order(self, record: Record) -> None:
+        account_id, unit = record.detail["account"], record.detail["unit"]
+        if record.type == "budget.raised":
+            _add(self._raised.setdefault(account_id, {}), {unit: int(record.detail["amount"])}, 1)
+            self._opened(account_id, record.detail.get("root_id", account_id))
+            return
+        limits = self._tenants.setdefault(account_id, {})
+        if record.detail["amount"] == "none":
+            limits.pop(unit, None)
+        else:
+            limits[unit] = int(record.detail["amount"])
+        self._opened(account_id, account_id).spent.pop(unit, None)
+        self._raised.get(account_id, {}).pop(unit, None)
+        if not limits:
+            del self._tenants[account_id]
+
+    def _check_room(self, root: str) -> None:
+        if len(self._of_root.get(root, ())) >= TICKET_ACCOUNTS_MAX:
+            why = f"{TICKET_ACCOUNTS_MAX} links with a budget were derived from its ticket"
+            raise AetherError("TICKET_LIMIT", f"cannot charge the link: {why}", "mint another ticket")
+
+    def _opened(self, account_id: str, root: str) -> Account:
+        account = self._accounts.get(account_id)
+        if account is None:
+            account = self._accounts[account_id] = Account(root)
+            self._of_root.setdefault(root, set()).add(account_id)
+        return account
+
+    def _hold(self, budget: BudgetRef) -> None:
+        if not budget.limits:
+            return
+        held = Reservation(tuple(budget.limits), amounts_of(budget))
         self._reservations[budget.reservation_id] = held
-        for link in links:
-            self._accounts.setdefault(link, Account())
+        for account_id in held.accounts:
+            self._opened(account_id, _root(account_id, budget))
         self._reserved(held, 1)
 
     def _unhold(self, reservation_id: str) -> Reservation | None:
@@ -143,8 +214,35 @@ class Accounts:
         return held
 
     def _reserved(self, held: Reservation, sign: int) -> None:
-        for link in held.links:
-            account = self._accounts.get(link)
-            if account is not None:
-                account.ops_reserved += sign * held.ops
-                account.cpu_ms_reserved += sign * held.cpu_ms
+        for account_id in held.accounts:
+            if (account := self._accounts.get(account_id)) is not None:
+                _add(account.reserved, held.amounts, sign)
+
+
+def amounts_of(budget: BudgetRef) -> dict[str, int]:
+    """What a movement moves, by unit; no zeros."""
+    amounts = {"ops": budget.ops, "cpu_ms": budget.cpu_ms, **budget.amounts}
+    return {unit: amount for unit, amount in amounts.items() if amount}
+
+
+def exhausted(account_id: str, unit: str, limit: int, used: int) -> AetherError:
+    """What is told when an account has not enough left."""
+    whose = f"tenant {account_id.removeprefix(TENANT)}" if account_id.startswith(TENANT) else f"link {account_id}"
+    return AetherError(
+        "BUDGET_EXHAUSTED",
+        f"cannot spend more: {told(unit, used)} of {told(unit, limit)} are used or reserved by {whose}",
+        details={"account": account_id, "unit": unit, "limit": limit, "used": used},
+    )
+
+
+def _add(amounts: dict[str, int], moved: Mapping[str, int], sign: int) -> None:
+    """Adds in place; what becomes zero is dropped, so that equal states are equal."""
+    for unit, amount in moved.items():
+        if total := amounts.get(unit, 0) + sign * amount:
+            amounts[unit] = total
+        else:
+            amounts.pop(unit, None)
+
+
+def _root(account_id: str, budget: BudgetRef) -> str:
+    return account_id if account_id.startswith(TENANT) else budget.accounts[0]

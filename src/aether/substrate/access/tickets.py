@@ -45,6 +45,8 @@ class Verified:
     roles: tuple[str, ...]
     """Each role named by a link, in order: all of them must be allowed, so that naming another never widens."""
     limits: tuple[Limit, ...]
+    expires_ms: int | None = None
+    """When the first of its links expires, since the epoch."""
 
     @property
     def role(self) -> str:
@@ -129,7 +131,8 @@ class Tickets:
             for caveat in link
             if caveat.type == "budget"
         )
-        return Verified(parts.kid, parts.tenant, tuple(link_ids), links, roles, limits)
+        times = [caveat.number for link in links for caveat in link if caveat.type == "expires"]
+        return Verified(parts.kid, parts.tenant, tuple(link_ids), links, roles, limits, min(times, default=None))
 
     def _key(self, kid: str, tenant: str) -> bytes:
         key = self._keys.get((kid, tenant))

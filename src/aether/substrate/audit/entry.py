@@ -21,7 +21,7 @@ from aether.contract.canonical import canonical_record
 from aether.contract.errors import AetherError
 from aether.contract.ids import is_digest
 from aether.contract.limits import RECORD_BYTES_MAX
-from aether.contract.records import RECORD_SCHEMA_VERSION, Record
+from aether.contract.records import RECORD_SCHEMA_VERSION, BudgetRef, Record
 from aether.substrate.audit.note import NoteError
 from aether.substrate.audit.redact import redact_detail, redact_error
 
@@ -119,7 +119,8 @@ def _check(record: Record) -> str | None:
     integers: list[int | None] = [record.log_index, record.attempt, record.result_bytes]
     names: list[Iterable[str]] = []
     if record.budget is not None:
-        integers += (record.budget.ops, record.budget.cpu_ms)
+        integers += _budget_integers(record.budget)
+        names += (record.budget.amounts, record.budget.grants, record.budget.limits, *record.budget.limits.values())
     if record.exit is not None:
         integers += (record.exit.code, record.exit.signal)
     if record.usage is not None:
@@ -141,6 +142,11 @@ def _check(record: Record) -> str | None:
     if any(not name.isascii() for keys in names for name in keys):
         return "a key is not ASCII"
     return None
+
+
+def _budget_integers(budget: BudgetRef) -> list[int | None]:
+    limits = [amount for each in budget.limits.values() for amount in each.values()]
+    return [budget.ops, budget.cpu_ms, budget.expires_ms, *budget.amounts.values(), *budget.grants.values(), *limits]
 
 
 def _check_details(details: Mapping[str, Any]) -> str | None:

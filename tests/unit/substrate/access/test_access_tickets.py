@@ -17,6 +17,7 @@ from aether.contract import tickets as texts
 from aether.contract.caveats import Caveat, Request
 from aether.contract.errors import AetherError
 from aether.contract.tickets import attenuate
+from aether.contract.units import UNITS
 from aether.substrate.access.keyfile import settle
 from aether.substrate.access.tickets import Tickets, check
 
@@ -35,7 +36,7 @@ CAVEATS = st.one_of(
     st.builds(c.paths, st.sampled_from(["r:/work", "rw:/work/a", "rwx:/", "r:/work/../etc"])),
     st.builds(c.role, st.sampled_from(["user", "queen"])),
     st.builds(c.expires, st.integers(NOW_MS - 2, NOW_MS + 2)),
-    st.builds(c.budget, st.sampled_from(c.UNITS), st.integers(0, 2**64 - 1)),
+    st.builds(c.budget, st.sampled_from(UNITS), st.integers(0, 2**64 - 1)),
 )
 REQUESTS = st.builds(
     Request,

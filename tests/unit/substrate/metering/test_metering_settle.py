@@ -13,19 +13,18 @@ from aether.substrate.metering import settle
 LINKS = ("a", "b")
 
 
-@pytest.mark.parametrize(
-    ("limits", "cell", "held_ms"),
-    [
-        ((), Limits(), 0),
-        ((Limit("a", "ops", 5),), Limits(), 0),
-        ((Limit("a", "cpu_ms", 5),), Limits(timeout_ms=10_000, grace_ms=500, cpu_millis=500), 5_250),
-        ((Limit("a", "cpu_ms", 5),), Limits(timeout_ms=1, grace_ms=0, cpu_millis=10), 1),
-        ((Limit("a", "cpu_ms", 5),), None, 0),
-    ],
-)
-def test_cpu_is_held_only_where_it_is_limited(limits: tuple[Limit, ...], cell: Limits | None, held_ms: int) -> None:
-    held = settle.reservation("rsv", LINKS, limits, cell)
-    assert (held.ops, held.cpu_ms, held.settled, held.accounts) == (1, held_ms, False, LINKS)
+def test_a_job_holds_one_operation_and_says_what_its_cell_may_use() -> None:
+    limits = settle.limits_of((Limit("a", "ops", 5), Limit("a", "ops", 3), Limit("b", "cpu_ms", 9)), "acme", {"ops": 7})
+    assert limits == {"a": {"ops": 3}, "b": {"cpu_ms": 9}, "tenant:acme": {"ops": 7}}
+    held = settle.reservation("rsv", LINKS, limits, 17, Limits(cpu_millis=500, memory_bytes=1 << 30))
+    assert (held.ops, held.cpu_ms, held.settled, held.accounts, held.amounts) == (1, 0, False, LINKS, {})
+    assert (held.limits, held.expires_ms, held.grants) == (limits, 17, {"cpu_millis": 500, "memory_bytes": 1 << 30})
+
+
+def test_memory_is_charged_as_granted() -> None:
+    held = settle.reservation("rsv", LINKS, {}, None, Limits(memory_bytes=1_000))
+    settled = settle.settlement(held, Usage(wall_us=2_500_001, memory_peak_bytes=7))
+    assert settled.amounts == {"wall_ms": 2_501, "memory_byte_s": 2_501}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +38,7 @@ def test_cpu_is_held_only_where_it_is_limited(limits: tuple[Limit, ...], cell: L
     ],
 )
 def test_settling_rounds_up(usage: Usage | None, expected: int) -> None:
-    held = settle.reservation("rsv", LINKS, (), None)
+    held = settle.reservation("rsv", LINKS, {}, None)
     settled = settle.settlement(held, usage)
     assert (settled.cpu_ms, settled.settled, settled.reservation_id) == (expected, True, "rsv")
 
