@@ -289,7 +289,8 @@ TYPES = ("|node.started|node.stopped|ticket.minted|ticket.revoked|ticket.key-rot
          "|job.intent|job.started|job.stop|job.outcome|job.signal|job.attach|job.trace"
          "|cell.allocated|cell.started|cell.frozen|cell.thawed|cell.resized|cell.trace|cell.put|cell.freed|cell.lost"
          "|image.imported|image.removed|egress.opened|egress.connection|egress.closed"
-         "|budget.set|budget.raised|budget.exhausted|quota.set|")
+         "|budget.set|budget.raised|budget.exhausted|quota.set"
+         "|approval.requested|approval.granted|approval.denied|approval.expired|")
 TEXTS = "tenant_id principal request_id traceparent operation job_id kind op model_id model_version cell_id state"
 FIGURES = ("wall_us cpu_user_us cpu_system_us memory_peak_bytes io_read_bytes io_write_bytes pids_peak oom_kills "
            "throttled_us stdout_bytes stderr_bytes output_dropped_bytes batch_size")
@@ -313,6 +314,7 @@ RECORD = {
     **dict.fromkeys(["created_at", "started_at", "finished_at"], "time?"),
     "timings_us": {"*": "integer"}, "detail": {"*": "text"},
 }
+BETWEEN = {"job.started", "job.stop", "approval.requested", "approval.granted", "approval.denied", "approval.expired"}
 RECEIPT = {
     "receipt_version": "|1.0|", "job_id": "text", "origin": "text", "verdict": "text", "checkpoint": "text",
     "entries": [{"entry": "text", "proof": {"log_index": "integer", "hashes": ["hash"]}}],
@@ -730,9 +732,11 @@ def check_story(records: list[dict[str, Json]], job_id: str, report: Report, fil
     indexes = [record["log_index"] for record in records]
     ends = len(types) > 1 and types[0] == "job.intent" and types[-1] == "job.outcome"
     with report.at(file, field="entries"):
-        if not ends or not {*types[1:-1]} <= {"job.started", "job.stop"} or sorted({*indexes}) != indexes:
+        if not ends or not {*types[1:-1]} <= BETWEEN or sorted({*indexes}) != indexes:
             told = ", ".join(f"{index} {kind}" for index, kind in zip(indexes, types, strict=True))
-            raise VerifyError("ENTRY_SEQUENCE", f"not intent, started or stop, outcome with rising indexes: {told}")
+            raise VerifyError("ENTRY_SEQUENCE", f"not an intent, what may follow, an outcome, in order: {told}")
+        with report.at(file, field="entries"):
+            check_approval(records)
         intent, outcome = records[0], records[-1]
         wrong = [name for name in ("kind", "op", "input_hash") if intent[name] != outcome[name]]
         wrong += [] if all(record["tenant_id"] == intent["tenant_id"] for record in records) else ["tenant_id"]
@@ -740,6 +744,21 @@ def check_story(records: list[dict[str, Json]], job_id: str, report: Report, fil
         wrong += [] if (intent["policy"] or {}).get("decision") == "allow" else ["policy"]
         if wrong:
             raise VerifyError("ENTRY_CONTRADICTION", f"the entries differ or do not fit in {', '.join(wrong)}")
+
+
+def check_approval(records: list[dict[str, Json]]) -> None:
+    """Step 5: what was to wait for an approval did nothing before it. Raises APPROVAL_MISSING."""
+    intent, outcome = records[0], records[-1]
+    wanted = intent["detail"].get("approval")
+    ran = outcome["state"] == "succeeded" or outcome["exit"] is not None
+    first = next((at for at, record in enumerate(records) if record["type"] == "job.started"), len(records) - 1)
+    for record in records:
+        about = (record["detail"].get("approval"), record["input_hash"])
+        if record["type"].startswith("approval.") and about != (wanted, intent["input_hash"]):
+            raise VerifyError("APPROVAL_MISSING", f"record {record['log_index']} approves something else")
+    granted = any(record["type"] == "approval.granted" for record in records[:first])
+    if wanted is not None and (ran or records[first]["type"] == "job.started") and not granted:
+        raise VerifyError("APPROVAL_MISSING", "it acted, and no approval was granted before")
 
 
 def budgets_agree(intent: dict[str, Json], outcome: dict[str, Json]) -> bool:

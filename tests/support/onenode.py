@@ -145,7 +145,10 @@ class OneNode:
     async def kill_aetherd(self) -> None:
         authority, self._authority = self._authority, None
         assert authority is not None
-        for task in (*self._calls, *authority.parts.execution._background, *authority.parts.house._background):
+        asking = authority.parts.asking
+        asking.close()
+        housework = (authority.parts.execution._background, authority.parts.house._background, asking._background)
+        for task in (*self._calls, *(task for tasks in housework for task in tasks)):
             task.cancel()
         if self._link is not None:
             self._link.close()
@@ -235,9 +238,13 @@ class OneNode:
 
 
 @contextlib.asynccontextmanager
-async def running(directory: Path, programs: dict[str, Program], *, models: bool = False) -> AsyncIterator[OneNode]:
-    """A node that is up and connected."""
+async def running(
+    directory: Path, programs: dict[str, Program], *, models: bool = False, policy: str | None = None
+) -> AsyncIterator[OneNode]:
+    """A node that is up and connected; `policy` instead of the default one."""
     node = OneNode(directory, programs, models=models)
+    if policy is not None:
+        node.layout.policy.write_text(policy)
     try:
         await node.start_aetherd()
         await node.start_aurorad()

@@ -53,6 +53,7 @@ CELL_OPERATIONS: Final[tuple[Operation, ...]] = (
         access="control",
         effect="cell",
         idempotent=False,
+        query=(params.APPROVAL,),
         body="json",
         body_type=allocations.CellRequest,
         body_field="request",
@@ -65,6 +66,9 @@ CELL_OPERATIONS: Final[tuple[Operation, ...]] = (
             "NO_SUCH_CELL",
             "CELL_FROZEN",
             "IDEMPOTENCY_CONFLICT",
+            "APPROVAL_NEEDED",
+            "APPROVAL_DENIED",
+            "APPROVAL_LIMIT",
         ),
     ),
     Operation(

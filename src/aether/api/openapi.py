@@ -32,6 +32,7 @@ _ARGUMENT_SCHEMAS: Final = {
     "cell": params.CELL_SCHEMA,
     "image": params.IMAGE_SCHEMA,
     "link_id": params.LINK_SCHEMA,
+    "approval_id": params.APPROVAL_SCHEMA,
 }
 SIGNAL_MAX: Final = 64
 _RELATIVE_PATH: Final = params.RELATIVE_PATH
@@ -204,6 +205,9 @@ def _schemas() -> JsonObject:
     networkschema.refine(schemas)
     limitschema.refine(schemas)
     ticketschema.refine(schemas)
+    refine_optional(
+        schemas["DecisionBody"]["properties"]["reason"], "string", maxLength=limits.APPROVAL_REASON_CHARS_MAX
+    )
     schemas["JobRequest"] = _job_request()
     schemas["StopBody"]["properties"]["grace_ms"].update(minimum=0, maximum=limits.STOP_GRACE_MS_MAX)
     schemas["ErrorBody"]["properties"]["code"]["enum"] = sorted(KINDS)

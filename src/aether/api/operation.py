@@ -88,7 +88,7 @@ class Operation:
 
     @property
     def path_argument(self) -> str | None:
-        """The one argument in the path, `job_id`, `digest`, `cell`, `image` or `link_id`, if there is one."""
+        """The one argument in the path, such as `job_id` or `digest`, if there is one."""
         return self.path.partition("{")[2].partition("}")[0] or None
 
 

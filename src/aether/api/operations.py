@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from aether.api import params
+from aether.api.approvaloperations import APPROVAL_OPERATIONS
 from aether.api.auditoperations import AUDIT_OPERATIONS
 from aether.api.celloperations import CELL_OPERATIONS
 from aether.api.egressoperations import EGRESS_OPERATIONS
@@ -79,7 +80,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         access="submit",
         effect="cell",
         idempotent=False,
-        query=(params.WAIT,),
+        query=(params.WAIT, params.APPROVAL),
         body="json",
         body_type=JobRequest,
         body_field="request",
@@ -90,6 +91,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
             *MODEL_ERRORS,
             *CELL_ERRORS,
             "IDEMPOTENCY_CONFLICT",
+            "APPROVAL_LIMIT",
             "NOT_FOUND",
             "BAD_ID",
         ),
@@ -277,6 +279,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     *CELL_OPERATIONS,
     *IMAGE_OPERATIONS,
     *TICKET_OPERATIONS,
+    *APPROVAL_OPERATIONS,
 )
 
 BY_NAME: Final[Mapping[str, Operation]] = {operation.name: operation for operation in OPERATIONS}

@@ -14,7 +14,8 @@ from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
-from aether.contract import cellnames, ids, images, limits, ticketcalls
+from aether.contract import approvals, cellnames, ids, images, limits, ticketcalls
+from aether.contract.approvals import ApprovalState
 from aether.contract.errors import AetherError
 from aether.contract.jobs import JobState, check_relative_path
 
@@ -95,6 +96,19 @@ def parse_state(text: str) -> JobState:
         return JobState(text)
     except ValueError:
         raise _refuse("state", text, f"not one of {', '.join(s.value for s in JobState)}") from None
+
+
+def parse_approval_state(text: str) -> ApprovalState:
+    """The name of an approval's state."""
+    try:
+        return ApprovalState(text)
+    except ValueError:
+        raise _refuse("state", text, f"not one of {', '.join(s.value for s in ApprovalState)}") from None
+
+
+def parse_approval(text: str) -> str:
+    """The id of an approval."""
+    return ids.parse(ids.APPROVAL, text)
 
 
 def parse_job(text: str) -> str:
@@ -226,6 +240,22 @@ IMAGE_NAME: Final = Param(
     {"type": "string", "pattern": rf"^{images.NAME_PATTERN}$", "maxLength": images.NAME_CHARS_MAX},
     images.check_name,
     "The image's name from now on; whatever had it loses it.",
+)
+APPROVAL_SCHEMA: Final = {"type": "string", "pattern": f"^approval_{_UUID7}$"}
+APPROVAL_STATE: Final = Param(
+    "state",
+    "state",
+    {"type": "array", "items": {"type": "string", "enum": [s.value for s in ApprovalState]}},
+    parse_approval_state,
+    "Only approvals in this state; may be repeated.",
+    repeats=True,
+)
+APPROVAL: Final = Param(
+    "approval",
+    "approval_ms",
+    {"type": "string", "pattern": r"^[0-9]{1,6}(ms|s|m|h|d)$", "examples": ["30m"]},
+    approvals.parse_expiry,
+    "How long it may wait for an approval, if the policy demands one: 30m, 24h, 7d.",
 )
 JOB: Final = Param("job", "job_id", JOB_ID_SCHEMA, parse_job, "Only artifacts of this job.")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from aether.api import params
 from aether.api.operation import Operation
 from aether.contract import cellnames, ids, images, ticketcalls
 from aether.contract.errors import AetherError
@@ -21,6 +22,7 @@ _ARGUMENTS = {
     "digest": ids.parse_digest,
     "cell": cellnames.reference,
     "link_id": ticketcalls.link,
+    "approval_id": params.parse_approval,
 }
 
 

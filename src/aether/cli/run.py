@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aether.cli import bounds, images, network
+from aether.cli import approvals, bounds, images, network
 from aether.cli.session import Session, command
 
 if TYPE_CHECKING:
@@ -85,12 +85,12 @@ def _run(
     credential: network.Credentials = None,
     intercept: network.Intercept = False,
     learn: network.Learn = False,
+    approval: approvals.Wait = None,
     detach: Annotated[bool, typer.Option("--detach", help="Print the job id and leave.")] = False,
 ) -> int:
     from aether.cli.instance import ensure_instance
     from aether.cli.output import progress, show_json
 
-    interpreter = _interpreter(python, imports)
     asked = bounds.to_limits(
         memory=memory, memory_high=memory_high, disk=disk, cpu=cpu, cpu_weight=cpu_weight, cpus_allowed=cpus_allowed,
         io_weight=io_weight, timeout=timeout, pids=pids, nice=nice, sched=sched, io_class=io_class, more=limit,
@@ -112,7 +112,8 @@ def _run(
                 require=bounds.required(require, driver),
                 labels=label or [],
                 network=network.network_of(allow, credential, intercept, learn),
-                python=interpreter,
+                python=_interpreter(python, imports),
+                approval_ms=approvals.wait_ms(approval),
                 wait=False,
             )
         if detach:
@@ -152,6 +153,8 @@ def _attend(client: Client, job: JobView, *, quiet: bool) -> JobView:
     """The terminal job, with its output shown meanwhile. The first Ctrl-C stops the job, a second one leaves."""
     from aether.cli.follow import Follower
 
+    if not quiet:
+        approvals.tell(job)
     follower: Follower | None = None if quiet else Follower(client, job.job_id)
     try:
         job = client.wait(job.job_id)

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Final, Protocol, TypeVar
 
 import msgspec
 
+from aether.client.approvals import approval_query
 from aether.contract import ids, limits
 from aether.contract.activity import ActivityEvent, Trace
 from aether.contract.allocations import (
@@ -92,9 +93,11 @@ class Cells:
         isolate_network: bool = True,
         isolate_process: bool = True,
         idempotency_key: str | None = None,
+        approval_ms: int | None = None,
         **more: Any,
     ) -> CellView:
-        """Makes a cell; `more` are further fields of `CellRequest`."""
+        """Makes a cell; `more` are further fields of `CellRequest`. Raises APPROVAL_NEEDED when the policy demands an
+        approval, which waits for `approval_ms`: call again with the same arguments once it is granted."""
         request = CellRequest(
             name=name,
             limits=limits or Limits(),
@@ -106,7 +109,8 @@ class Cells:
             **more,
         )
         headers = {**_JSON, "Idempotency-Key": idempotency_key or ids.new(ids.REQUEST)}
-        return self._calls.call_json("cell.allocate", CellView, body=msgspec.json.encode(request), headers=headers)
+        body, query = msgspec.json.encode(request), approval_query(approval_ms)
+        return self._calls.call_json("cell.allocate", CellView, query=query, body=body, headers=headers)
 
     def list(self, within: str | None = None) -> tuple[CellView, ...]:
         """The live cells by name, or one and those in it."""

@@ -27,6 +27,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from aether.api.operations import BY_NAME
+from aether.client.approvals import Approvals, approval_query
 from aether.client.audit import Audit
 from aether.client.cells import Cells, Session
 from aether.client.inputs import gather
@@ -96,11 +97,20 @@ class Client:
 
     # ---- jobs
 
-    def submit(self, request: JobRequest, *, wait_s: float = 0.0, idempotency_key: str | None = None) -> Submission:
-        """Submits a job; with `wait_s` answers when it is terminal or the time is over."""
+    def submit(
+        self,
+        request: JobRequest,
+        *,
+        wait_s: float = 0.0,
+        idempotency_key: str | None = None,
+        approval_ms: int | None = None,
+    ) -> Submission:
+        """Submits a job; with `wait_s` answers when it is terminal or the time is over. `approval_ms` is how long it
+        may wait for an approval, if the policy demands one."""
         headers = {"Content-Type": "application/json", "Idempotency-Key": idempotency_key or ids.new(ids.REQUEST)}
         body = msgspec.json.encode(request)
-        return self._json("job.submit", Submission, query=_wait(wait_s), body=body, headers=headers, extra_s=wait_s)
+        query = [*_wait(wait_s), *approval_query(approval_ms)]
+        return self._json("job.submit", Submission, query=query, body=body, headers=headers, extra_s=wait_s)
 
     def run(
         self,
@@ -117,6 +127,7 @@ class Client:
         python: Interpreter | None = None,
         network: Network | None = None,
         images: Images | None = None,
+        approval_ms: int | None = None,
         wait: bool = True,
     ) -> JobView:
         """Runs a command in a cell. `files` maps paths in the work directory to files here; `directory` is
@@ -141,7 +152,7 @@ class Client:
             inputs=msgspec.to_builtins(inputs),
             labels=tuple(labels),
         )
-        job = self.submit(request)
+        job = self.submit(request, approval_ms=approval_ms)
         return self.wait(job.job_id) if wait else job
 
     def upload(
@@ -303,6 +314,11 @@ class Client:
     def tickets(self) -> Tickets:
         """The operations on tickets."""
         return Tickets(self)
+
+    @property
+    def approvals(self) -> Approvals:
+        """What waits for somebody's leave."""
+        return Approvals(self)
 
     @property
     def audit(self) -> Audit:

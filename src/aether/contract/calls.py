@@ -47,6 +47,8 @@ class SubmitCall(msgspec.Struct, frozen=True, kw_only=True):
 
     request: JobRequest
     wait_ms: int = 0
+    approval_ms: int = limits.APPROVAL_MS_DEFAULT
+    """How long it waits for an approval, if the policy demands one."""
 
 
 class JobCall(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,6 +23,8 @@ class AllocateCall(msgspec.Struct, frozen=True, kw_only=True):
     """`cell.allocate`."""
 
     request: CellRequest
+    approval_ms: int = limits.APPROVAL_MS_DEFAULT
+    """How long an approval is waited for, if the policy demands one."""
 
 
 class CellCall(msgspec.Struct, frozen=True, kw_only=True):

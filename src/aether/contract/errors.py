@@ -59,6 +59,13 @@ KINDS: Final[Mapping[str, ErrorKind]] = {
     "TICKET_LIMIT": ErrorKind(429, EXIT_FAILED, "wait until tickets expire, or revoke a ticket instead of its links"),
     "POLICY_DENIED": ErrorKind(403, EXIT_REFUSED, "ask the operator; the answer names the deciding policies"),
     "BUDGET_EXHAUSTED": ErrorKind(402, EXIT_REFUSED, "ask for a larger budget"),
+    "APPROVAL_NEEDED": ErrorKind(
+        403, EXIT_REFUSED, "have it approved with `aether approvals approve`, then repeat the same request"
+    ),
+    "APPROVAL_DENIED": ErrorKind(403, EXIT_REFUSED, "ask whoever denied it; the approval names them"),
+    "APPROVAL_EXPIRED": ErrorKind(403, EXIT_REFUSED, "submit it again, and have it approved in time"),
+    "APPROVAL_DECIDED": ErrorKind(409, EXIT_FAILED, "see `aether approvals show`; a new request needs a new approval"),
+    "APPROVAL_LIMIT": ErrorKind(429, EXIT_FAILED, "wait until what waits is decided, or stop waiting jobs"),
     "NO_GRANT": ErrorKind(403, EXIT_REFUSED, "submit the job through the API"),
     # capacity
     "BUSY": ErrorKind(429, EXIT_FAILED, "retry after the time in Retry-After"),

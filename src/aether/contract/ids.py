@@ -26,6 +26,7 @@ TICKET: Final = "tkt"
 NODE: Final = "node"
 GRANT: Final = "grant"
 RESERVATION: Final = "rsv"
+APPROVAL: Final = "approval"
 
 _UUID7 = r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 _ID = re.compile(rf"(?P<prefix>[a-z]{{2,8}})_{_UUID7}")

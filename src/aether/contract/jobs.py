@@ -150,6 +150,8 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     cell: str | None = None
     """The name of the allocated cell that it is an executable of."""
     executable: str | None = None
+    approval_id: str | None = None
+    """The approval that it waits or waited for."""
 
 
 _LABEL: Final = re.compile(limits.LABEL_PATTERN)

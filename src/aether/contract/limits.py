@@ -175,6 +175,15 @@ TICKET_ACCOUNTS_MAX: Final = 10_000
 TICKET_LINKS_REVOKED_MAX: Final = 64
 """Revoked links of one ticket; above it only the ticket itself can be revoked."""
 
+# Approvals
+APPROVAL_MS_DEFAULT: Final = 3_600_000
+"""How long a request waits for its approval before it is cancelled, never longer than its ticket holds."""
+APPROVAL_MS_MIN: Final = 1_000
+APPROVAL_MS_MAX: Final = 7 * 24 * 3600 * 1000
+APPROVALS_WAITING_MAX: Final = 500
+"""Requests of one tenant that wait for an approval; above it the answer is 429."""
+APPROVAL_REASON_CHARS_MAX: Final = 500
+
 # Audit
 RECORD_BYTES_MAX: Final = 65_535
 """C2SP tlog-tiles: an entry bundle holds entries with a 16-bit length."""

@@ -51,6 +51,10 @@ RecordType = Literal[
     "budget.raised",
     "budget.exhausted",
     "quota.set",
+    "approval.requested",
+    "approval.granted",
+    "approval.denied",
+    "approval.expired",
 ]
 
 

@@ -26,7 +26,7 @@ from aether.contract.jobs import ArtifactRef, JobRequest, JobState, JobView
 from aether.contract.records import CodeRef
 from aether.contract.wire import ArtifactInfo, ArtifactQuery, Grant, JobQuery
 
-Phase = Literal["queued", "launching", "running", "collecting", "finishing", "done"]
+Phase = Literal["held", "queued", "launching", "running", "collecting", "finishing", "done"]
 """Where a job is on its way; finer than JobState."""
 
 

@@ -55,6 +55,8 @@ class JobSubmit(msgspec.Struct, frozen=True, kw_only=True):
     view: JobView
     batch_key: str = ""
     """Tenant and labels: a runtime never mixes two keys in one batch."""
+    held: bool = False
+    """It waits for an approval: nothing of it is done before `job.release`."""
 
 
 class JobRunReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,9 +78,15 @@ class JobRunReply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JobKey(msgspec.Struct, frozen=True, kw_only=True):
-    """Names a job; `job.get`, `job.story`."""
+    """Names a job; `job.get`, `job.story`, `job.request`, and `job.release`: its approval was granted."""
 
     job_id: str
+
+
+class KeptRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """`job.request`: the request as it was submitted, while it is kept."""
+
+    request: JobRequest
 
 
 class JobKept(msgspec.Struct, frozen=True, kw_only=True):
@@ -371,12 +379,14 @@ class LiveCell(msgspec.Struct, frozen=True, kw_only=True):
 
 class Reconciled(msgspec.Struct, frozen=True, kw_only=True):
     """About one page. `drop`: rows without an intent. `grants`: for open rows. `cells`: of its rows, and on the
-    last page those without a row (workers). Outcomes follow as pages of `log.read` from `applied_index`."""
+    last page those without a row (workers). `held`: its rows that wait for an approval. Outcomes follow as pages of
+    `log.read` from `applied_index`."""
 
     drop: tuple[str, ...]
     grants: tuple[Grant, ...]
     cells: tuple[LiveCell, ...]
     log_size: int
+    held: tuple[str, ...] = ()
 
 
 class LogRead(msgspec.Struct, frozen=True, kw_only=True):

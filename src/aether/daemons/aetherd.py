@@ -28,6 +28,8 @@ from aether.substrate.access.budget import Accounts
 from aether.substrate.access.keyfile import Keys
 from aether.substrate.access.keyfile import settle as settle_keys
 from aether.substrate.access.policy import Policy
+from aether.substrate.approvals import ApprovalDesk
+from aether.substrate.asking import Asking
 from aether.substrate.audit.keyfile import open_signer
 from aether.substrate.audit.log import AuditLog
 from aether.substrate.audit.receipts import Receipts
@@ -104,7 +106,8 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
     egress = EgressDesk(node, book)
     execution = Execution(book, cells, orchestra, egress)
     reconciler = Reconciler(book, execution)
-    house = CellHouse(gate, book, cells, egress)
+    asking = Asking(gate, book, execution, orchestra)
+    house = CellHouse(gate, book, cells, egress, asking)
     reading = Reading(gate, book, orchestra, receipts, JobLogs(layout.job_logs))
     fence = Fence(book, execution, cells, house, egress, orchestra, lambda text: access.read(text).link_ids)
     meter = Meter(book, cells, fence, egress)
@@ -123,7 +126,9 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         orchestra=orchestra,
         egress=egress,
         egress_reading=EgressReading(book, reading, house),
-        submitter=Submitter(gate, book, orchestra, execution, cells, house),
+        submitter=Submitter(gate, book, orchestra, execution, cells, house, asking),
+        asking=asking,
+        approvals=ApprovalDesk(gate, book, orchestra, house, asking),
         execution=execution,
         reading=reading,
         reconciler=reconciler,
@@ -236,6 +241,7 @@ async def serve(layout: Layout, log: Any, stop: asyncio.Event) -> None:
     finally:
         for stop_link in stop_links:
             stop_link()
+        await parts.asking.drain()
         await parts.meter.drain()
         await parts.fence.drain()
         await parts.house.drain()

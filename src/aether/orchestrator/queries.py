@@ -56,6 +56,7 @@ class Queries:
             "job.list": (wire.JobQuery, self.job_list),
             "job.result": (wire.ResultKey, self.job_result),
             "job.story": (wire.JobKey, self.job_story),
+            "job.request": (wire.JobKey, self.job_request),
             "artifact.put": (wire.ArtifactPut, put),
             "artifact.get": (wire.ArtifactKey, get),
             "artifact.list": (wire.ArtifactQuery, self.artifact_list),
@@ -90,6 +91,14 @@ class Queries:
     async def job_story(self, body: wire.JobKey) -> wire.Story:
         view = await self.job_get(body)
         return story.tell(view.job_id, view.kind, await self._store.history(view.job_id))
+
+    async def job_request(self, body: wire.JobKey) -> wire.KeptRequest:
+        row = await self._store.get(body.job_id)
+        if row is None:
+            raise _no_job(body.job_id)
+        if row.request is None:
+            raise AetherError("GONE", f"cannot give the request of {body.job_id}: it is not kept")
+        return wire.KeptRequest(request=row.request)
 
     # ---- artifacts
 

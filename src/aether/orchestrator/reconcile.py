@@ -26,7 +26,7 @@ from aether.orchestrator.jobs import machine
 from aether.orchestrator.jobs.desk import Desk
 
 _PAGE_RECORDS: Final = 200
-_STATED: Final = frozenset[Phase]({"queued", "launching", "running", "collecting", "finishing"})
+_STATED: Final = frozenset[Phase]({"held", "queued", "launching", "running", "collecting", "finishing"})
 
 
 class Watermark:
@@ -62,6 +62,7 @@ async def reconcile(link: Link, store: Store, desk: Desk, owned: Callable[[LiveC
     stated = {row.job_id: row.phase for row in desk.open.values() if row.phase in _STATED}
     applied = await store.applied_index()
     cells: dict[str, LiveCell] = {}
+    held: set[str] = set()
     log_size = 0
     for body in _pages(applied, [_open_job(desk.open[job_id]) for job_id in stated]):
         truth = await link.call("reconcile", body, Reconciled)
@@ -69,6 +70,7 @@ async def reconcile(link: Link, store: Store, desk: Desk, owned: Callable[[LiveC
         for grant in truth.grants:
             desk.regrant(grant)
         cells |= {cell.grant.job_id: cell for cell in truth.cells}
+        held.update(truth.held)
         log_size = truth.log_size
     await _catch_up(link, store, desk, applied, log_size)
     ours = stated.keys() | desk.open.keys()
@@ -76,7 +78,7 @@ async def reconcile(link: Link, store: Store, desk: Desk, owned: Callable[[LiveC
     for job_id, phase in stated.items():
         row = desk.open.get(job_id)
         if row is not None and row.phase == phase:
-            desk.post(job_id, machine.Reconciled(cell=cells.get(job_id)))
+            desk.post(job_id, machine.Reconciled(cell=cells.get(job_id), held=job_id in held))
     return orphans
 
 
@@ -150,6 +152,7 @@ def outcome_view(outcome: Record, intent: Record | None, known: JobView | None) 
         argv=known.argv if known else None,
         cell=known.cell if known else first.detail.get("cell"),
         executable=known.executable if known else first.detail.get("executable"),
+        approval_id=known.approval_id if known else first.detail.get("approval"),
     )
 
 

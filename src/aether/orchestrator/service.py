@@ -146,6 +146,7 @@ class Aurora:
         return {
             "job.submit": (wire.JobSubmit, self._submit),
             "job.run": (wire.JobSubmit, self._run),
+            "job.release": (wire.JobKey, self._release),
             "job.stop": (wire.JobStop, self._stop),
             "metrics": (wire.Empty, self._exposition),
             "health": (wire.Empty, self._health),
@@ -188,6 +189,10 @@ class Aurora:
             usage=done.usage,
             timings_us=done.timings_us,
         )
+
+    async def _release(self, body: wire.JobKey) -> wire.Empty:
+        self._desk.post(body.job_id, machine.Released())
+        return wire.Empty()
 
     async def _stop(self, body: wire.JobStop) -> wire.Empty:
         self._desk.post(body.job_id, machine.StopRequested(grace_ms=body.grace_ms))

@@ -24,6 +24,7 @@ from aether.contract.records import Record
 from aether.contract.wire import JobOutcome
 from aether.substrate.access.budget import Accounts
 from aether.substrate.allocations import Allocation, Memory
+from aether.substrate.approvalbook import Kept
 from aether.substrate.audit.log import AuditLog
 from aether.substrate.ledger import KeyEntry, Ledger, OpenJob
 from aether.substrate.views import final_view
@@ -47,6 +48,7 @@ class _Snapshot(msgspec.Struct):
     epoch: int = 1
     exhausted: dict[str, Record] = {}
     metered: dict[str, tuple[int, Memory]] = {}
+    approvals: list[Kept] = []
 
 
 class Book:
@@ -152,6 +154,7 @@ class Book:
             epoch=ledger.tickets.epoch,
             exhausted={name: job.exhausted for name, job in ledger.open.items() if job.exhausted is not None},
             metered=ledger.cells.metered(),
+            approvals=ledger.approvals.snapshot(),
             egress={name: each.egress_index for name, each in networked.items() if each.egress_index is not None},
         )
         body = msgspec.msgpack.encode(state)
@@ -174,6 +177,7 @@ class Book:
         self.ledger.cells.restore(state.cells)
         self.ledger.tickets.restore(state.tickets)
         self.ledger.tickets.epoch = state.epoch
+        self.ledger.approvals.restore(state.approvals)
         self.ledger.restore(state.applied, jobs, state.keys)
         for name, record in state.exhausted.items():
             self.ledger.open[name].exhausted = record

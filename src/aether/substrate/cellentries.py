@@ -32,8 +32,11 @@ class Order:
     key: tuple[str, str] | None = None
 
 
-def allocated(node: Node, order: Order, cell_id: str, request: CellRequest, spec: str, index: int, time: str) -> Record:
-    """`cell.allocated`: what was asked, before the cell is made. `spec` is the digest of the specification."""
+def allocated(
+    node: Node, order: Order, cell_id: str, request: CellRequest, said: Mapping[str, str], index: int, time: str
+) -> Record:
+    """`cell.allocated`: what was asked, before the cell is made. `said` are its name, the digest of its specification
+    and the approval that it uses."""
     principal = order.admission.principal
     return Record(
         type="cell.allocated",
@@ -54,7 +57,7 @@ def allocated(node: Node, order: Order, cell_id: str, request: CellRequest, spec
         policy=order.admission.policy,
         budget=order.budget,
         created_at=time,
-        detail={"name": request.name, "spec": spec, "memory_bytes": str(request.limits.memory_bytes)},
+        detail={**said, "memory_bytes": str(request.limits.memory_bytes)},
     )
 
 

@@ -47,6 +47,8 @@ from aether.contract.records import CodeRef, Record
 from aether.substrate import cellentries as entries
 from aether.substrate.access.access import Admission, Resource
 from aether.substrate.allocations import Allocation
+from aether.substrate.approvalbook import Approval
+from aether.substrate.asking import Asking
 from aether.substrate.book import Book
 from aether.substrate.cellentries import Order
 from aether.substrate.cells.drivers.port import Adopted, Listening
@@ -69,8 +71,9 @@ REVOKED: Final = "revoked"
 class CellHouse:
     """Handlers of the `cell.*` operations but those on files; see the module head."""
 
-    def __init__(self, gate: Gate, book: Book, cells: CellSupervisor, egress: EgressDesk) -> None:
+    def __init__(self, gate: Gate, book: Book, cells: CellSupervisor, egress: EgressDesk, asking: Asking) -> None:
         self._gate = gate
+        self._asking = asking
         self._egress = egress
         self._book = book
         self._cells = cells
@@ -94,7 +97,8 @@ class CellHouse:
             return self.view(known)
         self._check_free(request, admission.principal.tenant_id)
         self._cells.check_required((*request.require, *(NEEDED if request.network is not None else ())))
-        cell = self._record(request, self.order(caller, admission, "cell.allocate", key, request.limits))
+        approval = await self._approval(caller, admission, call)
+        cell = self._record(request, self.order(caller, admission, "cell.allocate", key, request.limits), approval)
         self._making.add(cell.cell_id)
         try:
             await self._book.durable(cell.allocated)
@@ -368,6 +372,18 @@ class CellHouse:
                 raise AetherError(error.code, error.message, remedy, error.details) from error
         return admission
 
+    async def _approval(self, caller: Caller, admission: Admission, call: AllocateCall) -> Approval | None:
+        """The unused approval of this request, if the policy demands one; raises APPROVAL_NEEDED, APPROVAL_DENIED."""
+        network = call.request.network
+        hosts = network.wanted().hosts if network is not None else ()
+        ask = self._asking.ask(admission, call.approval_ms, hosts, None)
+        if ask is None:
+            return None
+        return await self._asking.for_cell(caller, admission, call.request, self._document(call.request), ask)
+
+    def _document(self, request: CellRequest) -> str:
+        return self._book.log.store_document(canonical(specification(request)))
+
     def _repeated(self, key: tuple[str, str]) -> Allocation | None:
         known = self._book.ledger.remembered(key[0], self._book.now_ns())
         if known is None:
@@ -401,15 +417,15 @@ class CellHouse:
                 asked = f"limits.{name} = {getattr(request.limits, name)}"
                 raise AetherError("BAD_FIELD", f"cannot give cell {request.name} {asked}: {why}", remedy)
 
-    def _record(self, request: CellRequest, order: Order) -> Allocation:
-        spec, cell_id = self._book.log.store_document(canonical(specification(request))), ids.new(ids.CELL)
-        node = self._gate.node
-        self.write(order, lambda index, now: entries.allocated(node, order, cell_id, request, spec, index, now))
+    def _record(self, request: CellRequest, order: Order, approval: Approval | None) -> Allocation:
+        cell_id, node = ids.new(ids.CELL), self._gate.node
+        said = {"name": request.name, "spec": self._document(request)}
+        said |= {"approval": approval.approval_id} if approval is not None else {}
+        self.write(order, lambda index, now: entries.allocated(node, order, cell_id, request, said, index, now))
         return self._book.ledger.cells.live[cell_id]
 
     def _record_spec(self, cell: Allocation, request: CellRequest, order: Order | None) -> Record:
-        spec = self._book.log.store_document(canonical(specification(request)))
-        detail = {"spec": str(spec), "memory_bytes": str(request.limits.memory_bytes)}
+        detail = {"spec": self._document(request), "memory_bytes": str(request.limits.memory_bytes)}
         return self.write(order, lambda index, now: entries.changed("cell.resized", cell, order, detail, index, now))
 
     async def _make(self, cell: Allocation) -> Launched:

@@ -12,6 +12,7 @@ from aether.contract.jobs import JobRequest
 from aether.contract.records import BudgetRef, CodeRef, Record, RecordType
 from aether.contract.wire import JobFinish, JobRunReply
 from aether.substrate.access.access import Admission
+from aether.substrate.approvalbook import Ask
 from aether.substrate.audit.redact import redact_error
 from aether.substrate.ledger import OpenJob
 from aether.substrate.metering.settle import usage_of
@@ -41,10 +42,17 @@ class Submission:
     cell_id: str | None = None
     guest: dict[str, str] = field(default_factory=dict)
     """The names of the allocated cell and of the executable in it, for the intent's `detail`."""
+    ask: Ask | None = None
+    """The approval that it waits for."""
 
     @property
     def effect(self) -> str:
         return "cell" if self.request.kind == "command" else "pure"
+
+    @property
+    def detail(self) -> dict[str, str]:
+        """What only an intent says."""
+        return self.guest | ({"approval": self.ask.approval_id} if self.ask is not None else {})
 
 
 def intent(node: Node, submission: Submission, index: int, time: str) -> Record:
@@ -76,7 +84,7 @@ def intent(node: Node, submission: Submission, index: int, time: str) -> Record:
         budget=submission.budget,
         cell_id=submission.cell_id,
         created_at=submission.created,
-        detail=submission.guest,
+        detail=submission.detail,
     )
 
 
@@ -142,6 +150,10 @@ def cell_outcome(
         detail["stop_index"] = str(job.stop.log_index)
     if job.egress_index is not None:
         detail["egress_index"] = str(job.egress_index)
+    if job.approval is not None:
+        detail["approval_index"] = str(job.approval.requested.log_index)
+        if job.approval.decided is not None:
+            detail["decision_index"] = str(job.approval.decided.log_index)
     if revocation is not None:
         detail["revoked_index"] = str(revocation.log_index)
     return replace(

@@ -167,6 +167,7 @@ class Execution:
                 if job.row_kept is not None:
                     await job.row_kept.wait()  # set, or the job is abandoned: `granted` tells
                 self.granted(grant)
+                check_approved(job)
                 if self._book.ledger.tickets.revocation(job.intent.ticket) is not None:
                     raise AetherError("REVOKED", f"cannot launch {grant.job_id}: its ticket was revoked")
                 job.launched_on = job.launched_on or self._cells.instance
@@ -383,6 +384,12 @@ def _spec_of(params: CommandParams, body: CellLaunch) -> CellSpec:
     )
 
 
+def check_approved(job: OpenJob) -> None:
+    """Raises NO_GRANT for a job that waits for an approval."""
+    if job.held:
+        raise AetherError("NO_GRANT", f"cannot act for {job.grant.job_id}: it waits for an approval")
+
+
 def check_enterable(cell: Allocation | None, reference: str) -> Allocation:
     """A live cell in which an executable can start now; raises NO_SUCH_CELL, NOT_READY, CELL_FROZEN."""
     if cell is None or cell.ended is not None:
@@ -429,6 +436,8 @@ def _judged(job: OpenJob, finish: JobFinish, gone: bool) -> JobFinish:
     spawner does not know the cell, of which even the start may not have been durable.
     """
     job_id, end = finish.grant.job_id, job.end
+    if finish.state is JobState.SUCCEEDED or finish.exit is not None:
+        check_approved(job)
     if end is None and finish.exit is not None and not gone:
         raise AetherError("UNAVAILABLE", f"cannot finish {job_id} yet: its end is not known here", retry_after_s=1)
     if (end is None or end.exit.reason == SPAWNER_DIED) and _tells_more(finish):

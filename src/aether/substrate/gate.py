@@ -27,6 +27,7 @@ _READS: Final = frozenset(
         "node.doctor", "audit.query", "audit.tail", "audit.export", "audit.inspect",
         "cell.list", "cell.show", "cell.stats", "cell.events", "cell.get", "cell.files",
         "ticket.list", "ticket.show", "ticket.verify",
+        "approval.list", "approval.show", "approval.oversee",
         "job.activity", "cell.activity", "job.egress", "cell.egress",
     }
 )  # fmt: skip
@@ -69,8 +70,12 @@ class Gate:
             raise
 
     def admit_node(self, operation: str, resource: Resource) -> Admission:
-        """Leave for the node's own work; raises like `admit`."""
-        return self._access.admit_node(operation, resource, self._book.now_ns())
+        """Leave for the node's own work, which waits for nobody; raises like `admit`."""
+        admission = self._access.admit_node(operation, resource, self._book.now_ns())
+        if admission.demand is not None:
+            by = ", ".join(admission.demand.determining) or "no policy"
+            raise AetherError("POLICY_DENIED", f"cannot {operation}: the node's own work waits for nobody ({by})")
+        return admission
 
     def _record_refusal(self, caller: Caller, operation: str, resource: Resource, error: AetherError) -> None:
         now_ns = self._book.now_ns()

@@ -2,7 +2,8 @@
 
 `apply` is fed every record exactly once, in log order, both live and at start; the two ways give the same
 state (a test holds them together). Held: jobs with an intent and no outcome, allocated cells, minted tickets,
-idempotency keys within their window. Everything older is found in the log through the indexes that the job store keeps.
+approvals, idempotency keys within their window. Everything older is found in the log through the indexes that the
+job store keeps.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from aether.contract import ids
+from aether.contract.approvals import ApprovalState
 from aether.contract.cells import ExecEnd
 from aether.contract.clock import epoch_ns
 from aether.contract.limits import IDEMPOTENCY_KEYS_MAX, IDEMPOTENCY_WINDOW_S
 from aether.contract.records import Record
 from aether.contract.wire import Grant
 from aether.substrate.allocations import Allocations
+from aether.substrate.approvalbook import TYPES as APPROVAL_TYPES
+from aether.substrate.approvalbook import Approval, ApprovalBook
 from aether.substrate.ticketbook import TicketBook
 
 EGRESS_TYPES: Final = frozenset({"egress.opened", "egress.connection", "egress.closed"})
@@ -28,7 +32,8 @@ _WINDOW_NS: Final = IDEMPOTENCY_WINDOW_S * 1_000_000_000
 @dataclass(slots=True)
 class OpenJob:
     """An admitted job without an outcome. `end` is set once its executable ended; `egress_index` is the last record
-    about its cell's network, `exhausted` says which budget ran out while it ran. What the log does not hold is
+    about its cell's network, `exhausted` says which budget ran out while it ran, `approval` what it waits or waited
+    for. What the log does not hold is
     known only to the process that admitted it: `argv`, the spawner that was asked to launch it, and whether its row
     is durable."""
 
@@ -41,6 +46,13 @@ class OpenJob:
     row_kept: asyncio.Event | None = None
     end: ExecEnd | None = None
     egress_index: int | None = None
+    approval: Approval | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether it waits for an approval: nothing of it may be done."""
+        granted = self.approval is not None and self.approval.state is ApprovalState.GRANTED
+        return "approval" in self.intent.detail and not granted
 
     @property
     def grant(self) -> Grant:
@@ -103,6 +115,7 @@ class Ledger:
         self.open: dict[str, OpenJob] = {}
         self.cells = Allocations()
         self.tickets = TicketBook()
+        self.approvals = ApprovalBook()
         self.applied = 0
         self._keys: OrderedDict[str, KeyEntry] = OrderedDict()
 
@@ -116,6 +129,7 @@ class Ledger:
         self.applied += 1
         self.cells.apply(record)
         self.tickets.apply(record)
+        self.approvals.apply(record)
         job_id = record.job_id
         self._remember(record, job_id or record.cell_id or _link_of(record))
         if job_id is None:
@@ -138,6 +152,8 @@ class Ledger:
                 job.exhausted = record
             elif record.type in EGRESS_TYPES:
                 job.egress_index = record.log_index
+            elif record.type in APPROVAL_TYPES and job.approval is None:
+                job.approval = self.approvals.of_job(job_id)
 
     def remembered(self, key_hash: str, now_ns: int) -> KeyEntry | None:
         """The job that `key_hash` already stands for, if its window is still open."""
@@ -157,6 +173,7 @@ class Ledger:
         self.applied = applied
         self.open = {job.intent.job_id: job for job in jobs if job.intent.job_id is not None}
         for job_id, job in self.open.items():
+            job.approval = self.approvals.of_job(job_id)
             if job.is_guest:
                 self.cells.entered(job.place, job_id)
         self._keys = OrderedDict(keys)

@@ -47,14 +47,19 @@ class Reconciler:
             drop=tuple(sorted(rows - ledger.open.keys() - decided)),
             grants=tuple(job.grant for job in shown if job.grant.job_id in rows),
             cells=tuple(_live(job) for job in shown if job.started is not None),
+            held=tuple(job.grant.job_id for job in shown if job.held),
             log_size=log.durable_size,
         )
 
     async def _abandon_all_but(self, stated: set[str]) -> None:
         for job in list(self._book.ledger.open.values()):
             is_worker = job.intent.op == WORKER_OP and job.started is not None
-            if job.grant.job_id not in stated and not is_worker and job.grant.job_id in self._book.ledger.open:
+            if job.grant.job_id not in self._book.ledger.open:
+                continue
+            if job.grant.job_id not in stated and not is_worker:
                 await self._execution.abandon(job, "its row was not kept")
+            elif job.held and job.approval is None:
+                await self._execution.abandon(job, "its approval was not asked for durably")
 
     async def read_log(self, body: LogRead) -> LogPage:
         """`log.read`: job records from `start` on; `next_index` is where to go on."""

@@ -53,6 +53,8 @@ from aether.contract.wire import (
 )
 from aether.substrate import entries
 from aether.substrate.access.access import Resource
+from aether.substrate.approvals import ApprovalDesk
+from aether.substrate.asking import Asking
 from aether.substrate.auditreading import AuditReading
 from aether.substrate.book import Book
 from aether.substrate.cellfiles import CellFileDesk
@@ -89,6 +91,8 @@ class Parts:
     orchestra: Orchestra
     egress: EgressDesk
     submitter: Submitter
+    asking: Asking
+    approvals: ApprovalDesk
     execution: Execution
     reading: Reading
     reconciler: Reconciler
@@ -158,6 +162,10 @@ class Service:
             "cell.activity": parts.watching.cell_activity,
             "job.trace": parts.watching.job_trace,
             "cell.trace": parts.watching.cell_trace,
+            "approval.list": parts.approvals.listing,
+            "approval.show": parts.approvals.show,
+            "approval.approve": parts.approvals.approve,
+            "approval.deny": parts.approvals.deny,
             "ticket.mint": parts.tickets.mint,
             "ticket.list": parts.tickets.listing,
             "ticket.show": parts.tickets.show,
@@ -268,6 +276,7 @@ class Service:
             answer = await parts.reconciler.reconcile(body, stated)
             if body.last:
                 parts.orchestra.attach(link())
+                parts.asking.watch()
             return answer
 
         return {

@@ -29,6 +29,8 @@ from aether.contract.wire import Empty, JobRunReply, JobSubmit
 from aether.substrate import entries
 from aether.substrate.access.access import Admission, Resource
 from aether.substrate.allocations import Allocation
+from aether.substrate.approvalbook import Ask
+from aether.substrate.asking import Asking
 from aether.substrate.book import Book, outcome_of
 from aether.substrate.cellhouse import CellHouse
 from aether.substrate.cells.supervisor import CellSupervisor
@@ -54,9 +56,11 @@ class Submitter:
         execution: Execution,
         cells: CellSupervisor,
         house: CellHouse,
+        asking: Asking,
     ) -> None:
         self._gate = gate
         self._house = house
+        self._asking = asking
         self._cells = cells
         self._book = book
         self._orchestra = orchestra
@@ -65,12 +69,12 @@ class Submitter:
 
     async def submit(self, caller: Caller, call: SubmitCall) -> SubmittedJob:
         """Raises the AetherError of whatever refused it; nothing is charged then."""
-        submission = self._admit(caller, call.request)
+        submission = self._admit(caller, call.request, call.approval_ms)
         if submission.key_hash is None:
             return await self._run(submission, call.wait_ms)
         return await self._once(submission, submission.key_hash, call.wait_ms)
 
-    def _admit(self, caller: Caller, request: JobRequest) -> Submission:
+    def _admit(self, caller: Caller, request: JobRequest, approval_ms: int) -> Submission:
         check_labels(request.labels)
         params, model = None, None
         if request.kind == "command":
@@ -97,7 +101,7 @@ class Submitter:
         if params is not None and params.cell is not None and not self._stands_for(key_hash):
             place, granted = self._house.for_guest(principal.tenant_id, params.cell, params.executable)
             cell = replace(granted, timeout_ms=params.limits.timeout_ms, grace_ms=params.limits.grace_ms)
-            self._admit_network(caller, resource, place)
+            resource, admission = self._admit_network(caller, resource, place, admission)
             cell_id, guest = place.cell_id, {"cell": place.name}
             guest |= {"executable": params.executable} if params.executable is not None else {}
         return Submission(
@@ -112,6 +116,7 @@ class Submitter:
             argv=params.argv if params is not None else None,
             cell_id=cell_id,
             guest=guest,
+            ask=self._asking.ask(admission, approval_ms, resource.hosts, job_id),
         )
 
     def _reservation(self, job_id: str, admission: Admission, cell: Limits | None, is_guest: bool) -> BudgetRef:
@@ -122,13 +127,17 @@ class Submitter:
         held = reservation(name, admission.ticket.link_ids, bounds, admission.expires_ms, cell)
         return replace(held, grants=grants(cell, memory=False)) if cell is not None and is_guest else held
 
-    def _admit_network(self, caller: Caller, resource: Resource, place: Allocation) -> None:
+    def _admit_network(
+        self, caller: Caller, resource: Resource, place: Allocation, admission: Admission
+    ) -> tuple[Resource, Admission]:
         """Whoever enters a cell may reach what the cell may: a narrower ticket must not gain by it."""
         network = self._house.request_of(place).network
-        if network is not None:
-            asked = network.wanted()
-            wider = dataclasses.replace(resource, hosts=asked.hosts, credentials=asked.credentials, paths=asked.paths)
-            self._gate.admit(caller, "job.submit", wider)
+        if network is None:
+            return resource, admission
+        asked = network.wanted()
+        wider = dataclasses.replace(resource, hosts=asked.hosts, credentials=asked.credentials, paths=asked.paths)
+        entering = self._gate.admit(caller, "job.submit", wider)
+        return wider, admission if entering.demand is None else entering
 
     def _stands_for(self, key_hash: str | None) -> bool:
         """Whether the key already stands for a job: a repetition enters no cell a second time."""
@@ -162,7 +171,7 @@ class Submitter:
     async def _run(self, submission: Submission, wait_ms: int) -> SubmittedJob:
         self._check_capacity()
         self._book.accounts.reserve(submission.budget, runs=True)
-        if submission.request.kind == "model" and wait_ms > 0:
+        if submission.request.kind == "model" and wait_ms > 0 and submission.ask is None:
             return await self._run_pure(submission)
         return await self._queue(submission, wait_ms)
 
@@ -187,16 +196,24 @@ class Submitter:
         intent = self._write_intent(submission)
         job = self._book.ledger.open[submission.job_id]
         job.argv, job.row_kept = submission.argv, asyncio.Event()
+        last = intent if submission.ask is None else await self._asked(job, submission.ask)
         view = queued_view(intent, submission.argv)
-        row = JobSubmit(grant=job.grant, request=submission.request, view=view)
+        row = JobSubmit(grant=job.grant, request=submission.request, view=view, held=submission.ask is not None)
         kept, durable = await asyncio.gather(
-            self._keep_row(job, link, row), self._book.durable(intent), return_exceptions=True
+            self._keep_row(job, link, row), self._book.durable(last), return_exceptions=True
         )
         if isinstance(durable, BaseException):
             raise durable
         if isinstance(kept, BaseException):
             raise await self._abandoned(job, kept)
         return await self._answer(submission.job_id, wait_ms, view)
+
+    async def _asked(self, job: OpenJob, ask: Ask) -> Record:
+        """The record of what the job waits for; a job of which that cannot be recorded ends."""
+        try:
+            return self._asking.for_job(job.intent, ask)
+        except AetherError as error:
+            raise await self._abandoned(job, error) from error
 
     async def _keep_row(self, job: OpenJob, link: Link, row: JobSubmit) -> None:
         await link.call("job.submit", row, Empty)

@@ -14,7 +14,7 @@ def queued_view(intent: Record, argv: tuple[str, ...] | None = None) -> JobView:
         request_id=intent.request_id or "",
         kind=intent.kind or "",
         op=intent.op or "",
-        state=JobState.QUEUED,
+        state=JobState.WAITING_APPROVAL if "approval" in intent.detail else JobState.QUEUED,
         tenant_id=intent.tenant_id,
         node_id=intent.node_id,
         principal=intent.principal,
@@ -29,6 +29,7 @@ def queued_view(intent: Record, argv: tuple[str, ...] | None = None) -> JobView:
         argv=argv,
         cell=intent.detail.get("cell"),
         executable=intent.detail.get("executable"),
+        approval_id=intent.detail.get("approval"),
     )
 
 
@@ -68,4 +69,5 @@ def final_view(intent: Record, outcome: Record, argv: tuple[str, ...] | None = N
         argv=argv,
         cell=intent.detail.get("cell"),
         executable=intent.detail.get("executable"),
+        approval_id=intent.detail.get("approval"),
     )

@@ -189,6 +189,7 @@ def added_records() -> list[Record]:
         ticket_revoked(),
         key_rotated(),
         *budget_records(talk),
+        *approval_records(),
     ]
 
 
@@ -217,6 +218,27 @@ def ticket_revoked() -> Record:
     ticket = TicketRef(kid="e1", role="user", link_ids=LINKS[:1], implicit=True)
     shared: dict[str, Any] = {"tenant_id": "default", "principal": "uid:1000", "effect": "control", "detail": detail}
     return base("ticket.revoked", 317, operation="ticket.revoke", ticket=ticket, **shared)
+
+
+def approval_records() -> list[Record]:
+    """A job that waited: asked for by an agent, approved by the operator; others were denied, or nobody decided."""
+    said = {"approval": job_id(9).replace("job", "approval")}
+    ticket = TicketRef(kid="e1", role="agent", link_ids=LINKS, implicit=False)
+    demand = PolicyRef(digest=digest_bytes(POLICY_TEXT), decision="deny", determining=("agents-ask",))
+    job: dict[str, Any] = {"tenant_id": "default", "job_id": job_id(9), "attempt": 1, "kind": "command", "op": "run"}
+    job |= {"effect": "control", "input_hash": digest_bytes(b"input 9"), "created_at": time_of(319)}
+    asked: dict[str, Any] = {"principal": "uid:1001", "operation": "job.submit", "ticket": ticket, "policy": demand}
+    until = {"expires_at": time_of(3_919), "hosts": "pypi.org:443"}
+    queen = TicketRef(kid="e1", role="queen", link_ids=LINKS[:1], implicit=True)
+    leave = PolicyRef(digest=digest_bytes(POLICY_TEXT), decision="allow", determining=("operator",))
+    by: dict[str, Any] = {"principal": "uid:1000", "ticket": queen, "policy": leave}
+    decided = {**said, "requested_index": "319", "reason": "seen"}
+    return [
+        base("approval.requested", 319, **job, **asked, detail={**said, **until}),
+        base("approval.granted", 320, **job, **by, operation="approval.approve", detail=decided),
+        base("approval.denied", 321, **job, **by, operation="approval.deny", detail=decided),
+        base("approval.expired", 322, **job, detail={**said, "requested_index": "319"}),
+    ]
 
 
 def key_rotated() -> Record:

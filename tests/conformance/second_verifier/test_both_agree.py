@@ -332,6 +332,12 @@ STORIES: dict[str, tuple[int, Change, set[str]]] = {
     "a budget on one side": (5, lambda r: r.update(budget=None), {"ENTRY_CONTRADICTION"}),
     "a stop by another": (4, lambda r: r.update(type="job.stop", principal="uid:0"), set()),
     "a time": (4, lambda r: r.update(time="then"), {"ENTRY_SCHEMA"}),
+    "an approval nobody gave": (3, lambda r: r["detail"].update(approval="approval_1"), {"APPROVAL_MISSING"}),
+    "an approval nobody asked for": (
+        4,
+        lambda r: r.update(type="approval.granted", detail={"approval": "approval_1"}),
+        {"APPROVAL_MISSING"},
+    ),
 }
 
 
@@ -343,6 +349,27 @@ def test_stories(how: str) -> None:
     log = writer.world(23, 99, 23, made)
     for codes in codes_of_receipt(writer.canonical(writer.receipt(log, [3, 4, 5])), log.by):
         assert codes == expected or (expected == {"ENTRY_SCHEMA"} and expected <= codes)
+
+
+APPROVED: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "granted": ({}, set()),
+    "denied": ({"type": "approval.denied"}, {"APPROVAL_MISSING"}),
+    "only asked for": ({"type": "approval.requested"}, {"APPROVAL_MISSING"}),
+    "another approval": ({"detail": {"approval": "approval_2"}}, {"APPROVAL_MISSING"}),
+    "another input": ({"input_hash": None}, {"APPROVAL_MISSING"}),
+    "another tenant": ({"tenant_id": "t2"}, {"ENTRY_CONTRADICTION"}),
+}
+
+
+@pytest.mark.parametrize("how", APPROVED)
+def test_approvals(how: str) -> None:
+    """The record between intent and outcome is a decision on what the intent waits for."""
+    change, expected = APPROVED[how]
+    made = writer.records(23)
+    made[3]["detail"] = {"approval": "approval_1"}
+    made[4].update({"type": "approval.granted", "detail": {"approval": "approval_1"}, "code": None} | change)
+    log = writer.world(23, 99, 23, made)
+    assert codes_of_receipt(writer.canonical(writer.receipt(log, [3, 4, 5])), log.by) == [expected, expected]
 
 
 def test_a_receipt_without_the_start_of_its_job_verifies(small: World) -> None:

@@ -23,6 +23,7 @@ from aether.contract.errors import AetherError
 ANY = msgspec.json.Decoder(Any)
 ROUTER = Router(OPERATIONS, ("/openapi.json",))
 JOB = "job_01a1fbeb-b57e-70cd-8916-2cadfeb60e92"
+APPROVAL = JOB.replace("job", "approval")
 ALL_PARAMS = tuple({p.name: p for o in OPERATIONS for p in o.query}.values())
 
 
@@ -92,10 +93,12 @@ def test_router_finds_every_operation() -> None:
                 .replace("{cell}", "a:b")
                 .replace("{image}", "base:1")
                 .replace("{link_id}", "0" * 32)
+                .replace("{approval_id}", APPROVAL)
             )
             found, fields = ROUTER.find(operation.method, asked)
             assert found is operation
             values = {"job_id": JOB, "digest": digest, "cell": "a/b", "image": "base:1", "link_id": "0" * 32}
+            values["approval_id"] = APPROVAL
             assert fields == {name: values[name] for name in fields}
             assert set(fields) == {operation.path_argument} - {None}
             assert operation.method in ROUTER.allowed(asked)

@@ -16,17 +16,20 @@ from aether.contract.wire import Grant, LiveCell
 from aether.orchestrator.jobs import machine as m
 from aether.orchestrator.jobs import story
 
-PHASES: tuple[Phase, ...] = ("queued", "launching", "running", "collecting", "finishing", "done")
+PHASES: tuple[Phase, ...] = ("held", "queued", "launching", "running", "collecting", "finishing", "done")
 ERROR = m.error_body("CELL_FAILED", "cannot launch: no")
 END = ExecEnd(cell_id="cell_1", exec_id="exec_1", exit=ExitStatus(code=0), usage=Usage())
 VERDICT = Verdict(state=JobState.SUCCEEDED)
 GRANT = Grant(grant_id="g", job_id="j", attempt=1, reservation_id="r")
 CELL = LiveCell(grant=GRANT, cell_id="cell_1", exec_id="exec_1", started_at="t")
 ENDED = msgspec.structs.replace(CELL, end=END)
+STARTED = m.CellStarted(cell_id="cell_1", exec_id="exec_1", started_at="t")
 EVENTS: tuple[m.AnyEvent, ...] = (
     m.Submitted(),
+    m.Submitted(held=True),
+    m.Released(),
     m.Claimed(),
-    m.CellStarted(cell_id="cell_1", exec_id="exec_1", started_at="t"),
+    STARTED,
     m.LaunchFailed(error=ERROR),
     m.CellExited(end=END),
     m.Collected(),
@@ -37,8 +40,10 @@ EVENTS: tuple[m.AnyEvent, ...] = (
     m.Reconciled(),
     m.Reconciled(cell=CELL),
     m.Reconciled(cell=ENDED),
+    m.Reconciled(held=True),
 )
 FACTS: dict[Phase, Facts] = {
+    "held": Facts(),
     "queued": Facts(),
     "launching": Facts(),
     "running": Facts(cell_id="cell_1", exec_id="exec_1", started_at="t"),
@@ -48,6 +53,13 @@ FACTS: dict[Phase, Facts] = {
 }
 # (phase, event name) -> (next phase, names of commands), for a command job; what is not here changes nothing.
 COMMAND_TABLE: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
+    ("held", "Released"): ("queued", ("Enqueue",)),
+    ("held", "StopRequested"): ("finishing", ("FinishJob",)),
+    ("held", "Finished"): ("done", ()),
+    ("held", "Reconciled"): ("queued", ("Enqueue",)),
+    ("held", "Reconciled+cell"): ("queued", ("Enqueue",)),
+    ("held", "Reconciled+end"): ("queued", ("Enqueue",)),
+    ("queued", "Submitted+held"): ("queued", ("Enqueue",)),
     ("queued", "Submitted"): ("queued", ("Enqueue",)),
     ("queued", "Claimed"): ("launching", ("LaunchCell",)),
     ("queued", "StopRequested"): ("finishing", ("FinishJob",)),
@@ -83,6 +95,10 @@ COMMAND_TABLE: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
 MODEL_FACTS = {"running": Facts(), "finishing": Facts(verdict=VERDICT), "done": Facts(verdict=VERDICT)}
 MODEL_TABLE: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("queued", "Submitted"): ("running", ("RunModel",)),
+    ("held", "Released"): ("running", ("RunModel",)),
+    ("held", "Reconciled"): ("running", ("RunModel",)),
+    ("held", "Reconciled+held"): ("held", ()),
+    ("held", "StopRequested"): ("finishing", ("FinishJob",)),
     ("running", "EngineReplied"): ("finishing", ("FinishJob",)),
     ("running", "StopRequested"): ("finishing", ("FinishJob",)),
     ("running", "Finished"): ("done", ()),
@@ -93,6 +109,8 @@ MODEL_TABLE: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
 
 
 def _name(event: m.AnyEvent) -> str:
+    if isinstance(event, m.Submitted | m.Reconciled) and event.held:
+        return f"{type(event).__name__}+held"
     if isinstance(event, m.Reconciled) and event.cell is not None:
         return "Reconciled+end" if event.cell.end is not None else "Reconciled+cell"
     return type(event).__name__
@@ -154,7 +172,7 @@ def test_a_stop_before_the_start_stops_at_the_start() -> None:
     state = m.State("command", "launching")
     state, commands = m.step(state, m.StopRequested(grace_ms=7))
     assert commands == ()
-    _, commands = m.step(state, EVENTS[2])
+    _, commands = m.step(state, STARTED)
     assert commands == (m.StopCell(7),)
     _, commands = m.step(state, m.Reconciled())
     assert isinstance(commands[0], m.FinishJob) and commands[0].verdict.state is JobState.CANCELLED
@@ -162,17 +180,21 @@ def test_a_stop_before_the_start_stops_at_the_start() -> None:
 
 def test_an_end_that_overtakes_the_start() -> None:
     state, _ = m.step(m.State("command", "launching"), m.CellExited(end=END))
-    after, commands = m.step(state, EVENTS[2])
+    after, commands = m.step(state, STARTED)
     assert after.phase == "collecting" and commands == (m.CollectOutputs(),)
     after, commands = m.step(state, m.Reconciled())
     assert after.phase == "collecting", "it ran already, so it must not be launched again"
 
 
-@given(st.sampled_from(["command", "model"]), st.lists(st.sampled_from(EVENTS), max_size=40))
-def test_walks(kind: str, events: list[m.AnyEvent]) -> None:
+@given(
+    st.sampled_from(["command", "model"]),
+    st.sampled_from(["held", "queued"]),
+    st.lists(st.sampled_from(EVENTS), max_size=40),
+)
+def test_walks(kind: str, start: Phase, events: list[m.AnyEvent]) -> None:
     """One verdict at most, never changed; done is for ever; every state survives its encoding and its story."""
-    state = m.State(kind, "queued")
-    state, _ = m.step(state, m.Submitted())
+    state = m.State(kind, start)
+    state, _ = m.step(state, m.Submitted(held=start == "held"))
     verdicts: list[Verdict] = []
     history = []
     for event in events:

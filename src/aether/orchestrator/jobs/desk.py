@@ -69,16 +69,20 @@ class Desk:
     async def submit(self, body: JobSubmit) -> None:
         """Keeps a new job; returns once it is durable. Idempotent. Raises BUSY, DISK_FULL."""
         job_id = body.view.job_id
-        state, commands = machine.step(machine.State(body.request.kind, "queued"), machine.Submitted())
+        event = machine.Submitted(held=body.held)
+        first = machine.State(body.request.kind, "held" if body.held else "queued")
+        state, commands = machine.step(first, event)
         row = _new_row(body, state)
-        entry = self._entry(machine.Submitted())
+        entry = self._entry(event)
         if job_id in self.open:
             await self._store.submit(row, entry)
             return
         self.check_room()
         self.open[job_id] = row  # with its request, which the store cannot give before the row is durable
         kept = asyncio.ensure_future(self._store.submit(row, entry))
-        if _is_guest(row):
+        if body.held:
+            pass
+        elif _is_guest(row):
             self._move(row, machine.Claimed(), row.view, at_once=True)
             commands = ()
         elif row.kind == "command":
@@ -96,7 +100,7 @@ class Desk:
     def keep_answered(self, body: JobSubmit, event: machine.EngineReplied, blob: Blob | None) -> Awaitable[bool]:
         """Keeps a pure job that was answered already; it is done when its outcome arrives."""
         facts = Facts(verdict=event.verdict)
-        row = _replace(_new_row(body, machine.State("model", "finishing", facts)), request=None)
+        row = _new_row(body, machine.State("model", "finishing", facts))
         self.open[row.job_id] = row
         self._metrics.submitted("model").inc()
         return self._store.submit(row, self._entry(event), blob)

@@ -1,14 +1,15 @@
 """A job's life as a pure function: `step(state, event) -> (state, commands)`. No clock, no I/O, no ids made here.
 
 ```
-command: queued -> launching -> running -> collecting -> finishing -> done
-model:                          running ------------->   finishing -> done
+command: [held ->] queued -> launching -> running -> collecting -> finishing -> done
+model:   [held ->]                        running ------------->   finishing -> done
 ```
 Invariants (tests/unit/orchestrator/test_machine.py)
 - A verdict is set once, on the way into `finishing`, and never changes: FinishJob may be commanded again after
   a restart, always with that same verdict. What the log says (Finished) wins over a verdict on the way.
 - An attempt's cell is asked for only in `launching`; asking twice is safe because `cell.launch` is idempotent
   per job and attempt.
+- What is `held` waits for an approval: nothing of it is done before Released.
 - A command that was running and whose cell is gone may have had effects: it ends `lost` and is never rerun.
   A model job is pure: it is computed again.
 - Messages may be late or repeated, so an event that HANDLED does not list for a phase changes nothing.
@@ -35,7 +36,13 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag=str.lower, tag_field=
 
 
 class Submitted(Event, frozen=True, kw_only=True):
-    """The row is durable."""
+    """The row is durable. `held`: it began as held, and nothing follows."""
+
+    held: bool = False
+
+
+class Released(Event, frozen=True, kw_only=True):
+    """Its approval was granted."""
 
 
 class Claimed(Event, frozen=True, kw_only=True):
@@ -89,19 +96,21 @@ class Finished(Event, frozen=True, kw_only=True):
 
 
 class Reconciled(Event, frozen=True, kw_only=True):
-    """After a reconnect: what the authority knows of the job's cell; null when there is none."""
+    """After a reconnect: what the authority knows of the job's cell, null when there is none; whether it is `held`."""
 
     cell: LiveCell | None = None
+    held: bool = False
 
 
 AnyEvent = (
-    Submitted | Claimed | CellStarted | LaunchFailed | CellExited | Collected | CollectFailed | EngineReplied
+    Submitted | Released | Claimed | CellStarted | LaunchFailed | CellExited | Collected | CollectFailed | EngineReplied
     | StopRequested | Finished | Reconciled
 )  # fmt: skip
 
-_COMMAND_OPEN: Final = frozenset[Phase]({"queued", "launching", "running", "collecting", "finishing"})
+_COMMAND_OPEN: Final = frozenset[Phase]({"held", "queued", "launching", "running", "collecting", "finishing"})
 HANDLED: Final[dict[type[Event], frozenset[Phase]]] = {
     Submitted: frozenset({"queued"}),
+    Released: frozenset({"held"}),
     Claimed: frozenset({"queued"}),
     CellStarted: frozenset({"launching"}),
     LaunchFailed: frozenset({"launching"}),
@@ -109,7 +118,7 @@ HANDLED: Final[dict[type[Event], frozenset[Phase]]] = {
     Collected: frozenset({"collecting"}),
     CollectFailed: frozenset({"collecting"}),
     EngineReplied: frozenset({"running"}),
-    StopRequested: frozenset({"queued", "launching", "running"}),
+    StopRequested: frozenset({"held", "queued", "launching", "running"}),
     Finished: _COMMAND_OPEN,
     Reconciled: _COMMAND_OPEN,
 }
@@ -184,6 +193,8 @@ def step(state: State, event: AnyEvent) -> Step:
     match event:
         case Submitted():
             return _submitted(state)
+        case Released():
+            return _submitted(replace(state, phase="queued"))
         case Claimed():
             return replace(state, phase="launching"), (LaunchCell(),)
         case CellStarted():
@@ -203,11 +214,13 @@ def step(state: State, event: AnyEvent) -> Step:
         case Finished():
             return replace(state, phase="done"), ()
         case Reconciled():
-            return _reconciled(state, event.cell)
+            return (state, ()) if event.held else _reconciled(state, event.cell)
 
 
 def job_state(phase: Phase) -> JobState | None:
     """The public state of an open job in `phase`; None when the outcome says it."""
+    if phase == "held":
+        return JobState.WAITING_APPROVAL
     if phase in ("queued", "launching"):
         return JobState.QUEUED
     return JobState.RUNNING if phase in ("running", "collecting", "finishing") else None
@@ -278,7 +291,7 @@ def _exited(state: State, end: ExecEnd) -> Step:
 
 
 def _stop(state: State, grace_ms: int) -> Step:
-    if state.phase == "queued" or state.kind == "model":
+    if state.phase in ("held", "queued") or state.kind == "model":
         return _finish(state, cancelled())
     if state.facts.stop_grace_ms is not None and state.facts.stop_grace_ms <= grace_ms:
         return state, ()
@@ -289,8 +302,8 @@ def _stop(state: State, grace_ms: int) -> Step:
 
 def _reconciled(state: State, cell: LiveCell | None) -> Step:
     match state.phase:
-        case "queued":
-            return _submitted(state)
+        case "held" | "queued":
+            return _submitted(replace(state, phase="queued"))
         case "finishing":
             assert state.facts.verdict is not None
             return state, (FinishJob(state.facts.verdict),)

@@ -27,6 +27,8 @@ def tell(job_id: str, kind: str, history: Iterable[Entry]) -> Story:
     lines = []
     for kept in history:
         event = _DECODER.decode(kept.event)
+        if isinstance(event, m.Submitted) and event.held:
+            state = m.State(kind=kind, phase="held")
         state, commands = m.step(state, event)
         lines.append(StoryLine(time=kept.time, event=type(event).__name__, text=_text(event) + _led_to(commands)))
     return Story(job_id=job_id, lines=tuple(lines))
@@ -35,7 +37,9 @@ def tell(job_id: str, kind: str, history: Iterable[Entry]) -> Story:
 def _text(event: m.AnyEvent) -> str:
     match event:
         case m.Submitted():
-            return "accepted and kept"
+            return "accepted and kept" + ("; waits for an approval" if event.held else "")
+        case m.Released():
+            return "approved"
         case m.Claimed():
             return "its turn came"
         case m.CellStarted():

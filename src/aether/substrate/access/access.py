@@ -7,7 +7,8 @@ Rules, in this order; the first that fails is the answer:
 - every caveat of every link allows the request (TICKET_EXPIRED, TICKET_DENIED);
 - the policy allows it for every role that the ticket names (POLICY_DENIED, with the deciding policies); a job that
   wants a network is also asked as `job.network`, `job.learn` and, once per secret, `job.credential`; a cell that is
-  to be scheduled before others as `cell.prioritize`.
+  to be scheduled before others as `cell.prioritize`;
+- it may be let to go ahead only once somebody approves it (`demand`; substrate/access/demand.py).
 
 The answer says which accounts a spend is charged to and their limits; reserving is the caller's next step.
 Minting is a record: `on_minted` is called before an implicit ticket is used for the first time by this process.
@@ -29,6 +30,7 @@ from aether.contract.errors import AetherError
 from aether.contract.network import LEARN
 from aether.contract.records import PolicyRef, TicketRef
 from aether.substrate.access import tickets
+from aether.substrate.access.demand import demanded
 from aether.substrate.access.identity import (
     DEFAULT_TENANT,
     Principal,
@@ -71,7 +73,8 @@ class Resource:
 class Admission:
     """Leave for one operation: who, by which ticket, by which decision, within which limits of its links.
 
-    `cells` are the patterns of each of the ticket's caveats on allocated cells.
+    `cells` are the patterns of each of the ticket's caveats on allocated cells; `demand` the policy's refusal to let
+    it go ahead unapproved.
     """
 
     principal: Principal
@@ -81,6 +84,7 @@ class Admission:
     cells: tuple[tuple[str, ...], ...] = ()
     expires_ms: int | None = None
     """When the ticket ends, since the epoch."""
+    demand: PolicyRef | None = None
 
     def sees(self, name: str) -> bool:
         """Whether the ticket lets its bearer know of the allocated cell of that name."""
@@ -223,8 +227,9 @@ class Access:
         for role in verified.roles:
             policy = self._decided(principal, role, operation, resource)
         cells = tuple(caveat.items for link in verified.links for caveat in link if caveat.type == "cells")
+        demand = demanded(self.policy, principal, verified.roles, _first(operation, resource), resource.hosts)
         ticket = _ticket_ref(verified, implicit)
-        return Admission(principal, ticket, policy, verified.limits, cells, verified.expires_ms)
+        return Admission(principal, ticket, policy, verified.limits, cells, verified.expires_ms, demand)
 
     def _decided(self, principal: Principal, role: str, operation: str, resource: Resource) -> PolicyRef:
         """The policy's leave for all that the request asks; raises POLICY_DENIED."""
@@ -240,7 +245,7 @@ class Access:
 def _questions(operation: str, resource: Resource) -> list[Question]:
     """What the policy is asked: the operation, for a job with a network that, learning and each credential, and for one
     that goes before others that."""
-    asked = [Question(operation, resource.kind, resource.op, resource.model, resource.labels, resource.id)]
+    asked = [_first(operation, resource)]
     if resource.hosts:
         asked.append(Question("job.network", resource.kind, labels=resource.labels, hosts=resource.hosts))
     if LEARN in resource.hosts:
@@ -250,6 +255,10 @@ def _questions(operation: str, resource: Resource) -> list[Question]:
     for credential in resource.credentials:
         asked.append(Question("job.credential", resource.kind, labels=resource.labels, id=credential))
     return asked
+
+
+def _first(operation: str, resource: Resource) -> Question:
+    return Question(operation, resource.kind, resource.op, resource.model, resource.labels, resource.id)
 
 
 def _ticket_ref(verified: Verified, implicit: bool) -> TicketRef:

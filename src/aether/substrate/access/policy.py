@@ -41,7 +41,7 @@ class Question:
     labels: tuple[str, ...] = ()
     id: str | None = None
     hosts: tuple[str, ...] | None = None
-    """What a job wants to reach; only `job.network` asks about it."""
+    """What a job or cell wants to reach; asked about by `job.network`, `job.unapproved`, `cell.unapproved`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,9 @@ from aether.substrate.audit.writer import Batch, Writer
 
 RESERVED: Final = frozenset({"job.started", "job.stop", "job.outcome", "node.stopped"})
 """Records of jobs already accepted: `reserve` keeps room for them."""
-ENDINGS: Final = frozenset({"ticket.revoked", "cell.freed", "cell.lost", "egress.closed"})
+ENDINGS: Final = frozenset(
+    {"ticket.revoked", "cell.freed", "cell.lost", "egress.closed", "approval.denied", "approval.expired"}
+)
 """What takes leave or room back must be possible when there is none."""
 _OVERHEAD_BYTES: Final = ENTRY_HEADER_BYTES + FRAME_HEADER_BYTES
 _ROOM_INTERVAL_NS: Final = 100_000_000

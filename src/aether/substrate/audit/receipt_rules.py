@@ -9,6 +9,7 @@ As in docs/formats.md "Verifying a receipt"; the name in parentheses is the fail
 - entries are of this job (ENTRY_JOB): one intent first, one outcome last, in between only what belongs
   there, indexes rising (ENTRY_SEQUENCE);
 - all are of one tenant; intent and outcome agree on what was admitted and for what price (ENTRY_CONTRADICTION);
+- a job whose intent names an approval did nothing before that was granted, for its input (APPROVAL_MISSING);
 - documents are those the entries name, all of them (DOCUMENT_MISSING) and no other or changed one (DOCUMENT_MISMATCH);
 - the verdict is the authority's on exactly this intent (VERDICT_MISMATCH).
 """
@@ -31,7 +32,8 @@ from aether.substrate.audit.tree import HASH_BYTES, leaf_hash, verify_inclusion
 RECEIPT_VERSION: Final = "1.0"
 RECEIPT_BYTES_MAX: Final = 16 * 1024 * 1024
 VERDICT_HEAD: Final = "aether.verdict/v1"
-_BETWEEN: Final = frozenset({"job.started", "job.stop"})
+_APPROVALS: Final = frozenset({"approval.requested", "approval.granted", "approval.denied", "approval.expired"})
+_BETWEEN: Final = frozenset({"job.started", "job.stop"}) | _APPROVALS
 _JOINED: Final = ("kind", "op", "input_hash")
 _DECODER: Final = msgspec.json.Decoder(Receipt)
 
@@ -81,6 +83,7 @@ def check_receipt(data: bytes, public_key: str) -> Report:
     records = _entries(receipt, checkpoint, node_of(verifier.name), found)
     if len(records) == len(receipt.entries) and _sequence(receipt, records, found):
         _joins(records, found)
+        _approved(records, found)
         _verdict(receipt, records[0], verifier, found)
     _documents(receipt, records, found)
     return found.report(f"receipt of {receipt.job_id}", facts)
@@ -185,6 +188,21 @@ def _joins(records: list[Record], found: Findings) -> None:
         or reserved.accounts != links
     ):
         found.add("ENTRY_CONTRADICTION", "entries", "the outcome does not settle the intent's reservation")
+
+
+def _approved(records: list[Record], found: Findings) -> None:
+    """Approvals are of this job and its input; what was to wait for one did nothing before it was granted."""
+    intent, outcome = records[0], records[-1]
+    named = intent.detail.get("approval")
+    granted = False
+    for record in records:
+        if record.type in _APPROVALS:
+            if (record.detail.get("approval"), record.input_hash) != (named, intent.input_hash):
+                found.add("APPROVAL_MISSING", "entries", "it is an approval of something else", record.log_index)
+            granted = granted or record.type == "approval.granted"
+        ran = record is outcome and (outcome.state == "succeeded" or outcome.exit is not None)
+        if (ran or record.type == "job.started") and named is not None and not granted:
+            found.add("APPROVAL_MISSING", "entries", "the job was not approved before it", record.log_index)
 
 
 def _documents(receipt: Receipt, records: list[Record], found: Findings) -> None:

@@ -1,7 +1,8 @@
 """Builds the receipt of a job from the log: its records with their proofs, the documents they name, the verdict.
 
 A receipt is a view: nothing is stored for it. The outcome names the indexes of the job's other records in
-`detail` (`intent_index`, and `started_index`, `stop_index` where there was such a record).
+`detail` (`intent_index`, and `started_index`, `stop_index`, `approval_index`, `decision_index` where there was such a
+record).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from aether.substrate.audit.log import AuditLog
 from aether.substrate.audit.note import Signer
 from aether.substrate.audit.receipt_rules import RECEIPT_VERSION, verdict_text
 
-_INDEXES: Final = ("intent_index", "started_index", "stop_index")
+_INDEXES: Final = ("intent_index", "started_index", "stop_index", "approval_index", "decision_index")
 
 
 class Receipts:
