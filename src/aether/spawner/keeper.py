@@ -2,7 +2,8 @@
 
 Protocol with the spawner, one JSON object per SOCK_SEQPACKET message:
     -> {"op": "watch", "cell", "exec", "streams": [0, 1], "rate", "burst", "head", "tail"}
-       with one pipe's read end per stream; a repeated watch of the same executable is ignored
+       with one pipe's read end per stream; a repeated watch of the same executable is ignored. Without streams it is
+       over and was silent: an empty log, and no answer
     -> {"op": "flush", "exec"}     take what lies in the pipes now, whatever the rate, then answer
     <- {"ev": "ended", "exec", "output": {stream: {bytes, dropped}}}    every writer is gone
     <- {"ev": "flushed", "exec", "output"}
@@ -135,6 +136,9 @@ class Keeper:
             Bucket(message["rate"], message["burst"], message["burst"], now_s),
             Bucket(CHUNKS_PER_S, CHUNKS_BURST, CHUNKS_BURST, now_s),
         )
+        if not fds:
+            log.close()
+            return
         self._watched[exec_id] = watched
         for fd, stream in zip(fds, message["streams"], strict=True):
             os.set_blocking(fd, False)

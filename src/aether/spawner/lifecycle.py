@@ -386,9 +386,9 @@ class Lifecycle:
             return
         executable.cancel_timers()
         executable.wall_us = (self._now_ns() - executable.started_ns) // 1000
-        waits = executable.logged and not executable.output_final and self.keeper is not None
-        if waits and self.keeper is not None:
+        if executable.logged and not executable.output_final and self.keeper is not None:
             self.keeper.flush(executable.exec_id)  # first: it works while the usage is read
+        waits = executable.logged and not executable.output_final and self.keeper is not None
         if cell.pidfd >= 0:
             cell.io = proc_io(cell.pid) or cell.io
         counted = self._cgroups.usage(cell.cgroup)
@@ -400,14 +400,14 @@ class Lifecycle:
             self.stopping.ended(cell, executable)
         executable.exit = {"code": code, "signal": signo, "reason": reason}
         executable.usage = usage_view(counted, wall_us=executable.wall_us, io=cell.io, rusage=executable.rusage)
-        if cell.once and cell.pidfd >= 0:
-            self.kill(cell, None)
         if self.observer is not None:
             self.observer.ended(cell, executable)
         if waits:
             executable.timers.append(self._loop.after(OUTPUT_WAIT_S, lambda: self._tell(cell, executable)))
         else:
             self._tell(cell, executable)
+        if cell.once and cell.pidfd >= 0:
+            self.kill(cell, None)  # last: the end of a namespace takes the kernel 0.2 ms
 
     def on_output(self, exec_id: str, output: dict[str, Any], final: bool) -> None:
         """The keeper's word: what it keeps of an executable's output so far; `final` when all writers are gone."""
@@ -463,13 +463,19 @@ class Lifecycle:
             self._cgroups.kill(cell.cgroup)
             self._loop.after(EMPTY_POLL_S, lambda: self._settle(cell, until_s))
             return
-        counted = self._cgroups.usage(cell.cgroup)
-        wall_us = (self._now_ns() - cell.started_ns) // 1000
-        cell.usage = usage_view(counted, wall_us=wall_us, io=cell.io, rusage=None)
+        cell.usage = self._last_usage(cell)
         cell.state = "emptied"
         for executable in cell.running():
             self._end(cell, executable, None, signal.SIGKILL, cell.reason or "cell-died")
         self._gone(cell)
+
+    def _last_usage(self, cell: Cell) -> dict[str, Any]:
+        """Of a cell that lived for one executable it is that one's, which was read when that ended."""
+        told = [each.usage for each in cell.execs.values() if each.usage is not None]
+        if cell.once and told:
+            return told[-1]
+        wall_us = (self._now_ns() - cell.started_ns) // 1000
+        return usage_view(self._cgroups.usage(cell.cgroup), wall_us=wall_us, io=cell.io, rusage=None)
 
     def _gone(self, cell: Cell) -> None:
         """Once every executable is told, the last of which may call this itself."""

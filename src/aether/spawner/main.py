@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from aether.contract import limits
+from aether.spawner.ahead import Ahead
 from aether.spawner.cells import now_wall_us
 from aether.spawner.disk import Disk, projects_of
 from aether.spawner.helper import HelperOptions
@@ -38,6 +39,7 @@ from aether.spawner.linux.executors import best_executor, oci_executors
 from aether.spawner.linux.oci import drivers_here
 from aether.spawner.linux.probe import probe as probe_host
 from aether.spawner.linux.sched import missing as sched_missing
+from aether.spawner.linux.userns import Blocks
 from aether.spawner.loop import Loop
 from aether.spawner.observerlink import ObserverLink
 from aether.spawner.offload import offload
@@ -96,7 +98,8 @@ class Spawner:
         )
         self.loop = Loop()
         roots = (*rules.roots, rules.work)
-        self.launcher = Launcher(best_executor(roots, options.executor), oci_executors(roots))
+        blocks = Blocks()
+        self.launcher = Launcher(best_executor(roots, options.executor, blocks), oci_executors(roots))
         self.work = WorkRoot(rules.work)
         self.cgroups = open_driver(self.instance, options.cgroup_base, str(self._state))
         for left in old:
@@ -119,7 +122,7 @@ class Spawner:
         self._sweeper = -1
         Upkeep(self.loop, self.cgroups, self.lifecycle.cells, self.server.emit).start()
         self.lifecycle.orphans = Orphans(self._children)
-        self.warm = Warm(self.loop, self.lifecycle, work_ops, rules.work)
+        self.warm = Warm(self.loop, self.lifecycle, work_ops, rules.work, Ahead(self.loop, blocks).start)
         operations = Operations(self.lifecycle, self.cgroups, work_ops, self.warm, rules, self._facts, self._probe)
         operations.tracer = self.tracer
         self.server.handle = operations.handle

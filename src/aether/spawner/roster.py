@@ -17,6 +17,13 @@ from aether.spawner.protocol import RefusedError
 FREED_KEPT_MAX = 4096
 
 
+def highest_blocks(count: int) -> range:
+    """The first uids of the `count` highest blocks, downwards: the order in which they are given out."""
+    below = limits.CELL_UID_BASE - limits.CELL_UID_BLOCK
+    top = limits.CELL_UID_BASE + (limits.CELL_UID_SLOTS - 1) * limits.CELL_UID_BLOCK
+    return range(top, max(below, top - count * limits.CELL_UID_BLOCK), -limits.CELL_UID_BLOCK)
+
+
 class Reply(Protocol):
     """Answers one request, once; a client that has gone is no error."""
 
@@ -59,8 +66,7 @@ class Roster:
 
         A block is free only when its cell is forgotten: nothing of it lives and its files are removed.
         """
-        for slot in range(limits.CELL_UID_SLOTS - 1, -1, -1):
-            first = limits.CELL_UID_BASE + slot * limits.CELL_UID_BLOCK
+        for first in highest_blocks(limits.CELL_UID_SLOTS):
             if first not in self._blocks:
                 return first
         raise RefusedError("CELL_LIMIT", "cannot create a cell: every block of uids is in use")

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from aether.contract.cellplan import ExecSpec, Plan, placed
+from aether.contract.cellplan import ExecSpec, IdMap, Plan, placed
 from aether.spawner.cells import Cell
 from aether.spawner.lifecycle import Lifecycle
 from aether.spawner.loop import Loop
@@ -81,13 +81,17 @@ class _Start:
 
 
 class Warm:
-    """The blueprints and the pool. `work` is the host directory of work directories."""
+    """The blueprints and the pool. `work` is the host directory of work directories; `on_kept` hears of the ids of
+    each new blueprint."""
 
-    def __init__(self, loop: Loop, lifecycle: Lifecycle, work_ops: WorkOps, work: str) -> None:
+    def __init__(
+        self, loop: Loop, lifecycle: Lifecycle, work_ops: WorkOps, work: str, on_kept: Callable[[IdMap], None]
+    ) -> None:
         self._loop = loop
         self._lifecycle = lifecycle
         self._work_ops = work_ops
         self._work = work
+        self._on_kept = on_kept
         self._kept: OrderedDict[str, Blueprint] = OrderedDict()
         self._numbers = itertools.count(1)
         self.taken = 0
@@ -107,6 +111,7 @@ class Warm:
         digest = hashlib.sha256(text.encode()).hexdigest()
         if digest not in self._kept:
             self._kept[digest] = blueprint
+            self._on_kept(blueprint.plan.id_map)
             if len(self._kept) > BLUEPRINTS_MAX:
                 _, oldest = self._kept.popitem(last=False)
                 self._drop(oldest)

@@ -194,7 +194,7 @@ class Rig:
         self.keeper = KeeperLink(self.loop, HelperOptions(str(state / "logs"), uid, uid), self.lifecycle.on_output)
         self.lifecycle.keeper = self.keeper
         rules = Rules(("/usr",), str(state), self.work.path)
-        self.warm = Warm(self.loop, self.lifecycle, self.work_ops, self.work.path)
+        self.warm = Warm(self.loop, self.lifecycle, self.work_ops, self.work.path, lambda _: None)
         operations = Operations(
             self.lifecycle, self.cgroups, self.work_ops, self.warm, rules, lambda: {}, lambda: {"probed": True}
         )

@@ -60,6 +60,21 @@ def test_all_output_is_kept_when_the_exit_is_told(rig: Rig, create: Create) -> N
     assert ExecLog(rig.state / "logs/a", "exec_a").read("stdout", 50_000).data == b"last\n"
 
 
+def test_a_silent_executable_leaves_an_empty_log_that_has_ended(rig: Rig, create: Create) -> None:
+    """Nobody waits for the keeper then; it hears of it afterwards, so that whoever follows the log is told the end."""
+    end = run(rig, create, ["true"])
+    assert (end["usage"]["stdout_bytes"], end["usage"]["output_dropped_bytes"]) == (0, 0)
+    log = ExecLog(rig.state / "logs/a", "exec_a")
+    rig.until(lambda: log.read("all", 0).ended)
+
+
+def test_output_of_one_that_runs_on_is_kept_while_it_runs(rig: Rig, create: Create) -> None:
+    rig.client.call("cell.create", create("a", ["sh", "-c", "echo early; sleep 30"]), key="k")
+    log = ExecLog(rig.state / "logs/a", "exec_a")
+    rig.until(lambda: log.read("stdout", 0).data == b"early\n")
+    rig.client.call("cell.free", {"cell": "a"})
+
+
 def test_repeated_create_is_the_same_cell(rig: Rig, create: Create) -> None:
     args = create("a", ["sleep", "30"])
     first, _ = rig.client.call("cell.create", args, key="k")

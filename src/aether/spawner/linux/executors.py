@@ -10,19 +10,21 @@ from aether.spawner.linux import oci
 from aether.spawner.linux.executor import Executor
 from aether.spawner.linux.native import NativeExecutor
 from aether.spawner.linux.portable import PortableExecutor
+from aether.spawner.linux.userns import Blocks
 
 CHOICES: Final = ("auto", "native", "portable")
 
 
-def best_executor(source_roots: Sequence[str], choice: str = "auto") -> Executor:
-    """Raises FileNotFoundError for `native` when the binary has not been built."""
+def best_executor(source_roots: Sequence[str], choice: str = "auto", blocks: Blocks | None = None) -> Executor:
+    """The executor; it closes `blocks`, which whoever makes them ahead may share with it. Raises FileNotFoundError
+    for `native` when the binary has not been built."""
     if choice != "portable":
         try:
-            return NativeExecutor(source_roots)
+            return NativeExecutor(source_roots, blocks)
         except FileNotFoundError:
             if choice == "native":
                 raise
-    return PortableExecutor(source_roots)
+    return PortableExecutor(source_roots, blocks)
 
 
 def oci_executors(source_roots: Sequence[str]) -> dict[str, Executor]:

@@ -32,13 +32,13 @@ class NativeExecutor:
 
     name = "native"
 
-    def __init__(self, source_roots: Sequence[str], binary: Path = BINARY) -> None:
+    def __init__(self, source_roots: Sequence[str], blocks: Blocks | None = None, binary: Path = BINARY) -> None:
         if not os.access(binary, os.X_OK):
             raise FileNotFoundError(f"cannot use native executor: {binary} is missing")
         self._roots = tuple(source_roots)
         self._binary = str(binary)
         self._facts = program.host_facts()
-        self._blocks = Blocks()
+        self._blocks = blocks or Blocks()
         self._socket: socket.socket | None = None
         self.launcher_pid = 0
 

@@ -26,10 +26,10 @@ class PortableExecutor:
 
     name = "portable"
 
-    def __init__(self, source_roots: Sequence[str]) -> None:
+    def __init__(self, source_roots: Sequence[str], blocks: Blocks | None = None) -> None:
         self._roots = tuple(source_roots)
         self._facts = program.host_facts()
-        self._blocks = Blocks()
+        self._blocks = blocks or Blocks()
 
     def pids(self) -> frozenset[int]:
         return frozenset()

@@ -11,6 +11,7 @@ import os
 import signal
 from typing import Final
 
+from aether.contract.cellplan import IdMap
 from aether.spawner.linux import kernel
 from aether.spawner.linux.executor import LaunchError
 from aether.spawner.linux.program import NO_ID, Program
@@ -27,9 +28,10 @@ class Blocks:
 
     def of(self, program: Program) -> int | None:
         """The namespace that `program` joins, None if it joins none; ours to close. Raises LaunchError."""
-        if not program.join_userns:
-            return None
-        ids = program.ids
+        return self.make(program.ids) if program.join_userns else None
+
+    def make(self, ids: IdMap) -> int:
+        """The namespace of the block `ids`; ours to close. Raises LaunchError."""
         key = (ids.host_uid, ids.host_gid, ids.count)
         if key not in self._kept:
             fd = _make((0, 0), (ids.host_uid, ids.host_gid), ids.count)
