@@ -19,6 +19,7 @@ import msgspec
 from aether.api import params
 from aether.api.approvaloperations import APPROVAL_OPERATIONS
 from aether.api.auditoperations import AUDIT_OPERATIONS
+from aether.api.budgetoperations import BUDGET_OPERATIONS
 from aether.api.celloperations import CELL_OPERATIONS
 from aether.api.egressoperations import EGRESS_OPERATIONS
 from aether.api.imageoperations import IMAGE_OPERATIONS
@@ -280,6 +281,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     *IMAGE_OPERATIONS,
     *TICKET_OPERATIONS,
     *APPROVAL_OPERATIONS,
+    *BUDGET_OPERATIONS,
 )
 
 BY_NAME: Final[Mapping[str, Operation]] = {operation.name: operation for operation in OPERATIONS}

@@ -29,6 +29,7 @@ import msgspec
 from aether.api.operations import BY_NAME
 from aether.client.approvals import Approvals, approval_query
 from aether.client.audit import Audit
+from aether.client.budgets import Budgets
 from aether.client.cells import Cells, Session
 from aether.client.inputs import gather
 from aether.client.tickets import Tickets
@@ -319,6 +320,11 @@ class Client:
     def approvals(self) -> Approvals:
         """What waits for somebody's leave."""
         return Approvals(self)
+
+    @property
+    def budgets(self) -> Budgets:
+        """The operations on budgets, usage and quotas."""
+        return Budgets(self)
 
     @property
     def audit(self) -> Audit:

@@ -170,6 +170,12 @@ TICKETS_MAX: Final = 1_000
 """Minted tickets of one tenant that are not expired; above it the answer is 429."""
 TICKET_EPOCHS_MAX: Final = 16
 """Keys of tickets kept at once: the newest, and those of earlier epochs of which a ticket may still be used."""
+TENANT_REQUESTS_PER_S: Final = 10_000
+"""And as many at once; the operator may set another quota. Above it the answer is 429."""
+PRINCIPAL_REQUESTS_PER_S: Final = 5_000
+USAGE_DAYS_KEPT: Final = 400
+USAGE_ROWS_MAX: Final = 10_000
+"""Of one day: tenant, principal and kind of job; further principals are counted together."""
 TICKET_ACCOUNTS_MAX: Final = 10_000
 """Links with a budget of one ticket that have spent something; above it the answer is 429."""
 TICKET_LINKS_REVOKED_MAX: Final = 64

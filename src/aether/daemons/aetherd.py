@@ -35,6 +35,7 @@ from aether.substrate.audit.log import AuditLog
 from aether.substrate.audit.receipts import Receipts
 from aether.substrate.auditreading import AuditReading
 from aether.substrate.book import Book
+from aether.substrate.budgetdesk import BudgetDesk
 from aether.substrate.cellfiles import CellFileDesk
 from aether.substrate.cellhouse import CellHouse
 from aether.substrate.cells.activity import ActivityLogs
@@ -143,6 +144,7 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         ticket_keys=TicketKeys(gate, book, access, house, functools.partial(_keys, layout, book)),
         fence=fence,
         meter=meter,
+        budgets=BudgetDesk(gate, book, house),
         metrics=Metrics("aetherd"),
     )
     return Authority(Service(parts), parts)

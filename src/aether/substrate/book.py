@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
+from aether.contract.budgetcalls import Quota
 from aether.contract.canonical import digest_bytes
 from aether.contract.cells import ExecEnd
 from aether.contract.clock import rfc3339
@@ -23,10 +24,12 @@ from aether.contract.jobs import JobView
 from aether.contract.records import Record
 from aether.contract.wire import JobOutcome
 from aether.substrate.access.budget import Accounts
-from aether.substrate.allocations import Allocation, Memory
+from aether.substrate.allocations import ENDING, Allocation, Memory
 from aether.substrate.approvalbook import Kept
 from aether.substrate.audit.log import AuditLog
 from aether.substrate.ledger import KeyEntry, Ledger, OpenJob
+from aether.substrate.quotas import Quotas
+from aether.substrate.usage import UsageBook
 from aether.substrate.views import final_view
 
 _PAGE: Final = 500
@@ -49,6 +52,8 @@ class _Snapshot(msgspec.Struct):
     exhausted: dict[str, Record] = {}
     metered: dict[str, tuple[int, Memory]] = {}
     approvals: list[Kept] = []
+    usage: list[tuple[str, tuple[str, str, str], dict[str, int]]] = []
+    quotas: dict[str, dict[Quota, int]] = {}
 
 
 class Book:
@@ -58,6 +63,8 @@ class Book:
         self.log = log
         self.ledger = Ledger()
         self.accounts = accounts
+        self.usage = UsageBook()
+        self.quotas = Quotas()
         self.now_ns = now_ns
         self._snapshot_path = snapshot_path
         self._snapshot_at = 0
@@ -155,6 +162,8 @@ class Book:
             exhausted={name: job.exhausted for name, job in ledger.open.items() if job.exhausted is not None},
             metered=ledger.cells.metered(),
             approvals=ledger.approvals.snapshot(),
+            usage=self.usage.snapshot(),
+            quotas=self.quotas.snapshot(),
             egress={name: each.egress_index for name, each in networked.items() if each.egress_index is not None},
         )
         body = msgspec.msgpack.encode(state)
@@ -186,11 +195,19 @@ class Book:
             networked = self.ledger.open.get(name) or self.ledger.cells.live[name]
             networked.egress_index = index
         self.accounts.restore(state.accounts)
+        self.usage.restore(state.usage)
+        cells = [cell.allocated for cell in self.ledger.cells.live.values()]
+        self.quotas.restore(state.quotas, [(job.intent, job.started is None) for job in jobs], cells)
         self._snapshot_at = state.applied
 
     def _apply(self, record: Record) -> None:
+        cell = self.ledger.cells.live.get(record.cell_id) if record.type in ENDING and record.cell_id else None
         self.ledger.apply(record)
         self.accounts.apply(record)
+        self.usage.apply(record)
+        self.quotas.apply(record)
+        if cell is not None:
+            self.quotas.cell_ended(cell.allocated)
         for root in self.ledger.tickets.forgotten():
             self.accounts.forget(root)
         self.log.reserve(len(self.ledger.open))

@@ -96,6 +96,7 @@ class CellHouse:
         if key is not None and (known := self._repeated(key)) is not None:
             return self.view(known)
         self._check_free(request, admission.principal.tenant_id)
+        self._book.quotas.check_cell(admission.principal.tenant_id, admission.principal.name)
         self._cells.check_required((*request.require, *(NEEDED if request.network is not None else ())))
         approval = await self._approval(caller, admission, call)
         cell = self._record(request, self.order(caller, admission, "cell.allocate", key, request.limits), approval)

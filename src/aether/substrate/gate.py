@@ -28,7 +28,7 @@ _READS: Final = frozenset(
         "cell.list", "cell.show", "cell.stats", "cell.events", "cell.get", "cell.files",
         "ticket.list", "ticket.show", "ticket.verify",
         "approval.list", "approval.show", "approval.oversee",
-        "job.activity", "cell.activity", "job.egress", "cell.egress",
+        "job.activity", "cell.activity", "job.egress", "cell.egress", "budget.show", "usage", "quota.show",
     }
 )  # fmt: skip
 
@@ -63,7 +63,9 @@ class Gate:
     def admit(self, caller: Caller, operation: str, resource: Resource) -> Admission:
         """Who the caller is and on what authority; raises the AetherError of the stage that refused."""
         try:
-            return self._access.admit(caller, operation, resource, self._book.now_ns())
+            admission = self._access.admit(caller, operation, resource, self._book.now_ns())
+            self._book.quotas.admitted(caller, admission.principal.tenant_id, admission.principal.name)
+            return admission
         except AetherError as error:
             if operation not in _READS:
                 self._record_refusal(caller, operation, resource, error)

@@ -108,6 +108,11 @@ def _link_of(minted: Record) -> str | None:
     return minted.ticket.link_ids[0] if minted.type == "ticket.minted" and minted.ticket is not None else None
 
 
+def _subject_of(order: Record) -> str | None:
+    """The account or the subject that an order of the operator's is about."""
+    return order.detail.get("account") or order.detail.get("subject")
+
+
 class Ledger:
     """Open jobs and idempotency keys; see the module head."""
 
@@ -131,7 +136,7 @@ class Ledger:
         self.tickets.apply(record)
         self.approvals.apply(record)
         job_id = record.job_id
-        self._remember(record, job_id or record.cell_id or _link_of(record))
+        self._remember(record, job_id or record.cell_id or _link_of(record) or _subject_of(record))
         if job_id is None:
             return
         if record.type == "job.intent":

@@ -57,6 +57,7 @@ from aether.substrate.approvals import ApprovalDesk
 from aether.substrate.asking import Asking
 from aether.substrate.auditreading import AuditReading
 from aether.substrate.book import Book
+from aether.substrate.budgetdesk import BudgetDesk
 from aether.substrate.cellfiles import CellFileDesk
 from aether.substrate.cellhouse import CellHouse
 from aether.substrate.cells.supervisor import CellSupervisor
@@ -107,6 +108,7 @@ class Parts:
     ticket_keys: TicketKeys
     fence: Fence
     meter: Meter
+    budgets: BudgetDesk
     audit: AuditReading
     metrics: Metrics
 
@@ -125,6 +127,7 @@ class Service:
             "node.doctor": self._doctor,
             "cell.explain": self._explain,
             **parts.images.handlers(),
+            **parts.budgets.handlers(),
             "job.submit": parts.submitter.submit,
             "job.stop": self._stop,
             "job.get": reading.job,
@@ -177,11 +180,12 @@ class Service:
 
     def _counted(self, name: str, run: Handler) -> Handler:
         children: dict[str, Any] = {"OK": self._calls.labels(name, "OK")}
-        guard = self._parts.fence.guard
+        guard, quotas, now_ns = self._parts.fence.guard, self._parts.book.quotas, self._parts.book.now_ns
 
         async def counted(caller: Caller, call: Any) -> Reply | UpgradeReply:
             code = "OK"
             try:
+                quotas.take_request(caller, now_ns())
                 return guard(caller, await run(caller, call))
             except AetherError as error:
                 code = error.code

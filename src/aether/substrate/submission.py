@@ -28,6 +28,7 @@ from aether.contract.records import BudgetRef, Record
 from aether.contract.wire import Empty, JobRunReply, JobSubmit
 from aether.substrate import entries
 from aether.substrate.access.access import Admission, Resource
+from aether.substrate.access.identity import Principal
 from aether.substrate.allocations import Allocation
 from aether.substrate.approvalbook import Ask
 from aether.substrate.asking import Asking
@@ -169,17 +170,18 @@ class Submitter:
             done.set()
 
     async def _run(self, submission: Submission, wait_ms: int) -> SubmittedJob:
-        self._check_capacity()
+        self._check_capacity(submission.admission.principal)
         self._book.accounts.reserve(submission.budget, runs=True)
         if submission.request.kind == "model" and wait_ms > 0 and submission.ask is None:
             return await self._run_pure(submission)
         return await self._queue(submission, wait_ms)
 
-    def _check_capacity(self) -> None:
+    def _check_capacity(self, principal: Principal) -> None:
         if not self._book.log.room():
             raise AetherError("DISK_FULL", "cannot submit: the disk of the state directory is almost full")
         if len(self._book.ledger.open) >= limits.JOBS_OPEN_MAX:
             raise AetherError("BUSY", "cannot submit: too many jobs are open", retry_after_s=1)
+        self._book.quotas.check_job(principal.tenant_id, principal.name, len(self._book.ledger.open))
         self._orchestra.link()
 
     def _write_intent(self, submission: Submission) -> Record:

@@ -22,6 +22,7 @@ from aether.contract.clock import epoch_ns
 from aether.contract.errors import AetherError
 from aether.contract.limits import STOP_GRACE_MS_MAX, TIMEOUT_MS_MAX
 from aether.contract.records import Record, TicketRef
+from aether.substrate.access.tickets import Limit
 
 PRUNED_MS: Final = TIMEOUT_MS_MAX + STOP_GRACE_MS_MAX
 _UNCHECKED: Final = frozenset({"ticket.minted", "access.denied"})
@@ -39,6 +40,10 @@ class Ticket:
     def link_id(self) -> str:
         assert self.minted.ticket is not None
         return self.minted.ticket.link_ids[0]
+
+    def limits(self) -> Iterator[Limit]:
+        """What its first link may spend."""
+        return (Limit(self.link_id, each.items[0], each.number) for each in self.said if each.type == "budget")
 
     @property
     def expires_at_ms(self) -> int:

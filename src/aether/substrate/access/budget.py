@@ -29,6 +29,7 @@ from aether.contract.units import METERED, told
 
 TENANT: Final = "tenant:"
 """Begins the name of a tenant's account."""
+_NOTHING: Final[Mapping[str, int]] = {}
 _METERED: Final = frozenset(METERED)
 
 
@@ -43,6 +44,8 @@ class Account:
     root: str = ""
     spent: dict[str, int] = field(default_factory=dict)
     reserved: dict[str, int] = field(default_factory=dict)
+    stated: dict[str, int] = field(default_factory=dict)
+    """What its ticket says that it may spend."""
 
     def used(self, unit: str) -> int:
         return self.spent.get(unit, 0) + self.reserved.get(unit, 0)
@@ -56,10 +59,10 @@ class Reservation(msgspec.Struct, frozen=True):
 
 
 class AccountsState(msgspec.Struct, frozen=True):
-    """A snapshot of `Accounts`: per account its root and what was spent; what is reserved follows from the
-    reservations."""
+    """A snapshot of `Accounts`: per account its root, what was spent and what is stated; what is reserved follows from
+    the reservations."""
 
-    accounts: dict[str, tuple[str, dict[str, int]]]
+    accounts: dict[str, tuple[str, dict[str, int], dict[str, int]]]
     reservations: dict[str, Reservation]
     raised: dict[str, dict[str, int]]
     tenants: dict[str, dict[str, int]]
@@ -132,7 +135,8 @@ class Accounts:
         held = self._unhold(budget.reservation_id)
         amounts = amounts_of(budget)
         for account_id in held.accounts if held is not None else budget.limits:
-            _add(self._opened(account_id, _root(account_id, budget)).spent, amounts, 1)
+            stated = budget.limits.get(account_id, _NOTHING)
+            _add(self._opened(account_id, _root(account_id, budget), stated).spent, amounts, 1)
 
     def apply(self, record: Record) -> None:
         """Folds one record; records come in log order, each once."""
@@ -155,14 +159,14 @@ class Accounts:
 
     def snapshot(self) -> AccountsState:
         """The state as data; `restore` takes it, also after a trip through msgpack."""
-        spent = {name: (account.root, dict(account.spent)) for name, account in self._accounts.items()}
+        spent = {name: (account.root, account.spent, account.stated) for name, account in self._accounts.items()}
         return AccountsState(spent, dict(self._reservations), self._raised, self._tenants)
 
     def restore(self, state: object) -> None:
         """Takes over a snapshot; only on fresh accounts."""
         snapshot = msgspec.convert(msgspec.to_builtins(state), AccountsState)
-        for name, (root, spent) in snapshot.accounts.items():
-            self._opened(name, root).spent.update(spent)
+        for name, (root, spent, stated) in snapshot.accounts.items():
+            self._opened(name, root, stated).spent.update(spent)
         self._raised, self._tenants = snapshot.raised, snapshot.tenants
         for reservation_id, held in snapshot.reservations.items():
             self._reservations[reservation_id] = held
@@ -174,14 +178,14 @@ class Accounts:
         account_id, unit = record.detail["account"], record.detail["unit"]
         if record.type == "budget.raised":
             _add(self._raised.setdefault(account_id, {}), {unit: int(record.detail["amount"])}, 1)
-            self._opened(account_id, record.detail.get("root_id", account_id))
+            self._opened(account_id, record.detail["root_id"], _NOTHING)
             return
         limits = self._tenants.setdefault(account_id, {})
         if record.detail["amount"] == "none":
             limits.pop(unit, None)
         else:
             limits[unit] = int(record.detail["amount"])
-        self._opened(account_id, account_id).spent.pop(unit, None)
+        self._opened(account_id, account_id, _NOTHING).spent.pop(unit, None)
         self._raised.get(account_id, {}).pop(unit, None)
         if not limits:
             del self._tenants[account_id]
@@ -191,10 +195,10 @@ class Accounts:
             why = f"{TICKET_ACCOUNTS_MAX} links with a budget were derived from its ticket"
             raise AetherError("TICKET_LIMIT", f"cannot charge the link: {why}", "mint another ticket")
 
-    def _opened(self, account_id: str, root: str) -> Account:
+    def _opened(self, account_id: str, root: str, stated: Mapping[str, int]) -> Account:
         account = self._accounts.get(account_id)
         if account is None:
-            account = self._accounts[account_id] = Account(root)
+            account = self._accounts[account_id] = Account(root, stated=dict(stated))
             self._of_root.setdefault(root, set()).add(account_id)
         return account
 
@@ -204,7 +208,7 @@ class Accounts:
         held = Reservation(tuple(budget.limits), amounts_of(budget))
         self._reservations[budget.reservation_id] = held
         for account_id in held.accounts:
-            self._opened(account_id, _root(account_id, budget))
+            self._opened(account_id, _root(account_id, budget), budget.limits[account_id])
         self._reserved(held, 1)
 
     def _unhold(self, reservation_id: str) -> Reservation | None:
