@@ -294,12 +294,19 @@ TYPES = ("|node.started|node.stopped|ticket.minted|ticket.revoked|ticket.key-rot
 TEXTS = "tenant_id principal request_id traceparent operation job_id kind op model_id model_version cell_id state"
 FIGURES = ("wall_us cpu_user_us cpu_system_us memory_peak_bytes io_read_bytes io_write_bytes pids_peak oom_kills "
            "throttled_us stdout_bytes stderr_bytes output_dropped_bytes batch_size")
+DECISION = {"decision": "|allow|deny|", "determining": ["text"], "digest": "digest"}
+QUESTION = {
+    "operation": "text", "roles": ["text"], "principal_kind": "text", "principal_tenant": "text", "kind": "text",
+    "raises/": "boolean", "complete/": "boolean",
+    **{name: ["text"] for name in ["labels/", "hosts/", "credentials/", "paths/"]},
+    **dict.fromkeys(["op/", "model/", "id/", "owner/", "tenant_id/", "intent/", "provider/", "route/"], "text"),
+}
 RECORD = {
     "schema_version": "|1.0|", "type": TYPES, "log_index": "integer", "time": "time", "node_id": "text",
     **dict.fromkeys(TEXTS.split(), "text?"), "effect": "|pure|cell|read|control|?", "attempt": "integer?",
     **dict.fromkeys(["input_hash", "idempotency_hash", "result_digest"], "digest?"), "labels": ["text"],
     "ticket": ({"implicit": "boolean", "kid": "text", "link_ids": ["text"], "role": "text"},),
-    "policy": ({"decision": "|allow|deny|", "determining": ["text"], "digest": "digest"},),
+    "policy": ({**DECISION, "question/": QUESTION, "shadow/": DECISION},),
     "budget": ({"accounts": ["text"], "cpu_ms": "integer", "ops": "integer", "reservation_id": "text",
                 "settled": "boolean", "amounts/": {"*": "integer"}, "grants/": {"*": "integer"},
                 "limits/": {"*": {"*": "integer"}}, "expires_ms/": "integer"},),
@@ -341,7 +348,7 @@ def misfit(value: Json, shape: Any, where: str = "") -> str | None:
         known = {name.removesuffix("/"): each for name, each in shape.items()}
         lacking = sorted(shape.keys() - value.keys() - {f"{name}/" for name in known})
         unknown = sorted(value.keys() - known)
-        if lacking or unknown or any(value[name] in (None, {}) for name in value if f"{name}/" in shape):
+        if lacking or unknown or any(value[name] in (None, {}, []) for name in value if f"{name}/" in shape):
             return f"{where or 'it'} lacks {lacking}, has unknown {unknown}, or a part that is empty and not left out"
         parts = [(item, known[name], f"{where}.{name}".lstrip(".")) for name, item in value.items()]
     return next(filter(None, (misfit(*part) for part in parts)), None)

@@ -24,3 +24,17 @@ def epoch_ns(text: str) -> int:
     if moment.tzinfo is None:
         raise ValueError(f"no time zone in {text!r}")
     return (moment - _EPOCH) // timedelta(microseconds=1) * 1000
+
+
+def calendar(epoch_ns: int) -> dict[str, int]:
+    """The time in UTC as parts: `epoch_s`, `month` 1-12, `day` 1-31, `weekday` 1 (Monday) to 7, `hour`, `minute`."""
+    seconds = epoch_ns // 1_000_000_000
+    t = time.gmtime(seconds)
+    return {
+        "epoch_s": seconds,
+        "month": t.tm_mon,
+        "day": t.tm_mday,
+        "weekday": t.tm_wday + 1,
+        "hour": t.tm_hour,
+        "minute": t.tm_min,
+    }

@@ -190,6 +190,22 @@ APPROVALS_WAITING_MAX: Final = 500
 """Requests of one tenant that wait for an approval; above it the answer is 429."""
 APPROVAL_REASON_CHARS_MAX: Final = 500
 
+# Policy
+POLICY_BYTES_MAX: Final = 128 * KIB
+"""A policy set's text; as a JSON string it fits in a request."""
+POLICY_RULES_MAX: Final = 1_000
+POLICY_TOKENS_MAX: Final = 2_000
+"""Words and signs of one policy: Cedar recurses over joined terms, and 30,000 overflow its stack."""
+POLICY_DEPTH_MAX: Final = 32
+"""How deep brackets nest in one policy: Cedar recurses over them, and 1,000 overflow its stack."""
+POLICY_NAME_CHARS_MAX: Final = 128
+POLICY_VERSIONS_MAX: Final = 100
+"""Loaded versions that are listed; a rollback reaches any of them."""
+POLICY_CASES_MAX: Final = 1_000
+"""Cases of one `policy.test`."""
+POLICY_CHANGES_MAX: Final = 1_000
+"""Changed decisions that one `policy.diff` or `policy.counterfactual` names; the rest is counted."""
+
 # Audit
 RECORD_BYTES_MAX: Final = 65_535
 """C2SP tlog-tiles: an entry bundle holds entries with a 16-bit length."""

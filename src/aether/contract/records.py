@@ -67,12 +67,53 @@ class TicketRef(msgspec.Struct, frozen=True, kw_only=True):
     implicit: bool
 
 
-class PolicyRef(msgspec.Struct, frozen=True, kw_only=True):
-    """The decision: the digest of the policy set and the ids of the policies that decided."""
+class QuestionRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the policy was asked, as far as the record does not say it elsewhere: enough to ask another policy the same.
+
+    `operation`, `kind` and `id` are those of the question, which differ from the record's where that belongs to a job;
+    `principal_tenant` is the asker's, which a refusal does not say elsewhere.
+    `tenant_id` and `owner` are the resource's. Where hosts, credentials and paths are too long to keep, they are left
+    out and `complete` is false. What has a default is left out where it has it.
+    """
+
+    operation: str
+    roles: tuple[str, ...]
+    principal_kind: str
+    principal_tenant: str
+    kind: str
+    op: str | None = None
+    model: str | None = None
+    id: str | None = None
+    labels: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    credentials: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    raises: bool = False
+    owner: str | None = None
+    tenant_id: str | None = None
+    intent: str | None = None
+    provider: str | None = None
+    route: str | None = None
+    complete: bool = True
+
+
+class ShadowRef(msgspec.Struct, frozen=True, kw_only=True):
+    """What a policy on trial would have decided; it decided nothing."""
 
     digest: str
     decision: Literal["allow", "deny"]
     determining: tuple[str, ...]
+
+
+class PolicyRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The decision: the digest of the policy set that took it and the ids of the policies that decided. The question,
+    and what a policy on trial would have decided, are left out where there was none."""
+
+    digest: str
+    decision: Literal["allow", "deny"]
+    determining: tuple[str, ...]
+    question: QuestionRef | None = None
+    shadow: ShadowRef | None = None
 
 
 class BudgetRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

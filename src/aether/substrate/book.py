@@ -140,6 +140,10 @@ class Book:
         outcome = self._outcomes.get(job_id)
         return outcome.view if outcome else None
 
+    def remembers(self, job_id: str) -> bool:
+        """Whether memory tells whose job it is: an open one, or one that ended lately."""
+        return job_id in self.ledger.open or job_id in self._outcomes
+
     def maybe_snapshot(self) -> None:
         """Writes a snapshot when the tail has grown; cheap otherwise."""
         if self.log.durable_size - self._snapshot_at >= _SNAPSHOT_EVERY:

@@ -13,9 +13,10 @@ from typing import Final
 from aether.contract.calls import Caller
 from aether.contract.errors import AetherError
 from aether.contract.records import Record
-from aether.substrate.access.access import Access, Admission, Resource
+from aether.substrate.access.access import Access, Admission, PolicyDeniedError, Resource
 from aether.substrate.book import Book
 from aether.substrate.entries import Node, masked
+from aether.substrate.known import Known
 
 REFUSALS_PER_S: Final = 5
 REFUSALS_BURST: Final = 50
@@ -58,6 +59,7 @@ class Gate:
         self.node = node
         self._access = access
         self._book = book
+        access.describe = Known(book).describe
         self._buckets: OrderedDict[int, _Bucket] = OrderedDict()
 
     def admit(self, caller: Caller, operation: str, resource: Resource) -> Admission:
@@ -70,6 +72,10 @@ class Gate:
             if operation not in _READS:
                 self._record_refusal(caller, operation, resource, error)
             raise
+
+    def looks_at(self, operation: str, kind: str) -> bool:
+        """Whether the policy may look at whose a resource is: then it has to be found before `admit`."""
+        return self._access.policy.describes(operation, kind)
 
     def admit_node(self, operation: str, resource: Resource) -> Admission:
         """Leave for the node's own work, which waits for nobody; raises like `admit`."""
@@ -88,13 +94,14 @@ class Gate:
             return
         detail = {"not_recorded_before": str(bucket.skipped)} if bucket.skipped else {}
         bucket.skipped = 0
+        denied = error if isinstance(error, PolicyDeniedError) else None
         self._book.write(
             lambda index, time: Record(
                 type="access.denied",
                 log_index=index,
                 time=time,
                 node_id=self.node.node_id,
-                principal=f"uid:{caller.uid}",
+                principal=denied.principal.name if denied else f"uid:{caller.uid}",
                 request_id=caller.request_id,
                 traceparent=caller.traceparent,
                 operation=operation,
@@ -102,6 +109,8 @@ class Gate:
                 op=resource.op,
                 model_id=resource.model,
                 labels=resource.labels,
+                ticket=denied.ticket if denied else None,
+                policy=denied.policy if denied else None,
                 error=masked(error.body()),
                 detail=detail,
             )

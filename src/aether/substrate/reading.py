@@ -165,9 +165,22 @@ class Reading:
     async def view(self, caller: Caller, operation: str, call: JobCall) -> JobView:
         """Leave for a reading operation on a job, and its view; waits as the call says."""
         job_id = ids.parse(ids.JOB, call.job_id)
-        admission = self._gate.admit(caller, operation, Resource(kind="job", id=job_id))
+        admission = self._gate.admit(caller, operation, await self._resource(operation, job_id))
         view = await self._book.wait(job_id, call.wait_ms / 1000)
         return self._own(view or await self._orchestra.job(job_id), admission)
+
+    async def _resource(self, operation: str, job_id: str) -> Resource:
+        """The job as the policy sees it; whose an old one is, is asked only where the policy looks at it."""
+        plain = Resource(kind="job", id=job_id)
+        if not self._gate.looks_at(operation, "job") or self._book.remembers(job_id):
+            return plain
+        try:
+            view = await self._orchestra.job(job_id)
+        except AetherError as error:
+            if error.code != "NOT_FOUND":
+                raise
+            return plain
+        return Resource(kind="job", id=job_id, labels=view.labels, owner=view.principal, tenant=view.tenant_id)
 
     async def view_in_tenant(self, job_id: str, admission: Admission) -> JobView:
         """The job's view; raises NOT_FOUND when it is not of the caller's tenant."""

@@ -29,6 +29,7 @@ from aether.contract.wire import Empty, JobRunReply, JobSubmit
 from aether.substrate import entries
 from aether.substrate.access.access import Admission, Resource
 from aether.substrate.access.identity import Principal
+from aether.substrate.access.questions import routed
 from aether.substrate.allocations import Allocation
 from aether.substrate.approvalbook import Ask
 from aether.substrate.asking import Asking
@@ -90,7 +91,7 @@ class Submitter:
         resource = Resource(
             kind=request.kind, op=request.op, model=model, labels=request.labels, cells=cells,
             raises=params is not None and not cells and params.limits.raises,
-            hosts=wanted.hosts, credentials=wanted.credentials, paths=wanted.paths,
+            hosts=wanted.hosts, credentials=wanted.credentials, paths=wanted.paths, **routed(request),
         )  # fmt: skip
         admission = self._gate.admit(caller, "job.submit", resource)
         principal = admission.principal

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from typing import Any
 
 import msgspec
 
 from aether.contract.caveats import Caveat
-from aether.contract.records import Receipt, Record
+from aether.contract.records import BudgetRef, PolicyRef, QuestionRef, Receipt, Record
+from aether.substrate.access.schema import json_text, schema
 
-OMITTED: dict[str, set[str]] = {"BudgetRef": {"amounts", "grants", "limits", "expires_ms"}}
+OMITTED: dict[str, set[str]] = {
+    kind.__name__: {field.name for field in msgspec.structs.fields(kind) if not field.required}
+    for kind in (BudgetRef, PolicyRef, QuestionRef)
+}
 SCHEMAS: dict[str, Any] = {"record.schema.json": Record, "receipt.schema.json": Receipt, "caveat.schema.json": Caveat}
 
 
 def texts() -> dict[str, str]:
     """File name -> text of each schema of schema/v1/, the policy's schema included."""
     found = {name: _schema(name, kind) for name, kind in SCHEMAS.items()}
-    policy = resources.files("aether.substrate.access").joinpath("aether.cedarschema.json")
-    found["policy.cedarschema.json"] = policy.read_text(encoding="utf-8")
+    found["policy.cedarschema.json"] = json_text()
+    found["policy.cedarschema"] = schema().text()
     return found
 
 

@@ -332,7 +332,13 @@ def write_samples(target: Path, records: list[Record], receipt: Receipt) -> None
     good = {"record/ok-outcome": record, "receipt/ok": whole, "caveat/ok-budget": budget}
     moved = {"amounts": {"bytes_in": 7, "micro_usd": 1}, "limits": {LINKS[0]: {"ops": 5}}, "grants": {"cpu_millis": 1}}
     good["record/ok-budget"] = record | {"budget": record["budget"] | moved | {"expires_ms": 1}}
+    policy = {"decision": "allow", "determining": ["operator"], "digest": digest_bytes(POLICY_TEXT)}
+    question = {"operation": "job.submit", "roles": ["user"], "principal_kind": "user", "kind": "command"}
+    question |= {"principal_tenant": "default", "op": "run"}
+    asked = policy | {"question": question | {"hosts": ["a.test:443"], "raises": True}, "shadow": policy}
+    good["record/ok-policy"] = record | {"policy": asked}
     bad = {
+        "record/bad-question": record | {"policy": asked | {"question": question | {"hosts": "a.test"}}},
         "record/bad-missing-field": {name: value for name, value in record.items() if name != "policy"},
         "record/bad-unknown-field": record | {"colour": "red"},
         "record/bad-type": record | {"type": "job.dreamt"},

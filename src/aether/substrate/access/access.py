@@ -7,7 +7,7 @@ Rules, in this order; the first that fails is the answer:
 - every caveat of every link allows the request (TICKET_EXPIRED, TICKET_DENIED);
 - the policy allows it for every role that the ticket names (POLICY_DENIED, with the deciding policies); a job that
   wants a network is also asked as `job.network`, `job.learn` and, once per secret, `job.credential`; a cell that is
-  to be scheduled before others as `cell.prioritize`;
+  to be scheduled before others as `cell.prioritize` (`access.questions`);
 - it may be let to go ahead only once somebody approves it (`demand`; substrate/access/demand.py).
 
 The answer says which accounts a spend is charged to and their limits; reserving is the caller's next step.
@@ -27,7 +27,6 @@ from aether.contract import caveats
 from aether.contract.calls import Caller
 from aether.contract.caveats import Request
 from aether.contract.errors import AetherError
-from aether.contract.network import LEARN
 from aether.contract.records import PolicyRef, TicketRef
 from aether.substrate.access import tickets
 from aether.substrate.access.demand import demanded
@@ -39,34 +38,15 @@ from aether.substrate.access.identity import (
     principal_of,
 )
 from aether.substrate.access.keyfile import IMPLICIT, Keys
-from aether.substrate.access.policy import Decision, Policy, Question
+from aether.substrate.access.policy import Decides
+from aether.substrate.access.questions import Answer, ask, callers_own, questions
+from aether.substrate.access.questions import Resource as Resource  # what `admit` is asked about
 from aether.substrate.access.tickets import Limit, Tickets, Verified
 
 QUEEN: Final = "queen"
 USER: Final = "user"
 NODE: Final = "node"
 _IMPLICIT_MAX: Final = 4_096
-
-
-@dataclass(frozen=True, slots=True)
-class Resource:
-    """What an operation is about. `kind` is the job's in `job.submit`, else `job`, `cell`, `artifact`, `audit`, `node`.
-
-    `model` is `id` or `id@version`.
-    """
-
-    kind: str
-    op: str | None = None
-    model: str | None = None
-    labels: tuple[str, ...] = ()
-    id: str | None = None
-    hosts: tuple[str, ...] = ()
-    paths: tuple[str, ...] = ()
-    cells: tuple[str, ...] = ()
-    credentials: tuple[str, ...] = ()
-    """`host:port source` of each secret that a job wants to be sent."""
-    raises: bool = False
-    """Whether a cell is to be scheduled before others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +82,24 @@ class Minted:
     def detail(self) -> dict[str, str]:
         """The `detail` of its `ticket.minted` record."""
         return {"caveats": "; ".join(self.caveats)}
+
+
+class PolicyDeniedError(AetherError):
+    """The policy's refusal, with what its record says: who asked, by which ticket, what, and which policies decided."""
+
+    def __init__(self, principal: Principal, ticket: TicketRef, answer: Answer) -> None:
+        ref = answer.ref
+        if answer.errors:
+            why = "the policy could not be evaluated"
+        elif ref.determining:
+            why = f"forbidden by {', '.join(ref.determining)}"
+        else:
+            why = f"no policy permits it for role {answer.role}"
+        details = {"policies": ", ".join(ref.determining), "policy_digest": ref.digest}
+        super().__init__("POLICY_DENIED", f"cannot {answer.operation}: {why}", details=details)
+        self.principal = principal
+        self.ticket = ticket
+        self.policy = ref
 
 
 class ImplicitTickets:
@@ -149,18 +147,20 @@ class ImplicitTickets:
 
 
 class Access:
-    """See the module head. `policy` may be replaced by another one while it runs."""
+    """See the module head. `policy` may be replaced by another one while it runs. `describe` adds what is known of a
+    resource: its owner, its tenant, its labels."""
 
-    def __init__(self, authority: Tickets, implicit: ImplicitTickets, policy: Policy) -> None:
+    def __init__(self, authority: Tickets, implicit: ImplicitTickets, policy: Decides) -> None:
         self._authority = authority
         self._implicit = implicit
         self.policy = policy
+        self.describe: Callable[[Principal, str, Resource], Resource] = callers_own
 
     @classmethod
     def create(
         cls,
         keys: Keys,
-        policy: Policy,
+        policy: Decides,
         operators: Collection[int],
         on_minted: Callable[[Minted], None],
         revoked: Set[str] = frozenset(),
@@ -224,56 +224,15 @@ class Access:
             operation, resource.kind, resource.model, resource.labels, resource.hosts, resource.paths, resource.cells
         )
         tickets.check(verified, request, now_ns // 1_000_000)
-        for role in verified.roles:
-            policy = self._decided(principal, role, operation, resource)
+        ticket, about = _ticket_ref(verified, implicit), self.describe(principal, operation, resource)
+        answer = ask(self.policy, principal, verified.roles, operation, about, now_ns)
+        if answer.ref.decision == "deny":
+            raise PolicyDeniedError(principal, ticket, answer)
         cells = tuple(caveat.items for link in verified.links for caveat in link if caveat.type == "cells")
-        demand = demanded(self.policy, principal, verified.roles, _first(operation, resource), resource.hosts)
-        ticket = _ticket_ref(verified, implicit)
-        return Admission(principal, ticket, policy, verified.limits, cells, verified.expires_ms, demand)
-
-    def _decided(self, principal: Principal, role: str, operation: str, resource: Resource) -> PolicyRef:
-        """The policy's leave for all that the request asks; raises POLICY_DENIED."""
-        determining: set[str] = set()
-        for question in _questions(operation, resource):
-            decision = self.policy.decide(principal, role, question)
-            if not decision.allow:
-                raise _denied(decision, question.operation, role)
-            determining.update(decision.determining)
-        return PolicyRef(digest=decision.digest, decision="allow", determining=tuple(sorted(determining)))
-
-
-def _questions(operation: str, resource: Resource) -> list[Question]:
-    """What the policy is asked: the operation, for a job with a network that, learning and each credential, and for one
-    that goes before others that."""
-    asked = [_first(operation, resource)]
-    if resource.hosts:
-        asked.append(Question("job.network", resource.kind, labels=resource.labels, hosts=resource.hosts))
-    if LEARN in resource.hosts:
-        asked.append(Question("job.learn", resource.kind, labels=resource.labels))
-    if resource.raises:
-        asked.append(Question("cell.prioritize", resource.kind, labels=resource.labels, id=resource.id))
-    for credential in resource.credentials:
-        asked.append(Question("job.credential", resource.kind, labels=resource.labels, id=credential))
-    return asked
-
-
-def _first(operation: str, resource: Resource) -> Question:
-    return Question(operation, resource.kind, resource.op, resource.model, resource.labels, resource.id)
+        first = next(questions(operation, about))
+        demand = demanded(self.policy, principal, verified.roles, first, about.hosts, now_ns)
+        return Admission(principal, ticket, answer.ref, verified.limits, cells, verified.expires_ms, demand)
 
 
 def _ticket_ref(verified: Verified, implicit: bool) -> TicketRef:
     return TicketRef(kid=verified.kid, role=verified.role, link_ids=verified.link_ids, implicit=implicit)
-
-
-def _denied(decision: Decision, operation: str, role: str) -> AetherError:
-    if decision.errors:
-        why = "the policy could not be evaluated"
-    elif decision.determining:
-        why = f"forbidden by {', '.join(decision.determining)}"
-    else:
-        why = f"no policy permits it for role {role}"
-    return AetherError(
-        "POLICY_DENIED",
-        f"cannot {operation}: {why}",
-        details={"policies": ", ".join(decision.determining), "policy_digest": decision.digest},
-    )

@@ -14,13 +14,18 @@ from typing import Final
 from aether.contract.errors import AetherError
 from aether.contract.records import PolicyRef
 from aether.substrate.access.identity import Principal
-from aether.substrate.access.policy import Policy, Question
+from aether.substrate.access.policy import Decides, Question
 
 UNAPPROVED: Final[Mapping[str, str]] = {"job.submit": "job.unapproved", "cell.allocate": "cell.unapproved"}
 
 
 def demanded(
-    policy: Policy, principal: Principal, roles: Iterable[str], question: Question, hosts: tuple[str, ...]
+    policy: Decides,
+    principal: Principal,
+    roles: Iterable[str],
+    question: Question,
+    hosts: tuple[str, ...],
+    now_ns: int,
 ) -> PolicyRef | None:
     """The policy's refusal to let the operation go ahead unapproved; None when it may, or none can be demanded for it.
     Every role of a ticket must be let. Raises POLICY_DENIED when the policy could not be evaluated."""
@@ -30,14 +35,14 @@ def demanded(
     second = replace(question, operation=action, hosts=hosts)
     refusals = []
     for role in roles:
-        decision = policy.decide(principal, role, second)
+        decision = policy.decide(principal, role, second, now_ns)
         if decision.errors:
             why = "the policy could not be evaluated"
             raise AetherError(
                 "POLICY_DENIED", f"cannot {action}: {why}", details={"policies": "", "policy_digest": decision.digest}
             )
         if not decision.allow:
-            refusals.append(decision.ref())
+            refusals.append(decision)
     if not refusals:
         return None
     determining = sorted({name for refusal in refusals for name in refusal.determining})

@@ -1,38 +1,50 @@
-"""Policy: a Cedar policy set and its decisions. Pure.
+"""Policy: a Cedar policy set and its decisions. Pure: the clock is an argument.
+
+A question becomes a Cedar request (docs/policy.md, "What a policy sees"):
+- principal  `Principal::"uid:1000"`, in its `Role` and its `Tenant`, with `id`, `kind`, `tenant`;
+- action     `Action::"<operation>"`, in its groups;
+- resource   `<Type>::"<id>"`, in its `Tenant` (a `Model::"m@1"` also in `Model::"m"`), with `id`, `kind`, `labels` and,
+  where they are known, `owner` and `tenant`;
+- context    what is asked and when.
 
 Cedar skips a policy whose evaluation errs, a forbid too; so any error in the diagnostics is a deny here. Policies are
 validated against the schema when they are loaded, which leaves few ways to err.
 
-A decision is cached only where no policy that could match it reads context or attributes: then it depends on the key
-(principal, role, tenant, operation, resource kind) alone.
+Only the policies whose scope could apply are evaluated, and only what one of those reads is told (`_Slice`): the
+others could not change the decision, and most of the time would go into telling. A decision is cached only where no
+policy of its slice reads the time, labels or other attributes: then it depends on the key (principal, role, tenant,
+operation, kind of resource and, where a policy names one, its id) alone.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Final
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import cedarpy
+import msgspec
 
 from aether.contract.canonical import digest_bytes
-from aether.contract.errors import AetherError
+from aether.contract.clock import calendar
 from aether.contract.ids import Digest
-from aether.contract.records import PolicyRef
 from aether.substrate.access.identity import Principal
+from aether.substrate.access.policytext import parse
+from aether.substrate.access.rules import ANCESTORS, IDENTITY, WHOLE, Rule
+from aether.substrate.access.schema import schema, type_of
 
-POLICY_BYTES_MAX: Final = 1 << 20
 _CACHED_MAX: Final = 4_096
-_READS: Final = frozenset({".", "has", "like", "is", "getTag", "hasTag"})
+_IN_KEY: Final = frozenset({("context", "kind"), ("context", "tenant"), ("resource", "kind")})
+_ENCODE: Final = msgspec.json.Encoder().encode
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a policy decides on, beside who asks. `kind` is the resource's."""
+    """What a policy decides on, beside who asks and when. `kind` is the resource's; `owner` and `tenant` are its own,
+    where they are known; `hosts` is what a job or cell wants to reach, told to `job.network` and `unapproved` alone."""
 
     operation: str
     kind: str
@@ -41,43 +53,67 @@ class Question:
     labels: tuple[str, ...] = ()
     id: str | None = None
     hosts: tuple[str, ...] | None = None
-    """What a job or cell wants to reach; asked about by `job.network`, `job.unapproved`, `cell.unapproved`."""
+    owner: str | None = None
+    tenant: str | None = None
+    intent: str | None = None
+    provider: str | None = None
+    route: str | None = None
+
+    @property
+    def resource_id(self) -> str:
+        """The id of the resource's entity: the model of a job of one, else what is named, else nothing."""
+        return self.model or self.id or ""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`determining` are the ids of the policies that decided; `errors` is empty unless evaluation failed."""
+    """`determining` are the names of the policies that decided; `errors` is empty unless evaluation failed. `shadow` is
+    what a policy on trial would have decided (`access.trial`)."""
 
     allow: bool
     determining: tuple[str, ...]
     digest: Digest
     errors: tuple[str, ...] = ()
+    shadow: Decision | None = None
 
-    def ref(self) -> PolicyRef:
-        return PolicyRef(digest=self.digest, decision="allow" if self.allow else "deny", determining=self.determining)
+    @property
+    def outcome(self) -> Literal["allow", "deny"]:
+        return "allow" if self.allow else "deny"
+
+
+class Decides(Protocol):
+    """Whatever answers questions: a policy, or one beside another on trial."""
+
+    def decide(self, principal: Principal, role: str, question: Question, now_ns: int) -> Decision: ...
+
+    def describes(self, operation: str, kind: str) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """The policies that could apply to one role, operation and type of resource, and what must be told to them."""
+
+    set: cedarpy.PolicySet
+    names: dict[str, str]
+    contexts: frozenset[str]
+    describes: bool
+    """Whether the resource's attributes or what it belongs to are read."""
+    by_id: bool
+    cacheable: bool
 
 
 class Policy:
     """A loaded policy set; immutable. `text` is the document that `digest` names."""
 
     def __init__(self, text: str) -> None:
-        """Raises AetherError BAD_FIELD for text that does not parse or does not fit the schema."""
-        if len(text.encode()) > POLICY_BYTES_MAX:
-            raise AetherError("BAD_FIELD", f"cannot load the policy: it is longer than {POLICY_BYTES_MAX} bytes")
-        schema = _schema()
-        try:
-            self._set = cedarpy.PolicySet.from_str(text)
-            found = cedarpy.validate_policies(text, schema.handle)
-            rules = json.loads(cedarpy.policies_to_json_str(text))["staticPolicies"]
-        except ValueError as error:
-            raise AetherError("BAD_FIELD", f"cannot load the policy: {error}") from error
-        if not found.validation_passed:
-            raise AetherError("BAD_FIELD", f"cannot load the policy: {'; '.join(map(str, found.errors[:5]))}")
+        """Raises AetherError BAD_POLICY for text that does not parse or does not fit the schema."""
+        self.rules: tuple[Rule, ...] = parse(text)
         self.text = text
         self.digest = digest_bytes(text.encode())
-        self._reading = [rule for rule in rules.values() if _reads(rule["conditions"])]
-        self._entities: OrderedDict[tuple[str, str, str, str], cedarpy.Entities] = OrderedDict()
-        self._cache: OrderedDict[tuple[str, str, str, str, str], Decision] = OrderedDict()
+        self._slices: OrderedDict[tuple[str, str, str], _Slice] = OrderedDict()
+        self._entities: OrderedDict[tuple[str, ...], cedarpy.Entities] = OrderedDict()
+        self._describes: OrderedDict[tuple[str, str], bool] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, ...], Decision] = OrderedDict()
 
     @classmethod
     def load(cls, text: str) -> Policy:
@@ -89,108 +125,145 @@ class Policy:
         return cls(resources.files(__package__).joinpath("default.cedar").read_text(encoding="utf-8"))
 
     def __repr__(self) -> str:
-        return f"<Policy {self.digest} cached={len(self._cache)}>"
+        return f"<Policy {self.digest} rules={len(self.rules)} cached={len(self._cache)}>"
 
-    def decide(self, principal: Principal, role: str, question: Question) -> Decision:
-        """Whether the principal, in that role, may do what it asks."""
-        key = (principal.name, role, principal.tenant_id, question.operation, question.kind)
-        if (known := self._cache.get(key)) is not None:
-            return known
-        decision = self._decide(principal, role, question)
-        if self._cacheable(question):
-            self._cache[key] = decision
-            if len(self._cache) > _CACHED_MAX:
-                self._cache.popitem(last=False)
+    def decide(self, principal: Principal, role: str, question: Question, now_ns: int) -> Decision:
+        """Whether the principal, in that role, may do what it asks. `now_ns` is the wall clock."""
+        known = self._slices.get((role, question.operation, question.kind))
+        part = known if known is not None else self._slice(role, question)
+        if not part.cacheable:
+            return self._decide(part, principal, role, question, now_ns)
+        key = (
+            principal.name, principal.kind, principal.tenant_id, role, question.operation, question.kind,
+            question.resource_id if part.by_id else "",
+        )  # fmt: skip
+        if (decision := self._cache.get(key)) is None:
+            decision = _keep(self._cache, key, self._decide(part, principal, role, question, now_ns))
         return decision
 
-    def _decide(self, principal: Principal, role: str, question: Question) -> Decision:
-        context: dict[str, Any] = {
-            "id": question.id or "",
-            "kind": question.kind,
-            "labels": question.labels,
-            "model": question.model or "",
-            "op": question.op or "",
-            "tenant": principal.tenant_id,
-        }
-        if question.hosts is not None:
-            context["hosts"] = question.hosts
+    def describes(self, operation: str, kind: str) -> bool:
+        """Whether a policy may look at the resource's attributes, in whatever role somebody asks."""
+        known = self._describes.get((operation, kind))
+        if known is None:
+            actions, resource_type = schema().groups(operation), type_of(kind)
+            rules = tuple(rule for rule in self.rules if rule.covers(None, actions, resource_type))
+            known = _keep(self._describes, (operation, kind), _slice_of(rules).describes)
+        return known
+
+    def candidates(self, role: str, question: Question) -> tuple[Rule, ...]:
+        """The rules whose scope could apply."""
+        actions, resource_type = schema().groups(question.operation), type_of(question.kind)
+        return tuple(rule for rule in self.rules if rule.covers(role, actions, resource_type))
+
+    def decide_by(
+        self, rules: tuple[Rule, ...], principal: Principal, role: str, question: Question, now_ns: int
+    ) -> Decision:
+        """What those rules alone would decide."""
+        return self._decide(_slice_of(rules), principal, role, question, now_ns)
+
+    def _slice(self, role: str, question: Question) -> _Slice:
+        found = _slice_of(self.candidates(role, question))
+        return _keep(self._slices, (role, question.operation, question.kind), found)
+
+    def _decide(self, part: _Slice, principal: Principal, role: str, question: Question, now_ns: int) -> Decision:
         request = {
             "principal": {"type": "Principal", "id": principal.name},
             "action": {"type": "Action", "id": question.operation},
-            "resource": {"type": "Resource", "id": question.kind},
-            "context": context,
+            "resource": {"type": type_of(question.kind), "id": question.resource_id},
+            "context": _ENCODE(_context(part.contexts, principal, question, now_ns)).decode(),
         }
         try:
-            result = cedarpy.is_authorized(request, self._set, self._entities_of(principal, role))
-        except ValueError as error:
+            entities = self._entities_of(principal, role, question.operation)
+            if part.describes:
+                entities = entities.with_added_json_str(_ENCODE([_resource(question)]).decode())
+            result = cedarpy.is_authorized(request, part.set, entities)
+        except (ValueError, UnicodeEncodeError) as error:
             return Decision(False, (), self.digest, (str(error),))
         diagnostics = result.diagnostics
         errors = tuple(diagnostics.errors)
-        names: Mapping[str, str] = diagnostics.id_annotations_by_reason
-        determining = tuple(sorted(names.get(reason) or reason for reason in diagnostics.reasons))
+        determining = tuple(sorted(part.names[reason] for reason in diagnostics.reasons))
         return Decision(result.allowed and not errors, determining, self.digest, errors)
 
-    def _entities_of(self, principal: Principal, role: str) -> cedarpy.Entities:
-        key = (principal.name, role, principal.tenant_id, principal.kind)
+    def _entities_of(self, principal: Principal, role: str, operation: str) -> cedarpy.Entities:
+        """The principal and the action, with what they belong to."""
+        key = (principal.name, principal.kind, principal.tenant_id, role, operation)
         entities = self._entities.get(key)
         if entities is None:
-            entity = {
-                "uid": {"type": "Principal", "id": principal.name},
-                "attrs": {"tenant": principal.tenant_id, "kind": principal.kind},
-                "parents": [{"type": "Role", "id": role}],
-            }
-            entities = self._entities[key] = _schema().base.with_added_json_str(json.dumps([entity]))
-            if len(self._entities) > _CACHED_MAX:
-                self._entities.popitem(last=False)
+            groups = sorted(schema().groups(operation) - {operation})
+            described = [
+                {
+                    "uid": {"type": "Principal", "id": principal.name},
+                    "attrs": {
+                        "id": principal.name,
+                        "kind": principal.kind,
+                        "tenant": _ref("Tenant", principal.tenant_id),
+                    },
+                    "parents": [{"type": "Role", "id": role}, {"type": "Tenant", "id": principal.tenant_id}],
+                },
+                {
+                    "uid": {"type": "Action", "id": operation},
+                    "attrs": {},
+                    "parents": [{"type": "Action", "id": group} for group in groups],
+                },
+            ]
+            entities = _keep(self._entities, key, cedarpy.Entities.from_json_str(_ENCODE(described).decode()))
         return entities
 
-    def _cacheable(self, question: Question) -> bool:
-        return not any(
-            _scope_covers(rule["action"], question.operation, _schema().groups.get(question.operation, frozenset()))
-            and _scope_covers(rule["resource"], question.kind, frozenset())
-            for rule in self._reading
-        )
+
+def _keep(cache: OrderedDict[K, V], key: K, value: V) -> V:
+    cache[key] = value
+    if len(cache) > _CACHED_MAX:
+        cache.popitem(last=False)
+    return value
 
 
-@dataclass(frozen=True, slots=True)
-class _Schema:
-    handle: cedarpy.Schema
-    base: cedarpy.Entities
-    groups: dict[str, frozenset[str]]
-    """The action groups of each operation."""
+def _slice_of(rules: tuple[Rule, ...]) -> _Slice:
+    reads = frozenset(read for rule in rules for read in rule.reads)
+    contexts = frozenset(attribute for variable, attribute in reads if variable == "context")
+    of_resource = frozenset(attribute for variable, attribute in reads if variable == "resource")
+    joined = {"staticPolicies": {rule.key: rule.body for rule in rules}, "templates": {}, "templateLinks": []}
+    return _Slice(
+        set=cedarpy.PolicySet.from_json_str(_ENCODE(joined).decode()),
+        names={rule.key: rule.name for rule in rules},
+        contexts=schema().contexts if WHOLE in contexts else contexts & schema().contexts,
+        describes=not of_resource <= {IDENTITY},
+        by_id=bool(of_resource & {IDENTITY, ANCESTORS}),
+        cacheable=not any(
+            variable == "context" or (variable == "resource" and attribute not in (IDENTITY, ANCESTORS))
+            for variable, attribute in reads - _IN_KEY
+        ),
+    )
 
 
-@functools.cache
-def _schema() -> _Schema:
-    text = resources.files(__package__).joinpath("aether.cedarschema.json").read_text(encoding="utf-8")
-    handle = cedarpy.Schema.from_json_str(text)
-    actions: dict[str, Any] = json.loads(text)[""]["actions"]
-    groups = {name: frozenset(group["id"] for group in action.get("memberOf", ())) for name, action in actions.items()}
-    entities = [
-        {
-            "uid": {"type": "Action", "id": name},
-            "attrs": {},
-            "parents": [{"type": "Action", "id": group} for group in sorted(members)],
-        }
-        for name, members in groups.items()
-    ]
-    return _Schema(handle, cedarpy.Entities.from_json_str(json.dumps(entities)), groups)
+def _context(contexts: frozenset[str], principal: Principal, question: Question, now_ns: int) -> dict[str, Any]:
+    """The attributes of `contexts`; what does not apply is empty."""
+    told: dict[str, Any] = {}
+    for name in contexts:
+        if name == "time":
+            told[name] = calendar(now_ns)
+        elif name == "tenant":
+            told[name] = principal.tenant_id
+        elif name in ("labels", "hosts"):
+            told[name] = getattr(question, name) or ()
+        else:
+            told[name] = getattr(question, name) or ""
+    return told
 
 
-def _reads(node: Any) -> bool:
-    """Whether an expression (Cedar's JSON form) looks at anything but the entities of the scope."""
-    if isinstance(node, dict):
-        if node.get("Var") == "context" or not _READS.isdisjoint(node):
-            return True
-        return any(_reads(child) for child in node.values())
-    if isinstance(node, list):
-        return any(_reads(child) for child in node)
-    return False
+def _resource(question: Question) -> dict[str, Any]:
+    identity = question.resource_id
+    attributes: dict[str, Any] = {"id": identity, "kind": question.kind, "labels": question.labels}
+    parents = []
+    if question.owner is not None:
+        attributes["owner"] = _ref("Principal", question.owner)
+    if question.tenant is not None:
+        attributes["tenant"] = _ref("Tenant", question.tenant)
+        parents.append({"type": "Tenant", "id": question.tenant})
+    base, version, _ = identity.partition("@")
+    if question.kind == "model" and version:
+        parents.append({"type": "Model", "id": base})
+    return {"uid": {"type": type_of(question.kind), "id": identity}, "attrs": attributes, "parents": parents}
 
 
-def _scope_covers(scope: dict[str, Any], identity: str, groups: frozenset[str]) -> bool:
-    """Whether a policy's scope could match the entity; when in doubt it could."""
-    entities = [scope["entity"]] if "entity" in scope else scope.get("entities", [])
-    if scope["op"] not in ("==", "in") or not entities:
-        return True
-    return any(entity.get("id") == identity or entity.get("id") in groups for entity in entities)
+def _ref(entity_type: str, identity: str) -> dict[str, Any]:
+    return {"__entity": {"type": entity_type, "id": identity}}
