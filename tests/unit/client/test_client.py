@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aether.api.operations import OPERATIONS
-from aether.client import Client, audit, budgets, cells, tickets
+from aether.client import Client, approvals, audit, budgets, cells, tickets
 from aether.client.inputs import gather
 from aether.contract.cells import Limits
 from aether.contract.errors import AetherError
@@ -46,7 +46,7 @@ def test_every_operation_has_its_method(client: Client) -> None:
     job = client.get(job.job_id)
     assert client.signal(job.job_id, 15).job_id == client.window(job.job_id, 24, 80).job_id == job.job_id
     source = inspect.getsource(Client) + inspect.getsource(cells) + inspect.getsource(tickets)
-    source += inspect.getsource(audit) + inspect.getsource(budgets)
+    source += inspect.getsource(audit) + inspect.getsource(budgets) + inspect.getsource(approvals)
     assert all(f'"{operation.name}"' in source for operation in OPERATIONS)
 
 
