@@ -57,7 +57,7 @@ BUDGET_OPERATIONS: Final[tuple[Operation, ...]] = (
         body="json",
         body_type=budgetcalls.SetBudget,
         body_field="request",
-        errors=(*JSON_ERRORS, *WRITE_ERRORS, "IDEMPOTENCY_CONFLICT"),
+        errors=(*JSON_ERRORS, *WRITE_ERRORS),
     ),
     Operation(
         name="budget.top-up",
@@ -72,7 +72,7 @@ BUDGET_OPERATIONS: Final[tuple[Operation, ...]] = (
         body="json",
         body_type=budgetcalls.TopUp,
         body_field="request",
-        errors=(*JSON_ERRORS, *WRITE_ERRORS, "IDEMPOTENCY_CONFLICT", "NOT_FOUND"),
+        errors=(*JSON_ERRORS, *WRITE_ERRORS, "NOT_FOUND"),
     ),
     Operation(
         name="usage",
@@ -112,6 +112,6 @@ BUDGET_OPERATIONS: Final[tuple[Operation, ...]] = (
         body="json",
         body_type=budgetcalls.SetQuota,
         body_field="request",
-        errors=(*JSON_ERRORS, *WRITE_ERRORS, "IDEMPOTENCY_CONFLICT"),
+        errors=(*JSON_ERRORS, *WRITE_ERRORS),
     ),
 )

@@ -65,7 +65,6 @@ CELL_OPERATIONS: Final[tuple[Operation, ...]] = (
             "NAME_TAKEN",
             "NO_SUCH_CELL",
             "CELL_FROZEN",
-            "IDEMPOTENCY_CONFLICT",
             "APPROVAL_NEEDED",
             "APPROVAL_DENIED",
             "APPROVAL_LIMIT",
@@ -229,7 +228,7 @@ CELL_OPERATIONS: Final[tuple[Operation, ...]] = (
         idempotent=False,
         body="json",
         body_type=SignalBody,
-        errors=(*JOB_ERRORS, *JSON_ERRORS, *WRITE_ERRORS, "NOT_READY", "NO_SUCH_CELL", "IDEMPOTENCY_CONFLICT"),
+        errors=(*JOB_ERRORS, *JSON_ERRORS, *WRITE_ERRORS, "NOT_READY", "NO_SUCH_CELL"),
     ),
     Operation(
         name="job.attach",

@@ -22,7 +22,7 @@ def api_markdown() -> str:
     """docs/api.md."""
     parts = [_SOURCE, _API_HEAD, "| operation | HTTP | access | effect | repeatable |\n|---|---|---|---|---|\n"]
     for operation in OPERATIONS:
-        repeatable = "yes" if operation.idempotent else "with Idempotency-Key"
+        repeatable = "yes" if operation.idempotent else "with Idempotency-Key" if operation.keyed else "no"
         spelling = f"`{operation.method} {operation.path}`"
         parts.append(f"| `{operation.name}` | {spelling} | {operation.access} | {operation.effect} | {repeatable} |\n")
     parts.append("\n**Access rules.** " + " ".join(f"`{name}`: {text}." for name, text in ACCESS.items()) + "\n")
@@ -69,7 +69,10 @@ The machine-readable form is `/openapi.json`. Errors are listed in [errors.md](e
   narrows or replaces what that uid may do.
 - **Headers.** `X-Request-Id` is taken when well formed (1-128 of `A-Za-z0-9._:-`), else made, and is always answered.
   `Traceparent` (W3C) is kept with the job. `Idempotency-Key` (1-{limits.IDEMPOTENCY_KEY_CHARS_MAX} visible ASCII
-  characters) makes a submission safe to repeat for {limits.IDEMPOTENCY_WINDOW_S} s.
+  characters) names one call of what changes anything: repeated within {limits.IDEMPOTENCY_WINDOW_S} s by the same
+  principal and ticket it has no second effect and costs nothing, and gets the answer of the first; other input is
+  `IDEMPOTENCY_CONFLICT`. After a restart of aetherd an answer is made anew from what stands, and where that cannot be
+  `ANSWER_NOT_KEPT` says that it was done. `job.attach` takes no key: a connection has no answer to repeat.
 - **Bodies** are JSON objects (`Content-Type: application/json`), at most {limits.HTTP_BODY_BYTES_MAX} bytes, nested at
   most {limits.JSON_DEPTH_MAX} deep, without unknown fields; a request head is at most {limits.HTTP_HEADER_BYTES_MAX}
   bytes. Unknown query parameters are refused.

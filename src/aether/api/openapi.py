@@ -127,7 +127,7 @@ def _parameters(operation: Operation) -> list[JsonObject]:
         {"name": p.name, "in": "query", "required": p.required, "schema": dict(p.schema), "description": p.summary}
         for p in operation.query
     ]
-    if not operation.idempotent:
+    if operation.keyed:
         found.append(
             {
                 "name": "Idempotency-Key",

@@ -40,6 +40,7 @@ COMMON_ERRORS: Final = (
     "PROTOCOL",
 )
 WRITE_ERRORS: Final = ("BUDGET_EXHAUSTED", "DISK_FULL")
+KEYED_ERRORS: Final = ("IDEMPOTENCY_CONFLICT", "ANSWER_NOT_KEPT")
 JSON_ERRORS: Final = ("BAD_JSON", "BAD_FIELD", "MEDIA_TYPE")
 MODEL_ERRORS: Final = (
     "NO_SUCH_MODEL", "NONFINITE", "SHAPE", "UNIT", "DT_NONPOSITIVE", "DT_OUT_OF_RANGE", "STATE_MODEL_MISMATCH",
@@ -80,11 +81,19 @@ class Operation:
     media_type: str = "application/json"
     statuses: tuple[int, ...] = (200,)
     errors: tuple[str, ...] = ()
+    tells_secret: bool = False
+    """Its answer holds a secret, which is not kept for a repeated call."""
+
+    @property
+    def keyed(self) -> bool:
+        """Whether it takes an Idempotency-Key: all that changes something, but for a connection that is taken over,
+        of which there is no answer to repeat."""
+        return self.effect != "read" and self.streaming != "both"
 
     @property
     def all_errors(self) -> tuple[str, ...]:
         """Every code this operation may answer."""
-        return tuple(dict.fromkeys((*COMMON_ERRORS, *self.errors)))
+        return tuple(dict.fromkeys((*COMMON_ERRORS, *self.errors, *(KEYED_ERRORS if self.keyed else ()))))
 
     @property
     def path_argument(self) -> str | None:

@@ -6,7 +6,8 @@ those in COMMON_ERRORS. Interfaces (`api.http`, `client`, `cli`, `/openapi.json`
 of this table and hold no list of their own; the authority implements one handler per name.
 
 Invariants (tests hold them): names and (method, path) pairs are unique; every error code is in
-`contract.errors.KINDS`; an operation that is not `read` accepts an Idempotency-Key or is idempotent by nature.
+`contract.errors.KINDS`; an operation that is not `read` accepts an Idempotency-Key (`keyed`); `idempotent` says that it
+is harmless to repeat without one, too.
 """
 
 from __future__ import annotations
@@ -91,7 +92,6 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
             *WRITE_ERRORS,
             *MODEL_ERRORS,
             *CELL_ERRORS,
-            "IDEMPOTENCY_CONFLICT",
             "APPROVAL_LIMIT",
             "NOT_FOUND",
             "BAD_ID",

@@ -22,7 +22,8 @@ TICKET_OPERATIONS: Final[tuple[Operation, ...]] = (
         body_type=ticketcalls.MintRequest,
         body_field="request",
         statuses=(201,),
-        errors=(*JSON_ERRORS, *WRITE_ERRORS, "TICKET_LIMIT", "IDEMPOTENCY_CONFLICT"),
+        errors=(*JSON_ERRORS, *WRITE_ERRORS, "TICKET_LIMIT", "GONE"),
+        tells_secret=True,
     ),
     Operation(
         name="ticket.list",

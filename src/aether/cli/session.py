@@ -1,4 +1,4 @@
-"""What every command shares: `--json`, `--ticket`, `--state`, `--socket`, the client, and how errors end.
+"""What every command shares: `--json`, `--ticket`, `--state`, `--socket`, `--idempotency-key`; the client; errors.
 
 `@command(app, name)` adds these options to a function whose first parameter is a Session.
 """
@@ -29,6 +29,15 @@ _OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
         Annotated[Path | None, typer.Option(envvar="AETHER_STATE", metavar="DIR", help="The instance's directory.")],
         None,
     ),
+    "idempotency_key": (
+        Annotated[
+            str | None,
+            typer.Option(
+                "--idempotency-key", metavar="KEY", help="Repeated with the same KEY within minutes, it is done once."
+            ),
+        ],
+        None,
+    ),
     "socket": (
         Annotated[Path | None, typer.Option(metavar="PATH", help="The instance's socket, instead of --state.")],
         None,
@@ -44,6 +53,7 @@ class Session:
     ticket: str | None
     state: Path | None
     socket: Path | None
+    idempotency_key: str | None = None
 
     @property
     def state_dir(self) -> Path:
@@ -55,7 +65,7 @@ class Session:
         """A client of the chosen instance; nothing is connected yet."""
         from aether.client import Client
 
-        return Client(self.socket, state=self.state_dir, ticket=self.ticket)
+        return Client(self.socket, state=self.state_dir, ticket=self.ticket, idempotency_key=self.idempotency_key)
 
 
 def command(app: typer.Typer, name: str, **settings: Any) -> Callable[[Callable[..., int | None]], Callable[..., None]]:

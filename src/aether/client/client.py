@@ -16,6 +16,7 @@ import io
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
@@ -62,7 +63,11 @@ class Submission(JobView, frozen=True, kw_only=True):
 
 
 class Client:
-    """Talks to one instance. May be used from several threads. `close` (or `with`) frees its connections."""
+    """Talks to one instance. May be used from several threads. `close` (or `with`) frees its connections.
+
+    `idempotency_key` goes with every call that changes something; the second call of an operation gets it with `#2`,
+    and so on: a program that does the same again under the same key does it once.
+    """
 
     def __init__(
         self,
@@ -70,6 +75,7 @@ class Client:
         *,
         state: str | os.PathLike[str] | None = None,
         ticket: str | None = None,
+        idempotency_key: str | None = None,
         timeout_s: float = TIMEOUT_S_DEFAULT,
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -77,6 +83,7 @@ class Client:
         self.state = Path(state).absolute() if state is not None else state_dir(env, os.geteuid(), Path.home())
         path = Path(socket_path) if socket_path is not None else Layout(self.state).api_socket
         self._ticket = ticket if ticket is not None else env.get("AETHER_TICKET") or None
+        self._key, self._keyed = idempotency_key, Counter[str]()
         self._transport = Transport(path, timeout_s)
 
     def __enter__(self) -> Client:
@@ -499,6 +506,10 @@ class Client:
         sent = {"Accept-Encoding": "identity", "X-Request-Id": ids.new(ids.REQUEST), **(headers or {})}
         if self._ticket:
             sent["Authorization"] = f"Bearer {self._ticket}"
+        if self._key is not None and operation.keyed:
+            self._keyed[operation_name] += 1
+            count = self._keyed[operation_name]
+            sent["Idempotency-Key"] = self._key if count == 1 else f"{self._key}#{count}"
         repeatable = operation.idempotent or "Idempotency-Key" in sent
         return Call(operation.method, target, sent, body, repeatable, self._transport.timeout_s + extra_s)
 

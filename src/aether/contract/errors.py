@@ -50,6 +50,7 @@ KINDS: Final[Mapping[str, ErrorKind]] = {
     "NO_RESULT": ErrorKind(409, EXIT_FAILED, "read the job's error; only a succeeded job has a result"),
     "GONE": ErrorKind(410, EXIT_FAILED, "run the job again"),
     "IDEMPOTENCY_CONFLICT": ErrorKind(409, EXIT_USAGE, "use a new Idempotency-Key for another request"),
+    "ANSWER_NOT_KEPT": ErrorKind(409, EXIT_FAILED, "the call was done once; read what it left, and use a new key"),
     # authority
     "UNAUTHENTICATED": ErrorKind(401, EXIT_REFUSED, "connect over the Unix socket or send a ticket"),
     "BAD_TICKET": ErrorKind(401, EXIT_REFUSED, "mint a new ticket"),

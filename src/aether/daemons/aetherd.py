@@ -13,9 +13,10 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from aether.api.http import HttpApp
+from aether.api.operations import OPERATIONS
 from aether.api.server import serve as serve_http
 from aether.backends import link as links
 from aether.contract.paths import Layout
@@ -28,6 +29,7 @@ from aether.substrate.access.budget import Accounts
 from aether.substrate.access.keyfile import Keys
 from aether.substrate.access.keyfile import settle as settle_keys
 from aether.substrate.access.policy import Policy
+from aether.substrate.again import ways
 from aether.substrate.approvals import ApprovalDesk
 from aether.substrate.asking import Asking
 from aether.substrate.audit.keyfile import open_signer
@@ -53,6 +55,7 @@ from aether.substrate.meter import Meter
 from aether.substrate.orchestra import Orchestra
 from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
+from aether.substrate.repeats import Keyed, Repeats
 from aether.substrate.service import Parts, Service
 from aether.substrate.submission import Submitter
 from aether.substrate.talking import Talking
@@ -61,6 +64,12 @@ from aether.substrate.ticketkeys import TicketKeys
 from aether.substrate.watching import Watching
 from aether.substrate.workers import Workers
 from aether.telemetry.metrics import Metrics
+
+KEYED: Final = Keyed(
+    frozenset(operation.name for operation in OPERATIONS if operation.keyed),
+    frozenset(operation.name for operation in OPERATIONS if operation.idempotent),
+    frozenset(operation.name for operation in OPERATIONS if operation.tells_secret),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +123,7 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
     meter = Meter(book, cells, fence, egress)
     book.on_record(meter.heard)
     egress.on_reached(meter.passed)
+    tickets = TicketDesk(gate, book, access, house, fence)
     cells.on_end(execution.ended)
     cells.on_gone(house.gone)
     cells.on_connect(reconciler.spawner_connected)
@@ -140,7 +150,8 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         watching=Watching(gate, book, house, cells, reading, ActivityLogs(layout.job_logs)),
         audit=AuditReading(gate, book, orchestra, reading, house),
         images=ImageDesk(gate, book, orchestra, execution, cells, house),
-        tickets=TicketDesk(gate, book, access, house, fence),
+        tickets=tickets,
+        repeats=Repeats(book, access.bearer, KEYED, ways(reading, house, tickets)),
         ticket_keys=TicketKeys(gate, book, access, house, functools.partial(_keys, layout, book)),
         fence=fence,
         meter=meter,

@@ -27,6 +27,7 @@ from aether.substrate.access.budget import Accounts
 from aether.substrate.allocations import ENDING, Allocation, Memory
 from aether.substrate.approvalbook import Kept
 from aether.substrate.audit.log import AuditLog
+from aether.substrate.keymark import marked, note_written
 from aether.substrate.ledger import KeyEntry, Ledger, OpenJob
 from aether.substrate.quotas import Quotas
 from aether.substrate.usage import UsageBook
@@ -95,11 +96,12 @@ class Book:
         built: list[Record] = []
 
         def build(index: int) -> Record:
-            built.append(make(index, rfc3339(self.now_ns())))
+            built.append(marked(make(index, rfc3339(self.now_ns()))))
             self.ledger.tickets.check(built[0])
             return built[0]
 
         self.log.append(build)
+        note_written(built[0])
         self._apply(built[0])
         if built[0].type == "job.outcome" and built[0].job_id is not None:
             self._unpublished.add(built[0].job_id)

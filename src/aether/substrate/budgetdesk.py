@@ -14,11 +14,8 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
-import msgspec
-
 from aether.contract import budgetcalls as wire
 from aether.contract.calls import Caller
-from aether.contract.canonical import canonical, digest_bytes
 from aether.contract.errors import AetherError
 from aether.contract.records import Record, RecordType
 from aether.contract.ticketcalls import LINK_PATTERN
@@ -77,7 +74,7 @@ class BudgetDesk:
             {"account": account, "unit": unit, "amount": "none" if amount is None else str(amount)}
             for unit, amount in sorted(request.limits.items())
         ]
-        await self._ordered(caller, "budget.set", account, details, request)
+        await self._ordered(caller, "budget.set", account, details)
         return self._view(account, self._stated(account))
 
     async def top_up(self, caller: Caller, call: wire.TopUpCall) -> wire.AccountView:
@@ -91,7 +88,7 @@ class BudgetDesk:
             {"account": request.account, "unit": unit, "amount": str(amount), "root_id": root or ""}
             for unit, amount in sorted(request.amounts.items())
         ]
-        await self._ordered(caller, "budget.raised", request.account, details, request, found=root is not None)
+        await self._ordered(caller, "budget.raised", request.account, details, found=root is not None)
         return self._view(request.account, stated)
 
     async def usage(self, caller: Caller, call: wire.UsageCall) -> wire.UsageReport:
@@ -119,7 +116,7 @@ class BudgetDesk:
             {"subject": request.subject, "quota": quota, "amount": "default" if amount is None else str(amount)}
             for quota, amount in sorted(request.quotas.items())
         ]
-        await self._ordered(caller, "quota.set", request.subject, details, request)
+        await self._ordered(caller, "quota.set", request.subject, details)
         return wire.QuotaList(quotas=self._book.quotas.views((request.subject,)))
 
     # ---- inside
@@ -130,22 +127,16 @@ class BudgetDesk:
         kind: RecordType,
         subject: str,
         details: list[dict[str, str]],
-        request: msgspec.Struct,
         found: bool = True,
     ) -> None:
-        """Admits the order and writes its records, the first of which pays for it; once for an Idempotency-Key."""
+        """Admits the order and writes its records, the first of which pays for it."""
         operation = "budget.top-up" if kind == "budget.raised" else kind
         admission = self._gate.admit(caller, operation, Resource(kind=_KIND, id=subject))
         if not admission.ticket.implicit:
             raise AetherError("TICKET_DENIED", f"cannot {operation} with a ticket: what narrows it would be shed")
         if not found:
             raise _unknown(subject)
-        key = _key(caller, admission, operation, request)
-        if key is not None and (known := self._book.ledger.remembered(key[0], self._book.now_ns())) is not None:
-            if known.input_hash != key[1]:
-                raise AetherError("IDEMPOTENCY_CONFLICT", f"cannot {operation}: the Idempotency-Key has another use")
-            return
-        order = self._house.order(caller, admission, operation, key)
+        order = self._house.order(caller, admission, operation)
         for number, detail in enumerate(details):
             paid = order if number == 0 else Order(caller, admission, operation)
             record = self._write(paid, kind, detail)
@@ -165,8 +156,6 @@ class BudgetDesk:
                 traceparent=order.caller.traceparent,
                 operation=order.operation,
                 effect="control",
-                input_hash=order.key[1] if order.key else None,
-                idempotency_hash=order.key[0] if order.key else None,
                 ticket=order.admission.ticket,
                 policy=order.admission.policy,
                 budget=order.budget,
@@ -210,13 +199,6 @@ class BudgetDesk:
         except AetherError:
             return False
         return True
-
-
-def _key(caller: Caller, admission: Admission, operation: str, request: msgspec.Struct) -> tuple[str, str] | None:
-    if caller.idempotency_key is None:
-        return None
-    who = f"{admission.principal.tenant_id}\0{admission.principal.name}\0{operation}\0{caller.idempotency_key}"
-    return digest_bytes(who.encode()), digest_bytes(canonical(msgspec.to_builtins(request)))
 
 
 def _unknown(name: str) -> AetherError:

@@ -22,14 +22,12 @@ from aether.substrate.ledger import OpenJob
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Who asked for a change, on what authority, what it costs; `key`: the hashes of its Idempotency-Key and of what
-    that stands for."""
+    """Who asked for a change, on what authority, what it costs."""
 
     caller: Caller
     admission: Admission
     operation: str
     budget: BudgetRef | None = None
-    key: tuple[str, str] | None = None
 
 
 def allocated(
@@ -50,8 +48,6 @@ def allocated(
         operation=order.operation,
         effect="cell",
         cell_id=cell_id,
-        input_hash=order.key[1] if order.key else None,
-        idempotency_hash=order.key[0] if order.key else None,
         labels=request.labels,
         ticket=order.admission.ticket,
         policy=order.admission.policy,
@@ -126,8 +122,6 @@ def told(of: Record, kind: RecordType, order: Order, detail: Mapping[str, str], 
         kind=of.kind,
         op=of.op,
         cell_id=of.cell_id,
-        input_hash=order.key[1] if order.key else None,
-        idempotency_hash=order.key[0] if order.key else None,
         labels=of.labels,
         ticket=order.admission.ticket,
         policy=order.admission.policy,

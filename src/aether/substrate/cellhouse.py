@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -28,7 +28,7 @@ from aether.contract.allocations import (
     specification,
 )
 from aether.contract.calls import Caller
-from aether.contract.canonical import canonical, canonical_record, digest_bytes
+from aether.contract.canonical import canonical, canonical_record
 from aether.contract.cellcalls import (
     AllocateCall,
     CellCall,
@@ -92,14 +92,11 @@ class CellHouse:
         request = call.request
         check_request(request)
         admission = self._admit(caller, request)
-        key = _key(caller, admission, request)
-        if key is not None and (known := self._repeated(key)) is not None:
-            return self.view(known)
         self._check_free(request, admission.principal.tenant_id)
         self._book.quotas.check_cell(admission.principal.tenant_id, admission.principal.name)
         self._cells.check_required((*request.require, *(NEEDED if request.network is not None else ())))
         approval = await self._approval(caller, admission, call)
-        cell = self._record(request, self.order(caller, admission, "cell.allocate", key, request.limits), approval)
+        cell = self._record(request, self.order(caller, admission, "cell.allocate", request.limits), approval)
         self._making.add(cell.cell_id)
         try:
             await self._book.durable(cell.allocated)
@@ -118,6 +115,10 @@ class CellHouse:
         assert cell.started is not None
         await self._book.durable(cell.started)
         return self.view(cell)
+
+    async def again(self, caller: Caller, operation: str, cell_id: str) -> CellView:
+        """The cell that a repeated call was about, as it stands."""
+        return self.view(self.find(caller, operation, cell_id)[1])
 
     async def listing(self, caller: Caller, call: ListCellsCall) -> CellList:
         admission = self._gate.admit(caller, "cell.list", Resource(kind="cell"))
@@ -225,7 +226,6 @@ class CellHouse:
         caller: Caller,
         admission: Admission,
         operation: str,
-        key: tuple[str, str] | None = None,
         cell: Limits | None = None,
     ) -> Order:
         """An order that costs one operation, and what a cell of these limits uses; raises DISK_FULL,
@@ -238,7 +238,7 @@ class CellHouse:
         held = reservation(name, admission.ticket.link_ids, bounds, admission.expires_ms, cell)
         charge = msgspec.structs.replace(held, settled=True)
         accounts.reserve(charge, runs=cell is not None)
-        return Order(caller, admission, operation, charge, key)
+        return Order(caller, admission, operation, charge)
 
     def write(self, order: Order | None, make: Callable[[int, str], Record]) -> Record:
         """Writes a record that an order pays for; one that cannot be written costs nothing."""
@@ -384,17 +384,6 @@ class CellHouse:
 
     def _document(self, request: CellRequest) -> str:
         return self._book.log.store_document(canonical(specification(request)))
-
-    def _repeated(self, key: tuple[str, str]) -> Allocation | None:
-        known = self._book.ledger.remembered(key[0], self._book.now_ns())
-        if known is None:
-            return None
-        cell = self._book.ledger.cells.find_any(known.job_id)
-        if known.input_hash != key[1] or cell is None:
-            raise AetherError(
-                "IDEMPOTENCY_CONFLICT", f"cannot allocate: the Idempotency-Key already stands for {known.job_id}"
-            )
-        return cell
 
     def _check_free(self, request: CellRequest, tenant_id: str) -> None:
         cells = self._book.ledger.cells
@@ -564,12 +553,3 @@ class CellHouse:
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-def _key(caller: Caller, admission: Admission, request: CellRequest) -> tuple[str, str] | None:
-    """The hash of the caller's Idempotency-Key, and of what it stands for."""
-    if caller.idempotency_key is None:
-        return None
-    who = f"{admission.principal.tenant_id}\0{admission.principal.name}\0cell.allocate\0{caller.idempotency_key}"
-    body: Mapping[str, Any] = msgspec.to_builtins(request)
-    return digest_bytes(who.encode()), digest_bytes(canonical(body))

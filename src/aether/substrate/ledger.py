@@ -23,6 +23,7 @@ from aether.contract.wire import Grant
 from aether.substrate.allocations import Allocations
 from aether.substrate.approvalbook import TYPES as APPROVAL_TYPES
 from aether.substrate.approvalbook import Approval, ApprovalBook
+from aether.substrate.keymark import request_hash
 from aether.substrate.ticketbook import TicketBook
 
 EGRESS_TYPES: Final = frozenset({"egress.opened", "egress.connection", "egress.closed"})
@@ -86,11 +87,13 @@ class OpenJob:
 
 @dataclass(frozen=True, slots=True)
 class KeyEntry:
-    """What an idempotency key stands for until `expires_ns`: the job, cell or ticket that the first call made."""
+    """What an idempotency key stands for until `expires_ns`: the job, cell or ticket that the first call was about, if
+    it was, and the record that it left."""
 
     job_id: str
     input_hash: str
     expires_ns: int
+    log_index: int = 0
 
 
 def grant_of(intent: Record) -> Grant:
@@ -136,7 +139,7 @@ class Ledger:
         self.tickets.apply(record)
         self.approvals.apply(record)
         job_id = record.job_id
-        self._remember(record, job_id or record.cell_id or _link_of(record) or _subject_of(record))
+        self._remember(record, job_id or record.cell_id or _link_of(record) or _subject_of(record) or "")
         if job_id is None:
             return
         if record.type == "job.intent":
@@ -183,10 +186,10 @@ class Ledger:
                 self.cells.entered(job.place, job_id)
         self._keys = OrderedDict(keys)
 
-    def _remember(self, record: Record, job_id: str | None) -> None:
-        if record.idempotency_hash is not None and record.input_hash is not None and job_id is not None:
+    def _remember(self, record: Record, subject: str) -> None:
+        if record.idempotency_hash is not None and (asked := request_hash(record)) is not None:
             expires_ns = epoch_ns(record.time) + _WINDOW_NS
-            self._keys[record.idempotency_hash] = KeyEntry(job_id, record.input_hash, expires_ns)
+            self._keys[record.idempotency_hash] = KeyEntry(subject, asked, expires_ns, record.log_index)
 
     def _forget(self, now_ns: int) -> None:
         while self._keys:

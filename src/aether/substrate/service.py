@@ -71,6 +71,7 @@ from aether.substrate.meter import Meter
 from aether.substrate.orchestra import Orchestra
 from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
+from aether.substrate.repeats import Repeats
 from aether.substrate.submission import Submitter
 from aether.substrate.talking import Talking
 from aether.substrate.ticketdesk import TicketDesk
@@ -109,6 +110,7 @@ class Parts:
     fence: Fence
     meter: Meter
     budgets: BudgetDesk
+    repeats: Repeats
     audit: AuditReading
     metrics: Metrics
 
@@ -181,12 +183,13 @@ class Service:
     def _counted(self, name: str, run: Handler) -> Handler:
         children: dict[str, Any] = {"OK": self._calls.labels(name, "OK")}
         guard, quotas, now_ns = self._parts.fence.guard, self._parts.book.quotas, self._parts.book.now_ns
+        once = self._parts.repeats.once
 
         async def counted(caller: Caller, call: Any) -> Reply | UpgradeReply:
             code = "OK"
             try:
                 quotas.take_request(caller, now_ns())
-                return guard(caller, await run(caller, call))
+                return guard(caller, await once(name, run, caller, call))
             except AetherError as error:
                 code = error.code
                 raise

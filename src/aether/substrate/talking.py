@@ -17,7 +17,6 @@ from typing import Final
 
 from aether.contract import ids, limits
 from aether.contract.calls import Caller
-from aether.contract.canonical import canonical, digest_bytes
 from aether.contract.cellcalls import STREAM_PROTOCOL, AttachCall, SignalCall, UpgradeReply, WindowCall
 from aether.contract.errors import AetherError
 from aether.contract.jobs import JobView, Stdio
@@ -33,7 +32,6 @@ from aether.substrate.gate import Gate
 from aether.substrate.ledger import OpenJob
 from aether.substrate.lines import Held
 from aether.substrate.reading import Reading
-from aether.substrate.views import queued_view
 
 START_WAIT_S: Final = 15.0
 _POLL_S: Final = 0.01
@@ -58,16 +56,11 @@ class Talking:
         return f"<Talking attached={len(self._attached)}>"
 
     async def signal(self, caller: Caller, call: SignalCall) -> JobView:
-        """`job.signal`: recorded, then sent; repeated under its Idempotency-Key it is not sent again."""
+        """`job.signal`: recorded, then sent."""
         if not 1 <= call.signal < signal.NSIG:
             raise AetherError("BAD_FIELD", f"cannot send signal {call.signal}: it is none of 1..{signal.NSIG - 1}")
         admission, job = await self._running(caller, "job.signal", call.job_id)
-        key = _key(caller, admission, call)
-        if key is not None and (known := self._book.ledger.remembered(key[0], self._book.now_ns())) is not None:
-            if known.input_hash != key[1]:
-                raise AetherError("IDEMPOTENCY_CONFLICT", "cannot signal: the Idempotency-Key has another use")
-            return queued_view(job.intent, job.argv)
-        order = self._house.order(caller, admission, "job.signal", key)
+        order = self._house.order(caller, admission, "job.signal")
         await self._record("job.signal", job, order, {"signal": str(call.signal)})
         await self._cells.signal(job.place, job.executable, call.signal)
         return await self._reading.view_in_tenant(call.job_id, admission)
@@ -169,14 +162,6 @@ class Talking:
     async def _record(self, kind: RecordType, job: OpenJob, order: Order, detail: dict[str, str]) -> None:
         record = self._house.write(order, lambda index, now: entries.told(job.intent, kind, order, detail, index, now))
         await self._book.durable(record)
-
-
-def _key(caller: Caller, admission: Admission, call: SignalCall) -> tuple[str, str] | None:
-    if caller.idempotency_key is None:
-        return None
-    who = f"{admission.principal.tenant_id}\0{admission.principal.name}\0job.signal\0{caller.idempotency_key}"
-    what = canonical({"job_id": call.job_id, "signal": call.signal})
-    return digest_bytes(who.encode()), digest_bytes(what)
 
 
 # ---- the relay

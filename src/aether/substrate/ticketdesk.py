@@ -22,7 +22,6 @@ import msgspec
 from aether.contract import limits
 from aether.contract import ticketcalls as wire
 from aether.contract.calls import Caller, Nothing
-from aether.contract.canonical import canonical, digest_bytes
 from aether.contract.caveats import Caveat
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
@@ -35,6 +34,8 @@ from aether.substrate.cellentries import Order
 from aether.substrate.cellhouse import CellHouse
 from aether.substrate.fence import Fence
 from aether.substrate.gate import Gate
+from aether.substrate.keymark import MARK
+from aether.substrate.ledger import KeyEntry
 from aether.substrate.ticketbook import Ticket
 
 EXPIRES_MS_MIN: Final = 1_000
@@ -64,22 +65,28 @@ class TicketDesk:
         role = request.role or admission.ticket.role
         if role != admission.ticket.role:
             self._gate.admit(caller, "ticket.grant", Resource(kind="ticket", id=role))
-        key = _key(caller, admission, request)
-        if key is not None and (known := self._repeated(key)) is not None:
-            return self._told(known, _nonce(key))
         said = self._caveats(request, role)
         now_ms = self._now_ms()
         if len(self._book.ledger.tickets.of_tenant(admission.principal.tenant_id, now_ms)) >= limits.TICKETS_MAX:
             raise AetherError("TICKET_LIMIT", f"cannot mint a ticket: {limits.TICKETS_MAX} are not expired")
-        nonce = _nonce(key) if key is not None else os.urandom(_NONCE_BYTES)
+        mark = MARK.get()
+        nonce = _nonce(mark.key_hash) if mark is not None else os.urandom(_NONCE_BYTES)
         _, minted = self._access.mint(admission.principal.tenant_id, nonce, said, admission.principal)
-        order = self._house.order(caller, admission, "ticket.mint", key)
+        order = self._house.order(caller, admission, "ticket.mint")
         node = self._gate.node
         record = self._house.write(order, lambda index, now: entries.minted(node, order, minted, said, index, now))
         await self._book.durable(record)
         ticket = self._book.ledger.tickets.find(minted.ticket.link_ids[0])
         assert ticket is not None
         return self._told(ticket, nonce)
+
+    async def again(self, caller: Caller, call: wire.MintCall, known: KeyEntry, key_hash: str) -> wire.MintedTicket:
+        """The answer to a repeated `ticket.mint`: its text is made anew, since it is kept nowhere."""
+        self._gate.admit(caller, "ticket.mint", Resource(kind="ticket"))
+        ticket = self._book.ledger.tickets.find(known.job_id)
+        if ticket is None:
+            raise AetherError("GONE", "cannot tell the ticket again: it expired", "mint another one")
+        return self._told(ticket, _nonce(key_hash))
 
     async def listing(self, caller: Caller, call: Nothing) -> wire.TicketList:
         admission = self._gate.admit(caller, "ticket.list", Resource(kind="ticket"))
@@ -142,15 +149,6 @@ class TicketDesk:
             bounds = f"{EXPIRES_MS_MIN}..{limits.TICKET_MS_MAX}"
             raise AetherError("BAD_FIELD", f"cannot mint a ticket: expires_ms must be within {bounds}")
         return wire.caveats_of(msgspec.structs.replace(request, role=role), self._now_ms() + request.expires_ms)
-
-    def _repeated(self, key: tuple[str, str]) -> Ticket | None:
-        known = self._book.ledger.remembered(key[0], self._book.now_ns())
-        if known is None:
-            return None
-        ticket = self._book.ledger.tickets.find(known.job_id)
-        if known.input_hash != key[1] or ticket is None:
-            raise AetherError("IDEMPOTENCY_CONFLICT", "cannot mint: the Idempotency-Key has another use")
-        return ticket
 
     def _told(self, ticket: Ticket, nonce: bytes) -> wire.MintedTicket:
         minted = ticket.minted
@@ -220,13 +218,6 @@ def _unknown(link: str) -> AetherError:
     return AetherError("NOT_FOUND", f"cannot find the ticket {link[:40]}", "list the tickets with `aether ticket list`")
 
 
-def _key(caller: Caller, admission: Admission, request: wire.MintRequest) -> tuple[str, str] | None:
-    if caller.idempotency_key is None:
-        return None
-    who = f"{admission.principal.tenant_id}\0{admission.principal.name}\0ticket.mint\0{caller.idempotency_key}"
-    return digest_bytes(who.encode()), digest_bytes(canonical(msgspec.to_builtins(request)))
-
-
-def _nonce(key: tuple[str, str]) -> bytes:
+def _nonce(key_hash: str) -> bytes:
     """The nonce of a ticket that a keyed call minted: the same when it is repeated. A nonce is no secret."""
-    return hashlib.sha256(f"aether mint v1\0{key[0]}".encode()).digest()[:_NONCE_BYTES]
+    return hashlib.sha256(f"aether mint v1\0{key_hash}".encode()).digest()[:_NONCE_BYTES]

@@ -26,8 +26,6 @@ def minted(node: Node, order: Order, ticket: Minted, said: tuple[Caveat, ...], i
         traceparent=order.caller.traceparent,
         operation=order.operation,
         effect="control",
-        input_hash=order.key[1] if order.key else None,
-        idempotency_hash=order.key[0] if order.key else None,
         ticket=ticket.ticket,
         policy=order.admission.policy,
         budget=order.budget,

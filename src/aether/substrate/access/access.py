@@ -187,6 +187,18 @@ class Access:
             principal = principal_of(caller.uid, verified.tenant)
         return self._admit(principal, verified, caller.credential is None, operation, resource, now_ns)
 
+    def bearer(self, caller: Caller, now_ns: int) -> str:
+        """Names the principal that a caller acts as, and its ticket. Raises as `admit` does of who asks."""
+        if caller.uid < 0:
+            raise AetherError("UNAUTHENTICATED", "cannot tell who asks: the peer's identity is not known")
+        if caller.credential is None:
+            principal, verified = self._implicit.of(caller.uid)
+        else:
+            verified = self._authority.verify(caller.credential)
+            tickets.check_expiry(verified, now_ns // 1_000_000)
+            principal = principal_of(caller.uid, verified.tenant)
+        return f"{principal.tenant_id}\0{principal.name}\0{verified.link_ids[-1]}"
+
     def admit_node(self, operation: str, resource: Resource, now_ns: int) -> Admission:
         """Leave for the instance itself (its workers), by its own ticket."""
         principal, verified = self._implicit.of(None)
