@@ -56,7 +56,7 @@ crash: setup $(VENV)/.dev ## Kill roles at random points under load: make crash 
 	$(BIN)/python -m tests.simulation.crash --seed $(SEED) --kills $(KILLS)
 
 alternation: setup $(VENV)/.dev ## A thousand jobs of two tenants in turn on warm cells, each looking for the other's traces
-	ALTERNATIONS=1000 $(BIN)/python -m pytest tests/security/test_alternation.py
+	ALTERNATIONS=1000 $(BIN)/python -m pytest --timeout=1800 tests/security/test_alternation.py
 
 bench: setup $(VENV)/.dev ## Every benchmark; tables on the screen, JSON in bench/out/
 	$(BIN)/python -m bench.run --seconds $(SECONDS_LONG)
