@@ -20,6 +20,7 @@ import aether
 from aether.contract.paths import Layout
 from aether.substrate.audit.verify import verify_log, verify_receipt
 from tests.simulation.evidence import records
+from tests.support import subids
 from tests.support.cells import PYTHON, missing
 from tests.support.instance import leftovers
 
@@ -33,6 +34,17 @@ from aether.contract.cells import Limits
 from aether.contract.errors import AetherError
 from aether.contract.network import Network
 from aether.daemons import control
+
+def lent(client):
+    # An allocated cell with a network, whose files the spawner reads and removes.
+    client.cells.allocate("session", network=Network(allow=("a.test:80",)))
+    client.cells.put("session", "deep", b"put")
+    words = "exec 2>&1; cat deep; echo; touch own; curl -sS http://b.test/ || echo no curl"
+    job = client.wait(client.cells.start("session", ["/bin/sh", "-c", words]).job_id)
+    files = {entry.name: entry.size_bytes for entry in client.cells.files("session").entries}
+    client.cells.free("session", grace_ms=0)
+    return [b"".join(client.logs(job.job_id)).decode(), files]
+
 
 state, found = Path(sys.argv[1]), {}
 control.ensure_running(state, lambda text: None)
@@ -54,6 +66,8 @@ try:
         asked = client.run(["/bin/sh", "-c", words], network=Network(allow=("a.test:80",)))
         rows = client.egress(asked.job_id).connections
         found["egress"] = [b"".join(client.logs(asked.job_id)).decode(), [[row.host, row.reason] for row in rows]]
+        if len(sys.argv) > 2:
+            found["lent"] = lent(client)
         found["checks"] = list(msgspec.to_builtins(client.doctor().checks))
 finally:
     found["marks"] = (state / "cells/.instances").read_text().split()
@@ -89,7 +103,7 @@ def code_paths(place: Path) -> list[Path]:
         pytest.skip(f"{PYTHON} is another version than the libraries are for")
     source = Path(aether.__file__).parent
     copied = place / "lib"
-    shutil.copytree(source, copied / "aether", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(source, copied / "aether", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     for path in (copied, *copied.rglob("*")):
         path.chmod(0o755)
     libraries = [Path(path) for path in site.getsitepackages() if Path(path).is_dir()]
@@ -101,11 +115,25 @@ def code_paths(place: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def found(place: Path) -> dict[str, Any]:
     """What an instance of the ordinary user did; it has ended and left nothing."""
-    paths = code_paths(place)
-    env = {"PATH": "/usr/bin:/bin", "HOME": str(place), "PYTHONPATH": ":".join(map(str, paths))}
+    return use(place, code_paths(place), [], {"user": UID, "group": UID, "extra_groups": []})
+
+
+@pytest.fixture(scope="module")
+def lent(place: Path) -> dict[str, Any]:
+    """The same by a user to whom ids are lent, and what they give besides."""
+    subids.needed()
+    for name in ("files", "lent"):
+        (place / name).mkdir()
+    os.chown(place / "lent", UID, UID)
+    return use(place / "lent", code_paths(place), [*subids.lending(UID, place / "files")], {})
+
+
+def use(place: Path, paths: list[Path], prefix: list[str], whose: dict[str, Any]) -> dict[str, Any]:
+    env = {"PATH": "/usr/sbin:/usr/bin:/bin", "HOME": str(place), "PYTHONPATH": ":".join(map(str, paths))}
+    more = ["lent"] if prefix else []
     done = subprocess.run(
-        [PYTHON, "-c", SCRIPT, str(place / "state")],
-        capture_output=True, text=True, timeout=90, env=env, cwd="/", user=UID, group=UID, extra_groups=[],
+        [*prefix, PYTHON, "-c", SCRIPT, str(place / "state"), *more],
+        capture_output=True, text=True, timeout=90, env=env, cwd="/", **whose,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -182,3 +210,31 @@ def test_a_network_is_served_without_root(found: dict[str, Any]) -> None:
         pytest.skip("curl is not installed")
     assert text == "aether: no rule allows b.test:80\n"
     assert rows == [["b.test", "not-allowed"]]
+
+
+def test_lent_ids_give_each_cell_its_own(lent: dict[str, Any], place: Path) -> None:
+    report = sandbox(lent)
+    if report["level"] != "cell":
+        pytest.skip("users make no cells here")
+    assert "own-uids" not in report["missing"] and "daemon-uids" in report["missing"]
+    layout = Layout(place / "lent/state")
+    started = [record for record in records(layout) if record.type == "job.started" and record.kind == "command"]
+    uids = [int(record.detail["host_uid"] or 0) for record in started]
+    assert len(uids) >= 4 and all(subids.FIRST < uid < subids.FIRST + subids.COUNT for uid in uids)
+    owners = {path.stat().st_uid for path in layout.root.rglob("*") if not path.is_symlink()}
+    assert owners == {UID}, "nothing of a cell is left behind under its ids"
+    checks = {check["name"]: check for check in lent["checks"]}
+    assert checks["ids"]["value"] == f"ids of their own for {subids.COUNT // 2} cells"
+
+
+def test_with_lent_ids_an_allocated_cell_has_a_network(lent: dict[str, Any]) -> None:
+    if sandbox(lent)["level"] != "cell":
+        pytest.skip("users make no cells here")
+    text, files = lent["lent"]
+    assert text.split("\n")[0] == "put" and files["deep"] == 3 and files["own"] == 0
+    assert "no rule allows b.test:80" in text or "no curl" in text
+
+
+def test_without_lent_ids_doctor_has_the_remedy(found: dict[str, Any]) -> None:
+    check = {check["name"]: check for check in found["checks"]}["ids"]
+    assert check["value"] == "one uid for all cells" and "usermod --add-subuids" in check["remedy"]

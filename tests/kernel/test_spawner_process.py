@@ -28,6 +28,7 @@ from aether.contract.errors import AetherError
 from aether.substrate.cells.drivers.native import NativeDriver
 from aether.substrate.cells.drivers.port import Adopted, Handle, Order, Started
 from aether.substrate.cells.logs import JobLogs
+from tests.support import subids
 from tests.support.machine import SLOW
 from tests.support.spawnerprocess import (
     MIB,
@@ -42,16 +43,18 @@ from tests.support.spawnerprocess import (
 )
 
 
-@pytest.fixture(params=["own", "ordinary"])
+@pytest.fixture(params=["own", "ordinary", "lent"])
 def spawner(request: pytest.FixtureRequest) -> Iterator[Spawner]:
     uid = None
-    if request.param == "ordinary":
+    if request.param == "lent":
+        subids.needed()
+    if request.param != "own":
         if os.geteuid() != 0:
             pytest.skip("this process is an ordinary user already")
         if not Path(SYSTEM_PYTHON).exists():
             pytest.skip("no system Python that an ordinary user may run")
         uid = ORDINARY
-    running = Spawner(uid)
+    running = Spawner(uid, lent=request.param == "lent")
     yield running
     running.close()
 
@@ -289,8 +292,9 @@ def test_a_connection_lost_in_the_middle_is_taken_up_again(spawner: Spawner) -> 
         await asyncio.sleep(0)
         link = driver._connector.link
         assert link is not None
-        link.close()
-        assert (await waiting).exit.code == 6
+        with spawner.acting():
+            link.close()
+            assert (await waiting).exit.code == 6
         assert len(told) == 1
         await driver.free(started.handle)
 

@@ -83,6 +83,8 @@ def readable_copy() -> Iterator[str]:
             "__init__.py",
             "contract/__init__.py",
             "contract/cellplan.py",
+            "contract/cellids.py",
+            "contract/limits.py",
             "contract/planfields.py",
             "spawner/__init__.py",
         ):

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from aether.contract import ids
 from aether.contract.cells import CellSpec, ExecEnd
 from aether.substrate.cells.drivers.native import NativeDriver
 from aether.substrate.cells.drivers.port import Order, Started
+from tests.support import subids
 from tests.support.machine import SLOW
 
 ORDINARY = 64_999
@@ -30,11 +31,14 @@ MIB = 1 << 20
 class Spawner:
     """One state directory and the spawner processes that use it, one after the other."""
 
-    def __init__(self, uid: int | None) -> None:
+    def __init__(self, uid: int | None, *, lent: bool = False, executor: str = "auto") -> None:
+        """With `lent`, which takes root, ids are lent to `uid` (subuid(5)), as far as this spawner can see."""
         self.directory = Path(tempfile.mkdtemp(prefix="aether-test-"))
         self.state = self.directory / "state"
         self.state.mkdir()
         self.uid = uid
+        self._lent = lent
+        self._executor = executor
         self._python, self._env = sys.executable, dict(os.environ)
         if uid is not None:
             source = Path(aether.__file__).parents[1]
@@ -46,8 +50,10 @@ class Spawner:
         self.process = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
-        command = [self._python, "-m", "aether.spawner.main", "--state", str(self.state)]
+        command = [self._python, "-m", "aether.spawner.main", "--state", str(self.state), "--executor", self._executor]
         ids_of: dict[str, Any] = {} if self.uid is None else {"user": self.uid, "group": self.uid, "extra_groups": []}
+        if self._lent and self.uid is not None:
+            command, ids_of = [*subids.lending(self.uid, self.directory), *command], {}
         process = subprocess.Popen(command, env=self._env, cwd="/", **ids_of)
         self.process = process
         deadline = time.monotonic() + 15 * SLOW
@@ -76,14 +82,19 @@ class Spawner:
         assert_nothing_left(self, named)
         shutil.rmtree(self.directory)
 
+    def acting(self) -> AbstractContextManager[None]:
+        """For whoever connects: this root is nobody in the user namespace of a spawner with lent ids."""
+        return subids.acting_as(self.uid if self._lent else None)
+
     @asynccontextmanager
     async def driver(self) -> Any:
         driver = NativeDriver(self.state / "run/spawner.sock")
-        driver.start()
-        for _ in range(500):
-            if not driver.reason:
-                break
-            await asyncio.sleep(0.01)
+        with self.acting():
+            driver.start()
+            for _ in range(500):
+                if not driver.reason:
+                    break
+                await asyncio.sleep(0.01)
         assert not driver.reason, driver.reason
         try:
             yield driver

@@ -21,9 +21,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Final, cast
 
 from aether.contract import planfields as pf
+from aether.contract.cellids import IdMap, describe_ids, parse_id_map
 from aether.contract.planfields import PATH_BYTES_MAX, PlanError, is_beneath
 
-__all__ = ["PATH_BYTES_MAX", "PlanError", "is_beneath"]
+__all__ = ["PATH_BYTES_MAX", "IdMap", "PlanError", "is_beneath"]
 
 PLAN_VERSION: Final = 1
 STEPS_MAX: Final = 128
@@ -37,7 +38,6 @@ ARGS_MAX: Final = 1024
 ENV_MAX: Final = 512
 EXEC_BYTES_MAX: Final = 96 * 1024
 EXTRA_FDS_MAX: Final = 16
-UID_MAX: Final = (1 << 32) - 2
 
 LEVELS: Final = ("cell", "process", "gvisor")
 DRIVERS: Final = ("native", "runc", "crun", "runsc")
@@ -56,23 +56,6 @@ RLIM_INFINITY: Final = (1 << 64) - 1
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
-
-
-@dataclass(frozen=True, slots=True)
-class IdMap:
-    """Which host ids the cell's ids are.
-
-    Block (`count` > 1, needs root): ids 0..count-1 inside are host_uid.., host_gid.. outside; PID 1 runs as
-    `init_uid`, executables as `job_uid`, so that they can neither signal nor trace PID 1.
-    Single (`count` == 1, any user): `job_uid` inside is `host_uid` outside, for PID 1 too.
-    """
-
-    host_uid: int
-    host_gid: int
-    count: int
-    init_uid: int = 0
-    job_uid: int = 1000
-    job_gid: int = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,27 +312,6 @@ def _parse_step(value: object, field: str, allowed: _Allowed) -> Step:
     return step
 
 
-def _parse_id_map(value: object, field: str) -> IdMap:
-    obj = pf.dataclass_object(value, field, IdMap)
-    numbers = {name: pf.integer(item, f"{field}.{name}", 0, UID_MAX) for name, item in obj.items()}
-    ids = IdMap(**numbers)
-    if ids.count < 1 or ids.host_uid + ids.count > UID_MAX or ids.host_gid + ids.count > UID_MAX:
-        pf.refuse(f"{field}.count", "the block leaves the range of ids")
-    if ids.job_uid == 0:
-        pf.refuse(f"{field}.job_uid", "executables never run as root of the cell")
-    if ids.count == 1:
-        if ids.init_uid != ids.job_uid:
-            pf.refuse(f"{field}.init_uid", "a single id serves PID 1 and executables")
-        return ids
-    if ids.host_uid < 1 or ids.host_gid < 1:
-        pf.refuse(field, "the block must not hold the host's root")
-    if max(ids.init_uid, ids.job_uid, ids.job_gid) >= ids.count:
-        pf.refuse(f"{field}.count", "the block is smaller than its ids")
-    if ids.init_uid == ids.job_uid:
-        pf.refuse(f"{field}.init_uid", "must differ from job_uid")
-    return ids
-
-
 def _parse_landlock(value: object, field: str) -> Landlock | None:
     if value is None:
         return None
@@ -393,7 +355,7 @@ def parse_plan(obj: object, *, source_roots: Sequence[str], devices: Collection[
         cell_id=pf.match(top["cell_id"], "plan.cell_id", _ID),
         level=pf.choice(top["level"], "plan.level", LEVELS),
         namespaces=tuple(n for n in NAMESPACES if n in names),
-        id_map=_parse_id_map(top["id_map"], "plan.id_map"),
+        id_map=parse_id_map(top["id_map"], "plan.id_map"),
         hostname=pf.match(top["hostname"], "plan.hostname", _HOSTNAME),
         steps=tuple(
             _parse_step(s, f"plan.steps[{i}]", allowed)
@@ -524,19 +486,11 @@ def _describe_step(step: Step) -> str:
 
 def describe(plan: Plan) -> list[str]:
     """The plan as readable lines, in the order in which it is carried out."""
-    ids = plan.id_map
     lines = [
         f"cell {plan.cell_id}, level {plan.level}, driver {plan.driver}, plan version {plan.version}",
         f"new namespaces: {', '.join(plan.namespaces) or 'none'}",
+        describe_ids(plan.id_map),
     ]
-    if ids.count == 1:
-        lines.append(f"ids: {ids.job_uid}:{ids.job_gid} inside is {ids.host_uid}:{ids.host_gid} on the host")
-    else:
-        last = ids.host_uid + ids.count - 1
-        lines.append(
-            f"ids: 0-{ids.count - 1} inside are {ids.host_uid}-{last} on the host; "
-            f"PID 1 is {ids.init_uid}, executables are {ids.job_uid}:{ids.job_gid}"
-        )
     if "uts" in plan.namespaces:
         lines.append(f"host name {plan.hostname}")
     lines += [f"{i}. {_describe_step(step)}" for i, step in enumerate(plan.steps)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from aether.contract import limits
 from aether.contract.cellplan import IdMap
 from aether.spawner.linux.executor import LaunchError
 from aether.spawner.linux.userns import Blocks
@@ -30,8 +29,8 @@ class Ahead:
 
     def start(self, ids: IdMap) -> None:
         """Begin, with blocks such as that of `ids`; a single id has no block."""
-        if self._left is None and ids.count == limits.CELL_UID_BLOCK:
-            self._left = iter(highest_blocks(BLOCKS_AHEAD))
+        if self._left is None and ids.count > 1:
+            self._left = highest_blocks(BLOCKS_AHEAD)
             self._loop.after(TICK_S, lambda: self._next(ids))
 
     def _next(self, ids: IdMap) -> None:

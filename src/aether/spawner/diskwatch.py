@@ -27,14 +27,13 @@ from typing import Any, Final
 
 from aether.contract import limits
 from aether.spawner.diskuse import Use, count_nameless, count_tree
-from aether.spawner.linux import kernel
+from aether.spawner.linux import idspace, kernel
 from aether.spawner.linux.confine import PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS
 
 INTERVAL_S: Final = 0.25
 RECHECK_S: Final = 5.0
 PAUSE_FACTOR: Final = 4
 _CAP_DAC_READ_SEARCH, _CAP_SYS_PTRACE, _CAP_CHECKPOINT_RESTORE = 2, 19, 40
-_CAPABILITY_V3: Final = (0x20080522).to_bytes(4, "little") + bytes(4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +143,16 @@ class Watcher:
 
 
 def keep_looking_rights(uid: int, gid: int) -> None:
-    """As root: become `uid`/`gid` with the three capabilities that looking takes. Raises OSError."""
+    """As root: become `uid`/`gid` with the three capabilities that looking takes, which the root of a user namespace
+    keeps of its own. Raises OSError."""
     if os.geteuid() == 0:
         kept = 1 << _CAP_DAC_READ_SEARCH | 1 << _CAP_SYS_PTRACE | 1 << _CAP_CHECKPOINT_RESTORE
         kernel.prctl(PR_SET_KEEPCAPS, 1)
-        os.setgroups([])
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
-        low, high = (kept & 0xFFFFFFFF).to_bytes(4, "little"), (kept >> 32).to_bytes(4, "little")
-        kernel.syscall("capset", _CAPABILITY_V3, low + low + bytes(4) + high + high + bytes(4))
+        if idspace.here().kind == "root":
+            os.setgroups([])
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)
+        kernel.set_capabilities(kept)
     kernel.prctl(PR_SET_NO_NEW_PRIVS, 1)
     kernel.prctl(PR_SET_DUMPABLE, 0)
 

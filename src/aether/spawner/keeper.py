@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aether.spawner.joblog import JobLog
+from aether.spawner.linux import idspace, kernel
 
 READ_BYTES = 64 * 1024
 CHUNKS_PER_S = 2_000
@@ -244,13 +245,16 @@ def receive(link: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def drop_privileges(uid: int, gid: int) -> None:
-    """Become `uid`/`gid` for good when root; in any case gain nothing by exec and be no one's to trace."""
+    """Become `uid`/`gid` for good when root, and hold no capability; in any case gain nothing by exec and be no one's
+    to trace. The root of a user namespace of lent ids is the user that it is outside and stays so."""
     if os.geteuid() == 0:
-        if uid <= 0 or gid <= 0:
-            raise PermissionError("cannot keep logs as root: give --uid and --gid")
-        os.setgroups([])
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
+        if idspace.here().kind == "root":
+            if uid <= 0 or gid <= 0:
+                raise PermissionError("cannot keep logs as root: give --uid and --gid")
+            os.setgroups([])
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)
+        kernel.set_capabilities(0)
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)

@@ -22,7 +22,7 @@ import resource
 import signal
 import socket
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from aether.spawner.helper import HelperOptions
 from aether.spawner.keeperlink import KeeperLink
 from aether.spawner.launcher import Launcher
 from aether.spawner.lifecycle import Lifecycle
+from aether.spawner.linux import idspace, subordinate
 from aether.spawner.linux.cgroup_host import open_driver
 from aether.spawner.linux.executors import best_executor, oci_executors
 from aether.spawner.linux.oci import drivers_here
@@ -82,7 +83,8 @@ class Spawner:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._state = Path(options.state).resolve()
-        self._root = os.geteuid() == 0
+        self._ids = idspace.here()
+        self._root = self._ids.kind == "root"
         self._prepare_state(options)
         self._lock = self._take_lock()
         self.instance = os.urandom(4).hex()
@@ -234,6 +236,7 @@ class Spawner:
             "pid": os.getpid(),
             "uid": os.geteuid(),
             "gid": os.getegid(),
+            "ids": asdict(self._ids),
             "started_wall_us": self._started_wall_us,
             "work_root": self.work.path,
             "logs": str(self._state / "logs/jobs"),
@@ -296,6 +299,8 @@ def die_with_parent() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     options = read_options(sys.argv[1:] if argv is None else argv)
+    if subordinate.enter():
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     die_with_parent()
     try:
         spawner = Spawner(options)

@@ -7,21 +7,22 @@ told so instead of starting anew.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from aether.contract import limits
 from aether.contract.cellplan import IdMap
 from aether.spawner.cells import Cell
+from aether.spawner.linux.idspace import here
 from aether.spawner.protocol import RefusedError
 
 FREED_KEPT_MAX = 4096
 
 
-def highest_blocks(count: int) -> range:
+def highest_blocks(count: int) -> Iterator[int]:
     """The first uids of the `count` highest blocks, downwards: the order in which they are given out."""
-    below = limits.CELL_UID_BASE - limits.CELL_UID_BLOCK
-    top = limits.CELL_UID_BASE + (limits.CELL_UID_SLOTS - 1) * limits.CELL_UID_BLOCK
-    return range(top, max(below, top - count * limits.CELL_UID_BLOCK), -limits.CELL_UID_BLOCK)
+    space = here()
+    return (space.start(slot) for slot in range(space.slots - 1, max(-1, space.slots - 1 - count), -1))
 
 
 class Reply(Protocol):
@@ -66,7 +67,7 @@ class Roster:
 
         A block is free only when its cell is forgotten: nothing of it lives and its files are removed.
         """
-        for first in highest_blocks(limits.CELL_UID_SLOTS):
+        for first in highest_blocks(here().slots):
             if first not in self._blocks:
                 return first
         raise RefusedError("CELL_LIMIT", "cannot create a cell: every block of uids is in use")

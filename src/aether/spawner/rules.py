@@ -1,6 +1,7 @@
 """What the spawner lets a plan ask for, beyond its being well formed: whose ids, which host paths.
 
-- Ids: as root, one whole block of the range for cells, which no other live cell holds; else the spawner's own uid.
+- Ids: as root, one whole block of the range for cells, which no other live cell holds; with ids that are lent to the
+  spawner's user, a pair of them; else the spawner's own uid.
 - `bind_rw` shows the cell's own work directory and nothing else.
 - An overlay lies over an image. It keeps its changes in the cell's own work directory, or those of the root in the
   layer beside it, or in memory.
@@ -14,7 +15,6 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from aether.contract import limits
 from aether.contract.cellplan import (
     BindRo,
     BindRw,
@@ -28,6 +28,7 @@ from aether.contract.cellplan import (
     parse_plan,
     root_layer,
 )
+from aether.spawner.linux.idspace import here
 from aether.spawner.protocol import RefusedError
 from aether.spawner.workdir import Owner
 
@@ -95,17 +96,19 @@ def exec_spec(value: Any, stdio: list[str]) -> ExecSpec:
 
 
 def check_ids(ids: IdMap) -> None:
-    """As root a block of the cells' range, aligned to it; else exactly this user. Raises RefusedError BAD_PLAN."""
-    if os.geteuid() != 0:
-        if ids.count != 1 or ids.host_uid != os.geteuid() or ids.host_gid != os.getegid():
+    """As root a block of the cells' range, aligned to it, or a pair of lent ids; without root also exactly this user.
+    Raises RefusedError BAD_PLAN."""
+    space = here()
+    if ids.count == 1 and space.kind != "root":
+        if ids.host_uid != os.geteuid() or ids.host_gid != os.getegid():
             raise RefusedError("BAD_PLAN", "cannot use the id map: without root a cell has the spawner's own ids")
         return
+    if space.kind == "own":
+        raise RefusedError("BAD_PLAN", "cannot use the id map: the spawner has no ids but its own")
     for first in (ids.host_uid, ids.host_gid):
-        offset = first - limits.CELL_UID_BASE
-        aligned = offset >= 0 and offset % limits.CELL_UID_BLOCK == 0
-        if not aligned or offset // limits.CELL_UID_BLOCK >= limits.CELL_UID_SLOTS:
+        if space.slot(first) is None:
             raise RefusedError("BAD_PLAN", f"cannot use the id map: {first} does not begin a block of the cells' range")
-    if ids.count > limits.CELL_UID_BLOCK:
+    if ids.count > space.block:
         raise RefusedError("BAD_PLAN", "cannot use the id map: it is larger than a block")
 
 
@@ -120,9 +123,7 @@ def check_owner(owner: dict[str, int]) -> Owner:
 
 def owner_of(ids: IdMap) -> Owner:
     """Who the cell's executables are on the host."""
-    if ids.count == 1:
-        return Owner(ids.host_uid, ids.host_gid, range(ids.host_uid, ids.host_uid + 1))
-    return Owner(ids.host_uid + ids.job_uid, ids.host_gid + ids.job_gid, range(ids.host_uid, ids.host_uid + ids.count))
+    return Owner(*ids.job_host, range(ids.host_uid, ids.host_uid + ids.count))
 
 
 def host_devices() -> frozenset[str]:

@@ -25,7 +25,6 @@ CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_NAME, PR_CAPBSET_DROP = 1, 4, 8, 15, 24
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 36, 38, 47
 _SIOCSIFFLAGS: Final = 0x8914
-_CAPABILITY_V3: Final = struct.pack("<Ii", 0x20080522, 0)
 
 
 def enter_namespaces(program: Program, write_zero: Sequence[int], phase: list[int]) -> None:
@@ -57,10 +56,6 @@ def enter_namespaces(program: Program, write_zero: Sequence[int], phase: list[in
             fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", 1))
 
 
-def set_capabilities(low: int) -> None:
-    kernel.syscall("capset", _CAPABILITY_V3, struct.pack("<6I", low, low, 0, 0, 0, 0))
-
-
 def drop_privilege(program: Program, userns: int | None, phase: list[int]) -> None:
     ids = program.ids
     block = ids.count > 1
@@ -87,7 +82,7 @@ def drop_privilege(program: Program, userns: int | None, phase: list[int]) -> No
         kernel.prctl(PR_SET_KEEPCAPS, 0)
     phase[0] = phase_number("capabilities")
     kernel.prctl(PR_CAP_AMBIENT, 4)
-    set_capabilities(kept)
+    kernel.set_capabilities(kept)
     phase[0] = phase_number("no_new_privs")
     kernel.prctl(PR_SET_NO_NEW_PRIVS, 1)
     kernel.prctl(PR_SET_DUMPABLE, 0)

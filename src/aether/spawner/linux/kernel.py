@@ -96,6 +96,13 @@ def prctl(option: int, arg: int = 0) -> int:
     return _checked("prctl", option, arg, 0, 0, 0)
 
 
+def set_capabilities(kept: int) -> None:
+    """Effective and permitted capabilities of this process, by number as in capabilities(7); none is inheritable."""
+    low, high = kept & 0xFFFF_FFFF, kept >> 32
+    header = struct.pack("<Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    syscall("capset", header, struct.pack("<6I", low, low, 0, high, high, 0))
+
+
 def last_capability() -> int:
     """Highest capability number that this kernel knows (capabilities(7))."""
     try:

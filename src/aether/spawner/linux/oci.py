@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from aether.contract.cellplan import ExecSpec, Plan, PlanError
-from aether.spawner.linux import initwire, kernel, native, oci_config, oci_shim
+from aether.spawner.linux import idspace, initwire, kernel, native, oci_config, oci_shim
 from aether.spawner.linux import program as pg
 from aether.spawner.linux.executor import Attach, Launched, LaunchError, lower_plan
 from aether.spawner.linux.oci_shim import Runtime
@@ -67,7 +67,7 @@ def drivers_here(env: Mapping[str, str]) -> dict[str, dict[str, str]]:
 
 def _found(kind: str, path: str | None) -> Found:
     lack = f"install it ({_INSTALL[kind]}), or name it by {SETTING}=/path"
-    if os.geteuid() != 0:
+    if idspace.here().kind != "root":
         return Found(kind, "", "the spawner is not root, and OCI runtimes need its blocks of ids", "run as root")
     if not os.access(native.BINARY, os.X_OK):
         return Found(kind, "", "aether-init is not built", "make -C src/aether/spawner/native")

@@ -81,7 +81,9 @@ class Program:
     def seen_ids(self, uid: int, gid: int) -> tuple[int, int]:
         """Ids of a block as setresuid(2) takes them: those inside where the cell's user namespace is joined, else
         those of the host."""
-        return (uid, gid) if self.join_userns else (self.ids.host_uid + uid, self.ids.host_gid + gid)
+        if self.join_userns:
+            return uid, gid
+        return self.ids.host_uid + self.ids.offset(uid), self.ids.host_gid + self.ids.offset(gid)
 
 
 def host_facts() -> HostFacts:

@@ -191,7 +191,7 @@ def _become(program: Program, spec: ExecSpec, fds: Sequence[int], pipe: int) -> 
             os.setresgid(gid, gid, gid)
             os.setresuid(uid, uid, uid)
         step = "capabilities"
-        confine.set_capabilities(0)
+        kernel.set_capabilities(0)
         if program.landlock is not None and program.per_exec_landlock:
             step = "landlock"
             confine.apply_landlock(program.landlock)

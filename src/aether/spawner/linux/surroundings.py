@@ -10,14 +10,13 @@ is refused in a user namespace while the one that is seen is partly covered; sub
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pwd
-import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from aether.contract.cellids import PAIR
+from aether.spawner.linux import idspace, subordinate
 
 _CAP_SYS_ADMIN: Final = 21
 _MARKS: Final = (("/.dockerenv", "docker"), ("/run/.containerenv", "podman"))
@@ -32,7 +31,8 @@ _INSTALL: Final = (
 class Surroundings:
     """`container` its kind or None; `label` of AppArmor, None without it; `restricted` whether unconfined programs
     get no user namespace; `filtered` whether a seccomp filter is on us; `administrator` CAP_SYS_ADMIN; `covered`
-    paths of /proc with something mounted over them; `subids` how many (uids, gids) newuidmap would give this user."""
+    paths of /proc with something mounted over them; `slots` how many cells may have ids of their own; `alone` why none
+    may (reason, remedy)."""
 
     uid: int
     container: str | None
@@ -41,8 +41,8 @@ class Surroundings:
     filtered: bool
     administrator: bool
     covered: tuple[str, ...]
-    subids: tuple[int, int]
-    mapper: bool
+    slots: int
+    alone: tuple[str, str] | None
 
 
 def _read(path: Path) -> str:
@@ -56,17 +56,6 @@ def _status(text: str) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
 
 
-def _subids(text: str, names: Sequence[str]) -> int:
-    """Ids that subuid(5) lines of these names grant; lines that do not parse grant nothing."""
-    total = 0
-    for line in text.splitlines():
-        name, _, rest = line.partition(":")
-        count = rest.partition(":")[2]
-        if name in names and count.isascii() and count.isdigit():
-            total += int(count[:10])
-    return total
-
-
 def look(root: Path = Path("/")) -> Surroundings:
     """Of this process; `root` stands in for the file tree."""
     status = _status(_read(root / "proc/self/status"))
@@ -74,9 +63,8 @@ def look(root: Path = Path("/")) -> Surroundings:
     mounts = (line.split() for line in _read(root / "proc/self/mountinfo").splitlines())
     covered = {row[4] for row in mounts if len(row) > 4 and row[4].startswith("/proc/")}
     uid = os.geteuid()
-    names = [str(uid)]
-    with contextlib.suppress(KeyError):  # a uid without an entry
-        names.append(pwd.getpwuid(uid).pw_name)
+    own = idspace.space(uid, _read(root / "proc/self/uid_map"))
+    alone = subordinate.lacking(uid, root) if own.kind == "own" else None
     effective = int(status.get("CapEff", "0") or "0", 16)
     kinds = [kind for mark, kind in _MARKS if (root / mark[1:]).exists()]
     return Surroundings(
@@ -87,8 +75,8 @@ def look(root: Path = Path("/")) -> Surroundings:
         filtered=status.get("Seccomp") == "2",
         administrator=bool(effective >> _CAP_SYS_ADMIN & 1),
         covered=tuple(sorted(covered - {"/proc/sys/fs/binfmt_misc"})),  # automounted everywhere, covers nothing
-        subids=(_subids(_read(root / "etc/subuid"), names), _subids(_read(root / "etc/subgid"), names)),
-        mapper=all(shutil.which(name) for name in ("newuidmap", "newgidmap")),
+        slots=own.slots if own.kind != "own" else 0 if alone else subordinate.lent(uid, root).count // PAIR,
+        alone=alone,
     )
 
 
@@ -132,15 +120,12 @@ def rows(seen: Surroundings, cells_work: bool) -> list[dict[str, Any]]:
         value += f", AppArmor {seen.label}"
     return [
         {"name": "confinement", "ok": found is None, "value": value, "reason": reason, "remedy": remedy},
-        {"name": "ids", "ok": True, "value": _ids(seen), "reason": None, "remedy": None},
+        _ids(seen),
     ]
 
 
-def _ids(seen: Surroundings) -> str:
-    if seen.uid == 0:
-        return "a block of uids per cell"
-    uids, gids = seen.subids
-    if not (uids and gids):
-        return "one uid for all cells; a block per cell needs root"
-    tool = "" if seen.mapper else " and newuidmap is not installed"
-    return f"one uid for all cells; a block per cell needs root ({uids} subordinate uids are not used{tool})"
+def _ids(seen: Surroundings) -> dict[str, Any]:
+    """That cells share the user's uid is no fault, but there is a remedy."""
+    reason, remedy = seen.alone or (None, None)
+    value = "one uid for all cells" if seen.alone else f"ids of their own for {seen.slots} cells"
+    return {"name": "ids", "ok": True, "value": value, "reason": reason, "remedy": remedy}

@@ -18,6 +18,8 @@ from aether.spawner.linux.program import NO_ID, Program
 from aether.spawner.linux.remedies import remedy
 
 KEPT_MAX: Final = 1024
+Extents = tuple[tuple[int, int, int], ...]
+"""Lines of inside, outside, length."""
 
 
 class Blocks:
@@ -34,7 +36,7 @@ class Blocks:
         """The namespace of the block `ids`; ours to close. Raises LaunchError."""
         key = (ids.host_uid, ids.host_gid, ids.count)
         if key not in self._kept:
-            fd = _make((0, 0), (ids.host_uid, ids.host_gid), ids.count)
+            fd = _make(ids.extents(ids.host_uid, ids.job_uid), ids.extents(ids.host_gid, ids.job_gid))
             if len(self._kept) >= KEPT_MAX:
                 os.close(self._kept.pop(next(iter(self._kept))))
             self._kept[key] = fd
@@ -53,21 +55,21 @@ def of_layers(program: Program) -> int | None:
     """
     if NO_ID in program.layer_owner:
         return None
-    ids = program.ids
-    return _make(program.layer_owner, (ids.host_uid + ids.job_uid, ids.host_gid + ids.job_gid), 1)
+    uids, gids = (((owner, seen, 1),) for owner, seen in zip(program.layer_owner, program.ids.job_host, strict=True))
+    return _make(uids, gids)
 
 
-def _make(inside: tuple[int, int], host: tuple[int, int], count: int) -> int:
-    """A user namespace with `count` uids and gids mapped from `inside` on to `host` on."""
+def _make(uids: Extents, gids: Extents) -> int:
+    """A user namespace with these maps."""
     try:
         pid = kernel.clone(kernel.CLONE_NEWUSER, None)
         if pid == 0:
             signal.pause()
             os._exit(0)
         try:
-            for i, name in enumerate(("uid_map", "gid_map")):
+            for name, extents in (("uid_map", uids), ("gid_map", gids)):
                 with open(f"/proc/{pid}/{name}", "w") as f:
-                    f.write(f"{inside[i]} {host[i]} {count}")
+                    f.write("".join(f"{inside} {outside} {length}\n" for inside, outside, length in extents))
             return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.kill(pid, signal.SIGKILL)

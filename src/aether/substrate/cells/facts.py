@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from aether.contract.cellids import IdSpace, read_space
 from aether.contract.cellplan import NAMESPACES, LandlockRule, Plan, Step, parse_plan
 
 NAMESPACE_WORDS: Final = {
@@ -52,7 +53,7 @@ class Facts:
     instance: str
     work_root: str
     logs: str
-    is_root: bool
+    ids: IdSpace
     uid: int
     gid: int
     executor: str
@@ -67,6 +68,10 @@ class Facts:
     """Limits that the cgroups here cannot hold, with the reason."""
     drivers: dict[str, Lack | None]
     """The OCI runtimes: why one cannot be used, or None for one that can."""
+
+    @property
+    def is_root(self) -> bool:
+        return self.ids.kind == "root"
 
     def image(self, digest: str) -> str:
         """Where the tree of an image is: below the state directory, which is two above the work directories."""
@@ -88,7 +93,7 @@ def read_facts(hello: dict[str, Any]) -> Facts:
         instance=hello["instance"],
         work_root=hello["work_root"],
         logs=hello["logs"],
-        is_root=hello["uid"] == 0,
+        ids=read_space(hello["ids"]),
         uid=hello["uid"],
         gid=hello["gid"],
         executor=hello["executor"],

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import msgspec
 
-from aether.contract import limits
 from aether.contract.canonical import canonical
 from aether.contract.cellplan import (
     BindRo,
@@ -150,7 +149,7 @@ def plan_cell(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts, slot: in
         cell_id=cell_id,
         level=levels.level_of(driver, facts),
         namespaces=tuple(name for name in facts.namespaces if name != "net" or spec.isolate_network),
-        id_map=id_map(facts, slot),
+        id_map=id_map(facts, spec, slot),
         hostname=HOST_NAME,
         steps=_steps(spec, facts, work) if is_cell else (),
         seccomp_profile="cell" if "net" in facts.namespaces else "offline",
@@ -162,7 +161,7 @@ def plan_cell(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts, slot: in
     wanted = cgroup_limits(spec.limits)
     if "cgroup-pids" in lacks:
         wanted["pids"] += levels.SENTRY_PIDS
-    missing = _missing(facts) | {name: lack.reason for name, lack in lacks.items()}
+    missing = _missing(facts, spec) | {name: lack.reason for name, lack in lacks.items()}
     missing |= _unmet_limits(spec.limits, facts)
     return Planned(plan, exec_spec(spec, cell_id, exec_id, facts), wanted, missing, _sched(spec.limits))
 
@@ -227,12 +226,19 @@ def exec_spec(spec: CellSpec, cell_id: str, exec_id: str, facts: Facts) -> ExecS
     )
 
 
-def id_map(facts: Facts, slot: int) -> IdMap:
-    """The block of uids number `slot`, or the one uid there is without root."""
-    if not facts.is_root:
+def has_own_ids(facts: Facts, spec: CellSpec) -> bool:
+    """Whether its ids are a block of its own. The layers of images belong to the spawner's user, and only root can show
+    them as another's (mount_setattr(2), MOUNT_ATTR_IDMAP), so with lent ids a cell of an image has that user's."""
+    lent = facts.ids.kind == "subordinate"
+    return facts.ids.slots > 0 and (not lent or (facts.level == "cell" and spec.images is None))
+
+
+def id_map(facts: Facts, spec: CellSpec, slot: int) -> IdMap:
+    """The block of ids number `slot`, or the one uid of the spawner's user."""
+    if not has_own_ids(facts, spec):
         return IdMap(facts.uid, facts.gid, 1, JOB_ID, JOB_ID, JOB_ID)
-    first = limits.CELL_UID_BASE + slot * limits.CELL_UID_BLOCK
-    return IdMap(first, first, limits.CELL_UID_BLOCK, 0, JOB_ID, JOB_ID)
+    first = facts.ids.start(slot)
+    return IdMap(first, first, facts.ids.block, 0, JOB_ID, JOB_ID)
 
 
 def _image_root(facts: Facts, digest: str, upper: str | None) -> tuple[Step, ...]:
@@ -286,16 +292,21 @@ def _rlimits(spec: CellSpec, facts: Facts) -> tuple[Rlimit, ...]:
     return tuple(Rlimit(name, value, value) for name, value in wanted.items())
 
 
-def _missing(facts: Facts) -> dict[str, str]:
+def _missing(facts: Facts, spec: CellSpec) -> dict[str, str]:
     missing = {name: lack.reason for name, lack in facts.missing.items() if name != OBSERVATION}
+    whose = "per cell, whose uid is its own" if has_own_ids(facts, spec) else "per user"
     stand_ins = {
         "cgroup-memory": "RLIMIT_DATA stands in, per process",
-        "cgroup-pids": "RLIMIT_NPROC stands in, per user",
+        "cgroup-pids": f"RLIMIT_NPROC stands in, {whose}",
     }
     for name, stand_in in stand_ins.items():
         if name in missing:
             missing[name] += f"; {stand_in}"
-    if not facts.is_root:
+    if facts.ids.kind == "subordinate":
+        missing["daemon-uids"] = "without root, the daemons share the user's uid: their split is fault isolation only"
+        if not has_own_ids(facts, spec):
+            missing["own-uids"] = "without root, a cell that shows an image shares its uid with the user's daemons"
+    elif not facts.is_root:
         missing["own-uids"] = "without root, cells and daemons share one uid: their split is fault isolation only"
     return missing
 

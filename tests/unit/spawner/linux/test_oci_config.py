@@ -15,6 +15,7 @@ from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT7
 
 from aether.contract import cellplan as cp
+from aether.contract.cellids import IdSpace
 from aether.spawner.linux import oci
 from aether.spawner.linux.oci_config import INIT_PATH, oci_config
 
@@ -153,5 +154,5 @@ def test_a_program_that_others_may_change_is_no_runtime(tmp_path: Path, monkeypa
 
 
 def test_ordinary_users_have_no_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr("aether.spawner.linux.idspace.here", lambda: IdSpace("own", 1000))
     assert all("not root" in found.reason and found.remedy for found in oci.find_runtimes({}).values())

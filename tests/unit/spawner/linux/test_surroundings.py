@@ -9,8 +9,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from aether.spawner.linux import surroundings
 from aether.spawner.linux.surroundings import Surroundings
@@ -24,8 +22,8 @@ FREE = Surroundings(
     filtered=False,
     administrator=False,
     covered=(),
-    subids=(65536, 65536),
-    mapper=True,
+    slots=0,
+    alone=("no subordinate ids are lent to this user", "usermod"),
 )
 DOCKER = dataclasses.replace(
     FREE, uid=0, container="docker", label="docker-default (enforce)", filtered=True, covered=("/proc/kcore",)
@@ -57,18 +55,7 @@ def test_docker_is_read_from_the_tree(tmp_path: Path) -> None:
 
 def test_an_empty_tree_is_no_error(tmp_path: Path) -> None:
     seen = surroundings.look(tmp_path)
-    assert (seen.container, seen.label, seen.covered, seen.subids) == (None, None, (), (0, 0))
-
-
-def test_subordinate_ids_of_this_user_are_counted(tmp_path: Path) -> None:
-    uid = os.geteuid()
-    lines = f"{uid}:100000:65536\nsomebody:1:7\n{uid}:300000:10\n{uid}:x:y\nbroken\n"
-    assert tree(tmp_path, {"etc/subuid": lines, "etc/subgid": ""}).subids == (65546, 0)
-
-
-@given(st.text(max_size=200))
-def test_any_subuid_file_is_read(text: str) -> None:
-    assert surroundings._subids(text, ["u"]) >= 0
+    assert (seen.container, seen.label, seen.covered) == (None, None, ())
 
 
 def test_ubuntus_restriction_names_the_profile() -> None:
@@ -94,10 +81,11 @@ def test_what_works_needs_no_remedy() -> None:
     assert [row["ok"] for row in surroundings.rows(DOCKER, cells_work=False)] == [False, True]
 
 
-def test_the_ids_row_says_what_is_not_used() -> None:
-    said = surroundings.rows(FREE, cells_work=True)[1]["value"]
-    assert "one uid for all cells" in said and "65536 subordinate uids are not used" in said
-    assert "block" in surroundings.rows(DOCKER, cells_work=True)[1]["value"]
+def test_the_ids_row_says_what_gives_cells_their_own() -> None:
+    alone = surroundings.rows(FREE, cells_work=True)[1]
+    assert alone["ok"] and (alone["value"], alone["remedy"]) == ("one uid for all cells", "usermod")
+    lent = surroundings.rows(dataclasses.replace(FREE, slots=64, alone=None), cells_work=True)[1]
+    assert (lent["value"], lent["reason"]) == ("ids of their own for 64 cells", None)
 
 
 def test_the_profile_is_accepted_by_apparmors_parser(tmp_path: Path) -> None:

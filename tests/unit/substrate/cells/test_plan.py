@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aether.contract import limits
+from aether.contract.cellids import IdSpace, root_space
 from aether.contract.cellplan import BindRo, BindRw, Rlimit, Tmpfs, parse_exec, parse_plan, to_obj
 from aether.contract.cellplan import exec_to_obj as to_exec_obj
-from aether.contract.cells import CellSpec, Limits, Sched
+from aether.contract.cells import CellSpec, Images, Limits, Sched
 from aether.contract.errors import AetherError
 from aether.substrate.cells.facts import Facts, Lack, read_facts
 from aether.substrate.cells.plan import check_spec, plan_cell
@@ -24,6 +25,7 @@ HELLO: dict[str, Any] = {
     "logs": "/state/logs/jobs",
     "uid": 0,
     "gid": 0,
+    "ids": asdict(root_space()),
     "executor": "native",
     "python": "/opt/venv/bin/python",
     "drivers": {
@@ -102,12 +104,32 @@ def test_rlimits_stand_in_for_cgroups() -> None:
     assert Rlimit("data", 1 << 28, 1 << 28) in planned.plan.rlimits
     assert Rlimit("nproc", 10, 10) in planned.plan.rlimits
     assert "bpf" not in plan_cell(SPEC, "cell_1", "exec_1", lesser(bpf="not permitted"), 0).missing
-    assert "RLIMIT_DATA" in planned.missing["cgroup-memory"] and "per user" in planned.missing["cgroup-pids"]
+    assert "RLIMIT_DATA" in planned.missing["cgroup-memory"] and "RLIMIT_NPROC" in planned.missing["cgroup-pids"]
+
+
+def lent(level: str = "cell") -> Facts:
+    ids = IdSpace("subordinate", user=1000, first=1, block=2, slots=8, lent=100_000)
+    return replace(lesser(cgroup_pids="not delegated"), ids=ids, level=level)
+
+
+def test_lent_ids_are_given_in_pairs() -> None:
+    planned = plan_cell(SPEC, "cell_a", "exec_a", lent(), 3)
+    ids = planned.plan.id_map
+    assert (ids.count, ids.host_uid, ids.job_host) == (2, 7, (8, 8)) and lent().ids.host(8) == 100_007
+    assert "own-uids" not in planned.missing and "daemon-uids" in planned.missing
+    assert "per cell" in planned.missing["cgroup-pids"]
+
+
+def test_layers_of_images_cannot_be_shown_as_a_lent_id() -> None:
+    shown = CellSpec(argv=("x",), images=Images(root="sha256:" + "0" * 64))
+    planned = plan_cell(shown, "cell_a", "exec_a", lent(), 3)
+    assert planned.plan.id_map.count == 1 and "shows an image" in planned.missing["own-uids"]
 
 
 def test_process_level_has_no_steps_and_no_network() -> None:
     hello = json.loads(json.dumps(HELLO))
     hello["uid"] = hello["gid"] = 1000
+    hello["ids"] = asdict(IdSpace("own", 1000))
     hello["host"]["missing"] = {"cell": {"reason": "no user namespaces", "remedy": "allow them"}}
     hello["host"]["root_steps"] = []
     facts = read_facts(hello)

@@ -119,16 +119,16 @@ class NativeDriver:
         views = (await link.call("cell.list", {})).json()["cells"]
         found: list[Adopted] = []
         for view in views:
-            slot = (view["uid_first"] - limits.CELL_UID_BASE) // limits.CELL_UID_BLOCK
-            if slot >= 0:
+            slot = self.facts.ids.slot(view["uid_first"])
+            if slot is not None:
                 self._slots.add(slot)
             if not view["execs"] and view["once"]:
                 continue
             cell_id = view["cell"]
             first = view["execs"][0]["exec"] if view["once"] else ""
             if cell_id not in self._cells:
-                report = sandbox_report(view["report"], {}, view["uid_first"], "")
-                self._cells[cell_id] = _Cell(first, slot if slot >= 0 else None, report, b"")
+                report = sandbox_report(view["report"], {}, self.facts.ids.host(view["uid_first"]), "")
+                self._cells[cell_id] = _Cell(first, slot, report, b"")
             ends = {e["exec"]: end_of(cell_id, e) if e["state"] == "ended" else None for e in view["execs"]}
             self._cells[cell_id].execs = set(ends)
             gone = (view["reason"] or "cell-died") if view["state"] == "gone" else None
@@ -232,7 +232,7 @@ class NativeDriver:
         for _ in range(SLOT_TRIES):
             slot = self._take_slot()
             try:
-                ids = id_map(facts, slot)
+                ids = id_map(facts, order.spec, slot)
                 files = await self._prepare(link, order.cell_id, ids, files)
                 drawn = blueprint(order.spec, order.cell_id, order.exec_id, facts, slot)
                 asked = {"plan": drawn.plan, "limits": drawn.limits, **more}
@@ -261,11 +261,15 @@ class NativeDriver:
 
         A block is free only when its cell is gone: nothing of it lives and its files are removed.
         """
-        for slot in range(limits.CELL_UID_SLOTS):
+        for slot in range(self.facts.ids.slots or limits.CELL_UID_SLOTS):
             if slot not in self._slots:
                 self._slots.add(slot)
                 return slot
         raise AetherError("CELL_LIMIT", "cannot launch: every block of uids is in use")
+
+    def _host_uid(self, spec: CellSpec, first: int) -> int:
+        """Who the executables are to the host in a cell whose ids begin at `first`."""
+        return self.facts.ids.host(first + id_map(self.facts, spec, 0).offset(JOB_ID))
 
     async def _prepare(
         self, link: SpawnerLink, cell_id: str, ids: IdMap, files: list[tuple[InputFile, int]]
@@ -307,7 +311,7 @@ class NativeDriver:
         placed, wired = [fd for _, fd in files], [theirs.fileno()] if theirs is not None else []
         try:
             reply = await link.call("cell.create", args, placed if later else placed + wired, key=order.cell_id)
-            uid, seen = reply.value["uid_first"] + (JOB_ID if self.facts.is_root else 0), reply.value["report"]
+            uid, seen = self._host_uid(order.spec, reply.value["uid_first"]), reply.value["report"]
             if later and "existing" not in reply.value:
                 if guest_only:
                     await listening.serve(link, order)
@@ -510,11 +514,5 @@ def _files(files: Sequence[tuple[InputFile, int]]) -> list[dict[str, Any]]:
 
 
 def _owner(ids: IdMap) -> dict[str, int]:
-    if ids.count == 1:
-        return {"uid": ids.host_uid, "gid": ids.host_gid, "uid_first": ids.host_uid, "uid_count": 1}
-    return {
-        "uid": ids.host_uid + JOB_ID,
-        "gid": ids.host_gid + JOB_ID,
-        "uid_first": ids.host_uid,
-        "uid_count": ids.count,
-    }
+    uid, gid = ids.job_host
+    return {"uid": uid, "gid": gid, "uid_first": ids.host_uid, "uid_count": ids.count}
