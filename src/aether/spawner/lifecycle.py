@@ -572,9 +572,8 @@ class Lifecycle:
         self.stop(cell, "timed-out", cell.grace_ms)
 
     def _start_expired(self, cell: Cell) -> None:
-        self.abandon(
-            cell, None, RefusedError("CELL_FAILED", f"cannot start the cell: no answer in {START_WAIT_S:.0f} s")
-        )
+        why = f"cannot start the cell: no answer in {START_WAIT_S:.0f} s"
+        self.abandon(cell, None, RefusedError("CELL_FAILED", why))
 
     def usage(self, cell: Cell) -> dict[str, Any]:
         """Counters now, with what it waited for; the last ones of a cell that is gone."""
