@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Verify an AetherOS audit log, receipt or record with nothing but Python and a public key.
+"""Verify an AetherOS audit log, receipt, export or record with nothing but Python and a public key.
 
-    python aether_verify.py log DIR --key KEYFILE [--checkpoint NOTE]...
+    python aether_verify.py log DIR --key KEYFILE [--against NOTE]...
     python aether_verify.py receipt FILE --key KEYFILE
+    python aether_verify.py export FILE --key KEYFILE
     python aether_verify.py record FILE
+
+All but the last take `--witness-key KEYFILE`, repeated, and `--quorum N`: so many witnesses must have cosigned.
 
 Written from docs/formats.md and the specifications it names alone; it shares no code with the program that writes the
 files, so that two readings of one page must agree. Standard library only, one file: read it before you trust it.
@@ -13,7 +16,7 @@ offset where known), 2 usage. `--json` prints the report as one JSON object.
 
 Nothing here writes. Every byte read is taken as hostile. A check that cannot be made is a failure, never a pass; files
 that no check looked at are listed as `unchecked`, entries that no signature covers yet are counted as
-`entries_unproven`. `--checkpoint` names a checkpoint kept elsewhere that the log must still contain: nothing else shows
+`entries_unproven`. `--against` names a checkpoint kept elsewhere that the log must still contain: nothing else shows
 a log that was cut back to an older checkpoint, or that the holder of the key wrote anew.
 """
 
@@ -37,6 +40,7 @@ from typing import Any, NamedTuple
 ENTRY_BYTES_MAX = 65_535
 INTEGER_MAX = 2**53 - 1
 NOTE_BYTES_MAX = 65_536
+EXPORT_LINE_BYTES_MAX = 8 * 1024 * 1024
 RECEIPT_BYTES_MAX = 16 * 1024 * 1024
 SEGMENT_BYTES_MAX = 67_108_864
 FRAME_BYTES_MAX = 1_048_576
@@ -162,20 +166,20 @@ def utf8(data: bytes, name: str) -> str:
         raise VerifyError(name, "not UTF-8", offset=error.start) from None
 
 
-def read_key(data: bytes) -> Key:
-    """`<name>+<key id>+<base64(0x01 || public key)>`, one line. Raises KEY_FORMAT."""
+def read_key(data: bytes, algorithm: int = 1) -> Key:
+    """`<name>+<key id>+<base64(algorithm || public key)>`, one line; 4 is a witness's. Raises KEY_FORMAT."""
     match = re.fullmatch(r"([^\s+]+)\+([0-9a-f]{8})\+(\S+)\n?", utf8(data, "KEY_FORMAT"))
     body = unbase64(match[3]) if match else b""
-    if match is None or len(body) != 33 or body[0] != 1:
-        raise VerifyError("KEY_FORMAT", "not one line <name>+<8 hex digits>+<base64 of 0x01 and 32 bytes>")
+    if match is None or len(body) != 33 or body[0] != algorithm:
+        raise VerifyError("KEY_FORMAT", f"not one line <name>+<8 hex digits>+<base64 of 0x0{algorithm} and 32 bytes>")
     key_id = hashlib.sha256(match[1].encode() + b"\n" + body).digest()[:4]
     if key_id.hex() != match[2]:
         raise VerifyError("KEY_FORMAT", f"key id is {match[2]}, name and key give {key_id.hex()}")
     return Key(match[1], body[1:], key_id)
 
 
-def read_note(data: bytes, key: Key) -> tuple[str, VerifyError | None]:
-    """The text, and NOTE_SIGNATURE unless a line of this key is there and each of them good. Raises NOTE_FORMAT."""
+def split_note(data: bytes) -> tuple[str, list[tuple[str, bytes]]]:
+    """The text, and name and bytes of each signature line. Raises NOTE_FORMAT."""
     if len(data) > NOTE_BYTES_MAX:
         raise VerifyError("NOTE_FORMAT", f"longer than {NOTE_BYTES_MAX} bytes", offset=NOTE_BYTES_MAX)
     control = re.search(rb"[\x00-\x09\x0b-\x1f]", data)
@@ -184,19 +188,69 @@ def read_note(data: bytes, key: Key) -> tuple[str, VerifyError | None]:
     text, empty, tail = utf8(data, "NOTE_FORMAT").rpartition("\n\n")
     if not empty or not tail.endswith("\n"):
         raise VerifyError("NOTE_FORMAT", "not a text, an empty line and signature lines that end in a newline")
-    mine, offset = [], len(data) - len(tail.encode())
+    signatures, offset = [], len(data) - len(tail.encode())
     for line in tail[:-1].split("\n"):
         match = re.fullmatch(r"— ([^\s+]+) (\S+)", line)
         body = unbase64(match[2]) if match else b""
         if match is None or len(body) < 5:
             raise VerifyError("NOTE_FORMAT", "not a signature line", offset=offset)
-        if match[1] == key.name and body[:4] == key.id:
-            mine.append(ed25519_good(key.public, body[4:], f"{text}\n".encode()))
+        signatures.append((match[1], body))
         offset += len(line.encode()) + 1
+    return text + "\n", signatures
+
+
+def read_note(data: bytes, key: Key) -> tuple[str, VerifyError | None]:
+    """The text, and NOTE_SIGNATURE unless a line of this key is there and each of them good. Raises NOTE_FORMAT."""
+    text, signatures = split_note(data)
+    mine = [
+        ed25519_good(key.public, body[4:], text.encode())
+        for name, body in signatures
+        if name == key.name and body[:4] == key.id
+    ]
     wrong = "does not verify" if mine else "is not there"
     name = f"{key.name}+{key.id.hex()}"
     bad = None if mine and all(mine) else VerifyError("NOTE_SIGNATURE", f"the signature of {name} {wrong}")
-    return text + "\n", bad
+    return text, bad
+
+
+def cosigned(data: bytes, key: Key) -> bool:
+    """Whether a witness cosigned a note (C2SP tlog-cosignature, version 1). Raises NOTE_FORMAT, NOTE_SIGNATURE."""
+    text, signatures = split_note(data)
+    found = False
+    for name, body in signatures:
+        if name == key.name and body[:4] == key.id:
+            time = int.from_bytes(body[4:12], "big")
+            said = f"cosignature/v1\ntime {time}\n{text}".encode()
+            if len(body) != 76 or time >= 2**63 or not ed25519_good(key.public, body[12:], said):
+                raise VerifyError("NOTE_SIGNATURE", f"the cosignature of {name} does not verify")
+            found = True
+    return found
+
+
+class Witnesses(NamedTuple):
+    """The keys of witnesses, and how many of them must have cosigned."""
+
+    keys: list[Key]
+    quorum: int
+
+    def check(self, notes: dict[str, bytes], report: Report) -> None:
+        """WITNESS_QUORUM; counts public keys, as two names may be one witness."""
+        found: dict[bytes, int] = {}
+        for file, data in notes.items():
+            for key in self.keys:
+                with report.at(file):
+                    if cosigned(data, key):
+                        size = int(data.split(b"\n")[1])
+                        found[key.public] = max(size, found.get(key.public, 0))
+        with report.at("cosignatures"):
+            if len(found) < self.quorum:
+                raise VerifyError("WITNESS_QUORUM", f"{len(found)} witnesses cosigned, {self.quorum} are needed")
+        if self.keys:
+            sizes = sorted(found.values(), reverse=True) + [None] * max(self.quorum, 1)
+            report.facts.update(witnesses=len(found), witnessed_size=sizes[max(self.quorum, 1) - 1])
+
+
+NO_WITNESSES = Witnesses([], 0)
 
 
 def check_checkpoint(data: bytes, key: Key, report: Report, file: str, where: str | None = None) -> Checkpoint | None:
@@ -274,6 +328,10 @@ def like(pattern: str) -> Callable[[Json], bool]:
     return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
+def is_index(value: Json) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"0|[1-9][0-9]{0,15}", value) is not None
+
+
 KINDS: dict[str, Callable[[Json], bool]] = {
     "plain": lambda value: value is None or isinstance(value, str | int),
     "text": lambda value: isinstance(value, str),
@@ -286,6 +344,7 @@ KINDS: dict[str, Callable[[Json], bool]] = {
 # fmt: off
 TYPES = ("|node.started|node.stopped|ticket.minted|ticket.revoked|ticket.key-rotated|policy.loaded|access.denied"
          "|document.stored"
+         "|audit.pruned|audit.erased|audit.key-rotated|audit.epoch"
          "|job.intent|job.started|job.stop|job.outcome|job.signal|job.attach|job.trace"
          "|cell.allocated|cell.started|cell.frozen|cell.thawed|cell.resized|cell.trace|cell.put|cell.freed|cell.lost"
          "|image.imported|image.removed|egress.opened|egress.connection|egress.closed"
@@ -367,8 +426,13 @@ def read_record(data: bytes) -> dict[str, Json]:
         at = first_difference(canonical, data)
         raise VerifyError("ENTRY_NOT_CANONICAL", "RFC 8785 spells it otherwise", offset=at)
     wrong = misfit(record, RECORD)
-    if wrong is None and record["type"] == "document.stored" and "digest" in record["detail"]:
-        wrong = misfit(record["detail"]["digest"], "digest", "detail.digest")
+    detail = {} if wrong else record["detail"]
+    if wrong is None and record["type"] in ("document.stored", "audit.epoch") and "digest" in detail:
+        wrong = misfit(detail["digest"], "digest", "detail.digest")
+    if wrong is None and record["type"] == "audit.pruned" and not is_index(detail.get("end")):
+        wrong = "detail.end is not an index"
+    if wrong is None and record["type"] == "audit.epoch" and not {"digest", "previous_key"} <= detail.keys():
+        wrong = "detail lacks digest or previous_key"
     if wrong:
         raise VerifyError("ENTRY_SCHEMA", wrong)
     return dict(record)
@@ -381,10 +445,19 @@ def check_node(record: dict[str, Json], origin: str) -> None:
         raise VerifyError("ENTRY_NODE", f"of node {record['node_id']}, the origin is {origin}", field="node_id")
 
 
+def is_epoch_of(origin: str, current: str) -> bool:
+    """Whether it is an origin, or that of an earlier epoch of the same log."""
+    parts = [re.fullmatch(r"(.*)/([1-9][0-9]{0,8})", each, re.DOTALL | re.ASCII) for each in (origin, current)]
+    if origin == current:
+        return True
+    old, new = parts
+    return old is not None and new is not None and old[1] == new[1] and int(old[2]) <= int(new[2])
+
+
 def documents_of(record: dict[str, Json]) -> set[str]:
     """Digests of the documents that a record names."""
     policy, code = record["policy"] or {}, record["code"] or {}
-    stored = record["detail"].get("digest") if record["type"] == "document.stored" else None
+    stored = record["detail"].get("digest") if record["type"] in ("document.stored", "audit.epoch") else None
     named = (stored, policy.get("digest"), code.get("plan_digest"), code.get("sandbox_digest"))
     return {digest for digest in named if digest is not None}
 
@@ -493,9 +566,13 @@ def tile_path(level: str, number: int, width: int) -> str:
 class LogCheck:
     """One pass over a log directory. Entries count for the tree as far as they follow one another without a hole."""
 
-    def __init__(self, directory: Path, key: Key, held: list[Path]) -> None:
-        self.directory, self.key, self.held = directory, key, held
+    def __init__(self, directory: Path, key: Key, held: list[Path], witnesses: Witnesses = NO_WITNESSES) -> None:
+        self.directory, self.key, self.held, self.witnesses = directory, key, held, witnesses
         self.report = Report()
+        self.pruned = self.pruned_said = 0
+        self.epochs: list[tuple[int, dict[str, Json]]] = []
+        self.changes: list[tuple[int, str]] = []  # where a segment of another epoch begins
+        self.origin: str | None = None
         self.leaves: list[bytes] = []
         self.bundle: list[bytes] = []
         self.named: dict[str, int] = {}
@@ -504,23 +581,91 @@ class LogCheck:
 
     def run(self) -> Report:
         claims = [("checkpoint", self.checkpoint())]
-        for path in self.held:
-            claims.append((str(path), check_checkpoint(path.read_bytes(), self.key, self.report, str(path))))
+        notes = {str(path): path.read_bytes() for path in self.held} | self.witnessed()
+        for file, note in notes.items():
+            claims.append((file, check_checkpoint(note, self.key, self.report, file)))
         for index, entry, file, offset in self.segments():
             self.entry(index, entry, file, offset)
         for file, claim in claims:
             with self.report.at(file):
                 self.root(claim)
         self.tiles()
+        self.check_epochs()
         self.documents()
+        with self.report.at("segments"):
+            if self.pruned_said < self.pruned:
+                raise VerifyError("SEGMENT_MISSING", f"no record says that entries below {self.pruned} were pruned")
         files = (str(path.relative_to(self.directory)) for path in self.directory.rglob("*") if not path.is_dir())
         self.report.facts = {
             **{"origin": self.key.name, "size": self.size, "root": root_of(self.leaves[: self.size]).hex()},
-            **{"entries": self.entries, "entries_unproven": max(self.entries - self.size, 0)},
-            **{"torn_bytes": self.torn_bytes, "held_checkpoints": len(self.held)},
+            **{"entries": self.entries, "entries_unproven": max(self.entries + self.pruned - self.size, 0)},
+            **{"torn_bytes": self.torn_bytes, "held_checkpoints": len(self.held), "pruned": self.pruned},
             "unchecked": sorted(set(files) - self.looked_at),
         }
+        self.witnesses.check(notes, self.report)
         return self.report
+
+    def witnessed(self) -> dict[str, bytes]:
+        """The checkpoints of this epoch that witnesses cosigned."""
+        found = {}
+        for path in sorted((self.directory / "witnessed").glob("*")):
+            data = read_file(path, NOTE_BYTES_MAX) if re.fullmatch(r"[0-9a-f]{8}", path.name) else None
+            if data is not None and data.startswith(self.key.name.encode() + b"\n"):
+                found[f"witnessed/{path.name}"] = data
+        self.looked_at |= found.keys()
+        return found
+
+    def take_pruned(self, begin: int) -> None:
+        """Hashes of what was pruned, from the tiles, and the entries that the bundle around `begin` still has."""
+        self.pruned = begin
+        for number in range(-(-begin // 256)):
+            data = read_file(self.directory / tile_path("0", number, 0), 8192)
+            if data is None:
+                raise VerifyError("TILE_MISSING", f"tile {number} of level 0 holds the hashes of what was pruned")
+            if len(data) != 8192:
+                raise VerifyError("TILE_MISMATCH", f"tile {number} of level 0 is not 8,192 bytes")
+            self.leaves += [data[at : at + 32] for at in range(0, 8192, 32)]
+        del self.leaves[begin:]
+        first = begin // 256 * 256
+        if begin > first:
+            data = read_file(self.directory / tile_path("entries", begin // 256, 0), 256 * 65_537) or b""
+            at = 0
+            for index in range(first, begin):
+                size = int.from_bytes(data[at : at + 2], "big")
+                entry, at = data[at + 2 : at + 2 + size], at + 2 + size
+                if leaf_hash(entry) != self.leaves[index]:
+                    raise VerifyError("TILE_MISMATCH", "a kept entry is not that of the hash tiles", index=index)
+                self.bundle.append(len(entry).to_bytes(2, "big") + entry)
+                self.read(index, entry, tile_path("entries", begin // 256, 0), at - size)
+
+    def check_epochs(self) -> None:
+        begun = {index for index, _ in self.epochs}
+        for index, file in self.changes:
+            with self.report.at(file, index=index):
+                if index not in begun:
+                    raise VerifyError("EPOCH_BROKEN", "does not begin with the record of its epoch")
+        for index, record in self.epochs:
+            with self.report.at("documents", index=index):
+                self.check_epoch(index, record["detail"])
+
+    def check_epoch(self, index: int, detail: dict[str, str]) -> None:
+        """The last checkpoint of the epoch before is of this log. Raises EPOCH_BROKEN."""
+        digest = detail["digest"]
+        data = read_file(self.directory / f"documents/sha256/{digest[7:9]}/{digest[7:]}", NOTE_BYTES_MAX)
+        if data is None:
+            return  # DOCUMENT_MISSING
+        trial = Report()
+        try:
+            key = read_key(detail["previous_key"].encode())
+        except VerifyError as error:
+            raise VerifyError("EPOCH_BROKEN", str(error)) from None
+        claim = check_checkpoint(data, key, trial, "")
+        if claim is None or trial.failures:
+            raise VerifyError("EPOCH_BROKEN", f"the note does not hold: {trial.failures}")
+        if claim.origin == self.key.name or not is_epoch_of(claim.origin, self.key.name):
+            raise VerifyError("EPOCH_BROKEN", f"{claim.origin} is no earlier epoch of {self.key.name}")
+        if claim.size > index or index >= self.size or root_of(self.leaves[: claim.size]) != claim.root:
+            raise VerifyError("EPOCH_BROKEN", f"the first {claim.size} entries are not what the epoch before signed")
 
     def checkpoint(self) -> Checkpoint | None:
         """Step 1."""
@@ -538,6 +683,10 @@ class LogCheck:
         found = sorted((self.directory / "segments").glob("*"))
         found = [path for path in found if re.fullmatch(r"[0-9]{20}", path.name) and int(path.name) < 2**64]
         following: int | None = 0
+        if found and int(found[0].name):
+            with self.report.at(f"segments/{found[0].name}"):
+                self.take_pruned(int(found[0].name))
+                following = self.pruned
         for path in found:
             file, first = f"segments/{path.name}", int(path.name)
             self.looked_at.add(file)
@@ -546,12 +695,13 @@ class LogCheck:
                     raise VerifyError("SEGMENT_MISSING", f"entry {following} should be the first here")
             data, following = read_file(path, SEGMENT_BYTES_MAX) or b"", None
             with self.report.at(file):
-                start = self.header(data, first)
+                start = self.header(data, first, file)
                 following = yield from self.frames(data, start, first, file, path == found[-1])
 
-    def header(self, data: bytes, first: int) -> int:
+    def header(self, data: bytes, first: int, file: str) -> int:
         """Where the frames start. Raises SEGMENT_HEADER."""
-        origin = self.key.name.encode()
+        said = data[18 : 18 + int.from_bytes(data[16:18], "big")]
+        origin = said if is_epoch_of(said.decode("utf-8", "replace"), self.key.name) else self.key.name.encode()
         header = b"AETHSEG1" + struct.pack(">QH", first, len(origin)) + origin
         header += struct.pack(">I", zlib.crc32(header))
         if not data.startswith(header):
@@ -559,6 +709,11 @@ class LogCheck:
             raise VerifyError("SEGMENT_HEADER", f"not a header of {self.key.name} from {first} on", offset=at)
         if len(data) > SEGMENT_BYTES_MAX:
             raise VerifyError("SEGMENT_HEADER", f"longer than {SEGMENT_BYTES_MAX} bytes", offset=SEGMENT_BYTES_MAX)
+        before, self.origin = self.origin, origin.decode()
+        if before is not None and before != self.origin:
+            self.changes.append((first, file))
+            if not is_epoch_of(before, self.origin):
+                raise VerifyError("SEGMENT_HEADER", f"of {self.origin}, behind one of {before}")
         return len(header)
 
     def frames(
@@ -582,13 +737,7 @@ class LogCheck:
     def entry(self, index: int, entry: bytes, file: str, offset: int) -> None:
         """Step 3; and the leaf and the bundle of this entry when all before it are there."""
         self.entries += 1
-        with self.report.at(file, start=offset, index=index):
-            record = read_record(entry)
-            for digest in documents_of(record):
-                self.named.setdefault(digest, index)
-            if record["log_index"] != index:
-                raise VerifyError("ENTRY_INDEX", f"the record says {record['log_index']}", field="log_index", offset=0)
-            check_node(record, self.key.name)
+        self.read(index, entry, file, offset)
         if index != len(self.leaves):
             return
         self.leaves.append(leaf_hash(entry))
@@ -597,6 +746,19 @@ class LogCheck:
             self.match(tile_path("entries", index // 256, len(self.bundle) % 256), self.bundle, index // 256 * 256)
         if len(self.bundle) == 256:
             self.bundle = []
+
+    def read(self, index: int, entry: bytes, file: str, offset: int) -> None:
+        with self.report.at(file, start=offset, index=index):
+            record = read_record(entry)
+            for digest in documents_of(record):
+                self.named.setdefault(digest, index)
+            if record["type"] == "audit.pruned":
+                self.pruned_said = max(self.pruned_said, int(record["detail"]["end"]))
+            elif record["type"] == "audit.epoch":
+                self.epochs.append((index, record))
+            if record["log_index"] != index:
+                raise VerifyError("ENTRY_INDEX", f"the record says {record['log_index']}", field="log_index", offset=0)
+            check_node(record, self.key.name)
 
     def root(self, claim: Checkpoint | None) -> None:
         """Step 4, for the published checkpoint and for those kept elsewhere. Raises LOG_SHORT or ROOT_MISMATCH."""
@@ -667,7 +829,7 @@ class LogCheck:
 # Receipts.
 
 
-def verify_receipt(data: bytes, key: Key, file: str) -> Report:
+def verify_receipt(data: bytes, key: Key, file: str, witnesses: Witnesses = NO_WITNESSES) -> Report:
     """Steps 1 to 7. After the first each step goes on with what could be read, so that the report is whole."""
     report = Report()
     with report.at(file):
@@ -691,6 +853,7 @@ def verify_receipt(data: bytes, key: Key, file: str) -> Report:
         "log_indexes": [record["log_index"] for record in records],
         "state": records[-1]["state"] if records else None,
     }
+    witnesses.check({f"{file} checkpoint": receipt["checkpoint"].encode()}, report)
     return report
 
 
@@ -803,6 +966,115 @@ def check_verdict(note: str, records: list[dict[str, Json]], key: Key) -> None:
         raise VerifyError("VERDICT_MISMATCH", "not the verdict on this intent", offset=at)
 
 
+# Exports.
+
+EXPORT_LINES = (
+    {"checkpoint": "text", "complete": "boolean", "end": "integer", "export_version": "|1.0|", "origin": "text",
+     "start": "integer"},
+    {"entry": "text", "proof": {"log_index": "integer", "hashes": ["hash"]}},
+    {"digest": "digest", "text": "text"},
+    {"documents": "integer", "entries": "integer"},
+)  # fmt: skip
+
+
+class ExportCheck:
+    """One pass over the lines of an export, steps 1 to 5. A line that is no line of an export ends it."""
+
+    def __init__(self, key: Key, file: str, witnesses: Witnesses) -> None:
+        self.key, self.file, self.witnesses = key, file, witnesses
+        self.report = Report()
+        self.claim: Checkpoint | None = None
+        self.head: dict[str, Json] = {}
+        self.ended = False
+        self.stage = self.following = self.entries = 0
+        self.named: dict[str, int] = {}
+        self.carried: set[str] = set()
+
+    def run(self, lines: Iterator[bytes]) -> Report:
+        with self.report.at(self.file):
+            number = 0
+            for number, line in enumerate(lines, 1):
+                self.line(self.read(line, number), f"line {number}")
+            if number == 0:
+                raise VerifyError("EXPORT_FORMAT", "there is no head")
+        with self.report.at(self.file, field="the last line"):
+            if not self.ended:
+                raise VerifyError("EXPORT_SHORT", "there is no end: it was cut off")
+            if self.head["complete"] and self.following != self.head["end"]:
+                raise VerifyError("ENTRY_SEQUENCE", f"records from {self.following} on are missing")
+        for digest, index in self.named.items():
+            with self.report.at(self.file, index=index):
+                if self.ended and digest not in self.carried:
+                    raise VerifyError("DOCUMENT_MISSING", f"entry {index} names {digest}")
+        self.report.facts = {
+            **{name: self.head.get(name) for name in ("origin", "start", "end", "complete")},
+            **{"size": self.claim.size if self.claim else None, "entries": self.entries},
+            "documents": len(self.carried),
+        }
+        if self.head:
+            self.witnesses.check({"line 1": self.head["checkpoint"].encode()}, self.report)
+        return self.report
+
+    def read(self, line: bytes, number: int) -> dict[str, Json]:
+        """Step 1 for one line. Raises EXPORT_FORMAT."""
+        where = f"line {number}"
+        if len(line) > EXPORT_LINE_BYTES_MAX or not line.endswith(b"\n"):
+            raise VerifyError("EXPORT_FORMAT", "too long, or without its newline", field=where)
+        try:
+            value = read_json(line[:-1])
+        except ValueError as error:
+            raise VerifyError("EXPORT_FORMAT", f"not JSON: {error}", field=where) from None
+        first = 0 if number == 1 else max(self.stage, 1)
+        fits = [stage for stage in range(first, 1 if number == 1 else 4) if misfit(value, EXPORT_LINES[stage]) is None]
+        if not fits or self.ended or write_json(value) != line[:-1]:
+            raise VerifyError("EXPORT_FORMAT", "not a line that may stand here, canonical and whole", field=where)
+        self.stage = fits[0]
+        return dict(value)
+
+    def line(self, value: dict[str, Json], where: str) -> None:
+        if self.stage == 0:
+            self.begin(value, where)
+        elif self.stage == 1:
+            self.entry(value, where)
+        elif self.stage == 2:
+            self.document(value, where)
+        else:
+            self.ended = True
+            with self.report.at(self.file, field=where):
+                if (value["entries"], value["documents"]) != (self.entries, len(self.carried)):
+                    raise VerifyError("EXPORT_SHORT", "it counts other lines than there are")
+
+    def begin(self, head: dict[str, Json], where: str) -> None:
+        if not 0 <= head["start"] <= head["end"]:
+            raise VerifyError("EXPORT_FORMAT", "its range is none", field=where)
+        self.head, self.following = head, head["start"]
+        self.claim = check_checkpoint(head["checkpoint"].encode(), self.key, self.report, self.file, where)
+        with self.report.at(self.file, field=where):
+            if self.claim and head["origin"] != self.claim.origin:
+                raise VerifyError("CHECKPOINT_ORIGIN", "not the checkpoint's first line")
+
+    def entry(self, given: dict[str, Json], where: str) -> None:
+        """Steps 2 and 3."""
+        self.entries += 1
+        index = given["proof"]["log_index"]
+        record = check_entry(given, where, self.claim, self.key, self.report, self.file)
+        for digest in documents_of(record) if record else ():
+            self.named.setdefault(digest, index)
+        with self.report.at(self.file, field=where, index=index):
+            due, self.following = self.following, max(self.following, index + 1)
+            if not due <= index < self.head["end"] or (self.head["complete"] and index != due):
+                raise VerifyError("ENTRY_SEQUENCE", f"record {due} or a later one was due")
+
+    def document(self, given: dict[str, Json], where: str) -> None:
+        """Step 4."""
+        digest = given["digest"]
+        with self.report.at(self.file, field=where):
+            known = digest in self.named and digest not in self.carried
+            self.carried.add(digest)
+            if not known or digest != "sha256:" + hashlib.sha256(given["text"].encode()).hexdigest():
+                raise VerifyError("DOCUMENT_MISMATCH", "not named, there twice, or its text has another digest")
+
+
 # Command line.
 
 
@@ -841,29 +1113,45 @@ def verify(options: argparse.Namespace) -> Report:
     report, key = Report(), None
     with report.at(str(options.key)):
         key = read_key(options.key.read_bytes())
-    if key is None:
+    witnesses = read_witnesses(options, report)
+    if key is None or report.failures:
         return report
     if options.what == "log":
         next(path.iterdir(), None)
-        return LogCheck(path, key, options.checkpoint).run()
+        return LogCheck(path, key, options.against, witnesses).run()
     with path.open("rb") as file:
-        return verify_receipt(file.read(RECEIPT_BYTES_MAX + 1), key, str(path))
+        if options.what == "export":
+            lines = iter(lambda: file.readline(EXPORT_LINE_BYTES_MAX + 1), b"")
+            return ExportCheck(key, str(path), witnesses).run(lines)
+        return verify_receipt(file.read(RECEIPT_BYTES_MAX + 1), key, str(path), witnesses)
+
+
+def read_witnesses(options: argparse.Namespace, report: Report) -> Witnesses:
+    keys = []
+    for path in options.witness_key:
+        with report.at(str(path)):
+            keys.append(read_key(path.read_bytes(), algorithm=4))
+    return Witnesses(keys, len({key.public for key in keys}) if options.quorum is None else options.quorum)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="aether_verify", description="Verify an AetherOS audit log, receipt or record."
+        prog="aether_verify", description="Verify an AetherOS audit log, receipt, export or record."
     )
     commands = parser.add_subparsers(dest="what", required=True)
-    for what, meaning in (("log", "audit directory"), ("receipt", "receipt file"), ("record", "file of one record")):
+    kinds = {"log": "audit directory", "receipt": "receipt file", "export": "file of an export"}
+    for what, meaning in {**kinds, "record": "file of one record"}.items():
         command = commands.add_parser(what, help=f"verify a {what}")
         command.add_argument("path", type=Path, help=meaning)
         command.add_argument("--json", action="store_true", help="print the report as one JSON object")
         if what != "record":
             command.add_argument("--key", type=Path, required=True, help="the public key, as in keys/audit.pub")
+            trusted = "the public key of a witness that must have cosigned; may be repeated"
+            command.add_argument("--witness-key", type=Path, action="append", default=[], help=trusted)
+            command.add_argument("--quorum", type=int, help="how many of these witnesses are needed; all otherwise")
         if what == "log":
             kept = "a checkpoint kept elsewhere that the log must still contain; may be repeated"
-            command.add_argument("--checkpoint", type=Path, action="append", default=[], help=kept)
+            command.add_argument("--against", "--checkpoint", type=Path, action="append", default=[], help=kept)
     options = parser.parse_args(arguments)
     try:
         report = verify(options)

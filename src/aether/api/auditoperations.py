@@ -6,7 +6,7 @@ import re
 from typing import Any, Final, get_args
 
 from aether.api import params
-from aether.api.operation import Operation
+from aether.api.operation import JSON_ERRORS, WRITE_ERRORS, Operation
 from aether.api.watchoperations import LINES
 from aether.contract import auditcalls, calls, limits
 from aether.contract.errors import AetherError
@@ -130,6 +130,71 @@ AUDIT_OPERATIONS: Final[tuple[Operation, ...]] = (
         effect="read",
         idempotent=True,
         media_type="text/plain",
+    ),
+    Operation(
+        name="audit.growth",
+        method="GET",
+        path="/v0/audit/growth",
+        summary="The newest checkpoint and the proof that it contains the first `size` records (RFC 9162).",
+        request=auditcalls.AuditGrowth,
+        reply=auditcalls.GrowthProof,
+        access="read",
+        effect="read",
+        idempotent=True,
+        query=(_index("size", "How many records the older checkpoint has; 0 asks for no proof."),),
+        errors=("NOT_FOUND",),
+    ),
+    Operation(
+        name="audit.witnesses",
+        method="GET",
+        path="/v0/audit/witnesses",
+        summary="The witnesses that the node lists, and what each cosigned last.",
+        request=calls.Nothing,
+        reply=auditcalls.Witnesses,
+        access="read",
+        effect="read",
+        idempotent=True,
+        errors=("BAD_FIELD",),
+    ),
+    Operation(
+        name="audit.cosign",
+        method="POST",
+        path="/v0/audit/cosignatures",
+        summary="Hand over what witnesses cosigned; only what verifies under the keys that the node lists is kept.",
+        request=auditcalls.CosignCall,
+        reply=auditcalls.Witnesses,
+        access="control",
+        effect="control",
+        idempotent=True,
+        body="json",
+        body_type=auditcalls.CosignCall,
+        errors=(*JSON_ERRORS, *WRITE_ERRORS, "NOT_FOUND", "VERIFY_FAILED"),
+    ),
+    Operation(
+        name="audit.retain",
+        method="POST",
+        path="/v0/audit/retain",
+        summary="Take away old records; their hashes stay, so that every proof still holds.",
+        request=auditcalls.RetainCall,
+        reply=auditcalls.Retained,
+        access="control",
+        effect="control",
+        idempotent=True,
+        body="json",
+        body_type=auditcalls.RetainCall,
+        errors=(*JSON_ERRORS, *WRITE_ERRORS, "LOG_CORRUPT"),
+    ),
+    Operation(
+        name="audit.rotate-key",
+        method="POST",
+        path="/v0/audit/rotate-key",
+        summary="Sign the log with a new key from now on; the authority starts again for it, cells live on.",
+        request=calls.Nothing,
+        reply=auditcalls.AuditKeyRotated,
+        access="control",
+        effect="control",
+        idempotent=False,
+        errors=(*WRITE_ERRORS, "STATE_UNUSABLE"),
     ),
     Operation(
         name="audit.query",

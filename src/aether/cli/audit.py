@@ -11,15 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from aether.cli import auditlog, why
+from aether.cli import auditkeeping, auditlog, why
 from aether.cli.session import Session, command
 
 if TYPE_CHECKING:
     from aether.contract.records import Receipt, Record
+    from aether.substrate.audit.quorum import Quorum
     from aether.substrate.audit.report import Report
 
 Key = Annotated[
     Path | None, typer.Option("--key", metavar="FILE", help="The public key; this instance's keys/audit.pub otherwise.")
+]
+WitnessKeys = Annotated[
+    list[Path] | None,
+    typer.Option("--witness-key", metavar="FILE", help="The public key of a witness that you trust; repeatable."),
+]
+Needed = Annotated[
+    int | None,
+    typer.Option("--quorum", metavar="N", help="How many of these witnesses must have cosigned; all otherwise."),
 ]
 _JOB_ID: Final = re.compile(r"job_[0-9a-f-]{36}")
 _VERIFY: Final = """Verify a receipt, from a file or of a job, with the public key alone.
@@ -41,10 +50,14 @@ def register(app: typer.Typer) -> None:
     command(receipts, "show", help="Print a job's receipt; with --json exactly as it verifies.")(_show)
     group = typer.Typer(help="The audit log.", no_args_is_help=True, rich_markup_mode=None)
     app.add_typer(group, name="audit")
-    example = "\n\n\b\nExample:\n  aether audit verify ./logs/audit --key audit.pub --checkpoint kept"
+    example = (
+        "\n\n\b\nExamples:\n  aether audit verify ./logs/audit --key audit.pub --against checkpoint-of-last-month"
+        "\n  aether audit verify --witness-key w1.pub --witness-key w2.pub --quorum 1"
+    )
     about = "Verify a log directory (this instance's otherwise), or the file of an export."
     command(group, "verify", help=about + example)(_verify_log)
     auditlog.register(group)
+    auditkeeping.register(group)
     why.register(app)
     command(group, "checkpoint", help="Print the signed checkpoint; keep it elsewhere to notice truncation.")(
         _checkpoint
@@ -113,6 +126,8 @@ def _verify(
     session: Session,
     subject: Annotated[str, typer.Argument(metavar="FILE|JOB", help="A receipt, or a job.")],
     key: Key = None,
+    witness_key: WitnessKeys = None,
+    quorum: Needed = None,
 ) -> int:
     import msgspec
 
@@ -127,7 +142,7 @@ def _verify(
             raise AetherError("VERIFY_FAILED", f"cannot accept the receipt of {subject}: it is another job's")
     else:
         text = _read(Path(subject))
-    return _show_report(session, verify_receipt(text, _key(session, key)))
+    return _show_report(session, verify_receipt(text, _key(session, key), _quorum(witness_key, quorum)))
 
 
 def _verify_log(
@@ -138,8 +153,12 @@ def _verify_log(
     key: Key = None,
     checkpoint: Annotated[
         list[Path] | None,
-        typer.Option("--checkpoint", metavar="NOTE", help="A kept checkpoint that the log must contain; repeatable."),
+        typer.Option(
+            "--against", "--checkpoint", metavar="NOTE", help="A kept checkpoint that the log must contain; repeatable."
+        ),
     ] = None,
+    witness_key: WitnessKeys = None,
+    quorum: Needed = None,
 ) -> int:
     from aether.cli.output import progress
     from aether.contract.errors import AetherError
@@ -148,26 +167,29 @@ def _verify_log(
 
     chosen = directory if directory is not None else Layout(session.state_dir).audit
     if chosen.is_file():
-        return _verify_export(session, chosen, key)
+        return _verify_export(session, chosen, key, checkpoint, _quorum(witness_key, quorum))
     if not chosen.is_dir():
         raise AetherError("NOT_FOUND", f"cannot verify {chosen}: no such directory", "name the log's directory")
     held = {str(path): _read(path) for path in checkpoint or ()}
     with progress("verifying the log"):
         try:
-            report = verify_log(chosen, _key(session, key), held)
+            report = verify_log(chosen, _key(session, key), held, _quorum(witness_key, quorum))
         except OSError as error:
             raise _unreadable(chosen, error) from error
     return _show_report(session, report)
 
 
-def _verify_export(session: Session, path: Path, key: Path | None) -> int:
+def _verify_export(session: Session, path: Path, key: Path | None, held: list[Path] | None, quorum: Quorum) -> int:
     from aether.cli.output import progress
+    from aether.contract.errors import AetherError
     from aether.substrate.audit.export_rules import LINE_BYTES_MAX, check_export
 
+    if held:
+        raise AetherError("BAD_FIELD", "cannot hold an export against a checkpoint", "verify the log's directory")
     try:
         with progress("verifying the export"), path.open("rb") as file:
             lines = iter(lambda: file.readline(LINE_BYTES_MAX + 1), b"")
-            report = check_export(lines, _key(session, key))
+            report = check_export(lines, _key(session, key), quorum)
     except OSError as error:
         raise _unreadable(path, error) from error
     return _show_report(session, report)
@@ -188,6 +210,17 @@ def _show_report(session: Session, report: Report) -> int:
             print(f"{problem.code}  {printable(problem.place)}{at}: {printable(problem.reason)}")
         print("verified" if report.ok else "NOT VERIFIED")
     return 0 if report.ok else EXIT_VERIFY
+
+
+def _quorum(keys: list[Path] | None, needed: int | None) -> Quorum:
+    from aether.contract.errors import AetherError
+    from aether.substrate.audit.note import NoteError
+    from aether.substrate.audit.quorum import Quorum
+
+    try:
+        return Quorum.of([_read(path).decode("utf-8", "replace") for path in keys or ()], needed)
+    except (NoteError, ValueError) as error:
+        raise AetherError("BAD_FIELD", f"cannot count witnesses: {error}", "name the witness.pub of each") from error
 
 
 def _key(session: Session, key: Path | None) -> str:

@@ -12,10 +12,23 @@ from typing import Any, BinaryIO, Final, Protocol, TypeVar
 import msgspec
 
 from aether.contract import limits
-from aether.contract.auditcalls import AuditFilter, AuditPage, Order
+from aether.contract.auditcalls import (
+    AuditFilter,
+    AuditKeyRotated,
+    AuditPage,
+    Cosignature,
+    CosignCall,
+    GrowthProof,
+    Order,
+    RetainCall,
+    Retained,
+    Witnesses,
+)
 from aether.contract.records import Record
 
 T = TypeVar("T")
+RETAIN_S: Final = 600.0
+_JSON: Final = {"Content-Type": "application/json"}
 _NAMES: Final = {"job_id": "job"}
 
 
@@ -69,6 +82,30 @@ class Audit:
     def export(self, wanted: AuditFilter, out: BinaryIO) -> int:
         """Writes an export to `out`; returns its bytes."""
         return self._calls.copy("audit.export", "", _query(wanted), out)
+
+    # ---- keeping the log
+
+    def growth(self, size: int = 0) -> GrowthProof:
+        """The newest checkpoint, and the proof that it contains the first `size` records."""
+        return self._calls.call_json("audit.growth", GrowthProof, query=[("size", str(size))])
+
+    def witnesses(self) -> Witnesses:
+        """The witnesses that the node lists, and what each cosigned last."""
+        return self._calls.call_json("audit.witnesses", Witnesses)
+
+    def cosign(self, size: int, cosignatures: Sequence[Cosignature]) -> Witnesses:
+        """Hands over what witnesses signed on the checkpoint of `size` records."""
+        call = CosignCall(size=size, cosignatures=tuple(cosignatures))
+        return self._calls.call_json("audit.cosign", Witnesses, body=msgspec.json.encode(call), headers=_JSON)
+
+    def retain(self, keep_ms: int) -> Retained:
+        """Takes away records older than that, as far as nobody needs them."""
+        body = msgspec.json.encode(RetainCall(keep_ms=keep_ms))
+        return self._calls.call_json("audit.retain", Retained, body=body, headers=_JSON, extra_s=RETAIN_S)
+
+    def rotate_key(self) -> AuditKeyRotated:
+        """Has the log signed by a new key; the node's authority starts again for it."""
+        return self._calls.call_json("audit.rotate-key", AuditKeyRotated)
 
 
 def _query(wanted: AuditFilter) -> list[tuple[str, str]]:

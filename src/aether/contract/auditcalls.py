@@ -66,6 +66,78 @@ class AuditPage(msgspec.Struct, frozen=True, kw_only=True):
     next_cursor: int | None = None
 
 
+class AuditGrowth(msgspec.Struct, frozen=True, kw_only=True):
+    """`audit.growth`: what proves that the published checkpoint contains the first `size` records."""
+
+    size: int = 0
+
+
+class GrowthProof(msgspec.Struct, frozen=True, kw_only=True):
+    """The newest `checkpoint` (a signed note) and `hashes`, base64: the consistency proof of RFC 9162 section 2.1.4.1
+    from the first `size` records to it; none from 0 or from the checkpoint's own size."""
+
+    size: int
+    checkpoint: str
+    hashes: tuple[str, ...]
+
+
+class Cosignature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a witness signed (C2SP tlog-cosignature): its name, and the base64 of key id, time and signature as they
+    stand in its signature line."""
+
+    witness: str
+    signature: str
+
+
+class CosignCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`audit.cosign`: cosignatures on the log's checkpoint of `size` records."""
+
+    size: int
+    cosignatures: tuple[Cosignature, ...]
+
+
+class WitnessState(msgspec.Struct, frozen=True, kw_only=True):
+    """A witness that the node lists, by its verifier `key`; `size` and time of what it cosigned last, if anything."""
+
+    witness: str
+    key: str
+    address: str
+    size: int | None
+    cosigned_at: str | None
+
+
+class Witnesses(msgspec.Struct, frozen=True, kw_only=True):
+    """`size` is that of the published checkpoint."""
+
+    size: int
+    witnesses: tuple[WitnessState, ...]
+
+
+class RetainCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`audit.retain`: records older than `keep_ms` may go."""
+
+    keep_ms: int
+
+
+class Retained(msgspec.Struct, frozen=True, kw_only=True):
+    """Records below `first` are gone, `pruned` of them by this call, recorded at `log_index` (null when nothing was
+    to go); `held_by` says what keeps older ones, if anything does."""
+
+    first: int
+    pruned: int
+    log_index: int | None
+    held_by: str | None
+
+
+class AuditKeyRotated(msgspec.Struct, frozen=True, kw_only=True):
+    """The log is signed by `key`, for `origin`, as soon as the authority has started again; until then for `former`."""
+
+    key: str
+    origin: str
+    former: str
+    log_index: int
+
+
 class ExportHead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`complete`: every record from index `start` up to `end` is there; else those that fitted a filter or were the
     caller's to see. Fields stand in sorted order, as in all lines: then the bytes are canonical."""

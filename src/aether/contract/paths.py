@@ -109,6 +109,19 @@ class Layout:
         """The verifier key (vkey text of the signed-note format) of the audit log."""
         return self.root / "keys/audit.pub"
 
+    def audit_key(self, epoch: int) -> Path:
+        """The private key that signs the log in this epoch."""
+        return self.keys / ("audit.key" if epoch == 1 else f"audit-{epoch}.key")
+
+    def audit_epoch_key(self, epoch: int) -> Path:
+        """The verifier key of one epoch, kept when the next begins."""
+        return self.keys / f"audit-{epoch}.pub"
+
+    @property
+    def witnesses(self) -> Path:
+        """Who cosigns checkpoints: a verifier key and an address per line."""
+        return self.root / "policy/witnesses"
+
     @property
     def policy(self) -> Path:
         return self.root / "policy/policy.cedar"

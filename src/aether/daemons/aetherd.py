@@ -23,6 +23,7 @@ from aether.contract.paths import Layout
 from aether.contract.records import PolicyRef, Record, RecordType
 from aether.daemons import process
 from aether.daemons.accounts import accounts
+from aether.daemons.auditlog import open_log, rotation
 from aether.daemons.node import open_node
 from aether.substrate.access.access import Access, Minted
 from aether.substrate.access.budget import Accounts
@@ -32,9 +33,8 @@ from aether.substrate.access.policy import Policy
 from aether.substrate.again import ways
 from aether.substrate.approvals import ApprovalDesk
 from aether.substrate.asking import Asking
-from aether.substrate.audit.keyfile import open_signer
-from aether.substrate.audit.log import AuditLog
 from aether.substrate.audit.receipts import Receipts
+from aether.substrate.auditkeeping import AuditKeeping, Rotation
 from aether.substrate.auditreading import AuditReading
 from aether.substrate.book import Book
 from aether.substrate.budgetdesk import BudgetDesk
@@ -70,6 +70,7 @@ KEYED: Final = Keyed(
     frozenset(operation.name for operation in OPERATIONS if operation.idempotent),
     frozenset(operation.name for operation in OPERATIONS if operation.tells_secret),
 )
+RESTART_S: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +81,14 @@ class Authority:
     parts: Parts
 
 
-def compose(layout: Layout, operators: frozenset[int], log: Any) -> Authority:
-    """Opens keys and log, folds it, and builds the service; raises AetherError when the state is unusable."""
+def compose(
+    layout: Layout, operators: frozenset[int], log: Any, restart: Callable[[], None] = lambda: None
+) -> Authority:
+    """Opens keys and log, folds it, and builds the service; raises AetherError when the state is unusable. `restart` is
+    to end this process in good order, so that the next one signs the log with another key."""
     node_file = open_node(layout.keys / "node.json")
     node = Node(node_file.node_id, process.package_version())
-    signer = open_signer(layout.keys / "audit.key", layout.audit_public_key, node_file.origin)
-    audit = AuditLog.open(
-        layout.audit,
-        signer,
-        node_file.origin,
-        now_ns=time.monotonic_ns,
-        on_fatal=process.die(log, "the audit log cannot be written"),
-    )
+    audit, signer = open_log(layout, node_file, log)
     book = Book(audit, Accounts(), layout.keys / "ledger.snapshot", time.time_ns)
     log.info("audit log open", records=audit.size, replayed=book.load())
     policy = Policy.load(layout.policy.read_text()) if layout.policy.exists() else Policy.default()
@@ -100,7 +97,7 @@ def compose(layout: Layout, operators: frozenset[int], log: Any) -> Authority:
     loaded = PolicyRef(digest=policy.digest, decision="allow", determining=())
     record_node(node, book, "node.started", None)
     record_node(node, book, "policy.loaded", loaded)
-    return _assemble(layout, node, book, access, Receipts(audit, signer))
+    return _assemble(layout, node, book, access, Receipts(audit, signer), rotation(layout, node_file, restart))
 
 
 def _keys(layout: Layout, book: Book) -> Keys:
@@ -109,7 +106,9 @@ def _keys(layout: Layout, book: Book) -> Keys:
     return settle_keys(layout.keys / "tickets.key", tickets.epoch, tickets.kids())
 
 
-def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: Receipts) -> Authority:
+def _assemble(
+    layout: Layout, node: Node, book: Book, access: Access, receipts: Receipts, rotating: Rotation
+) -> Authority:
     gate = Gate(node, access, book)
     orchestra = Orchestra()
     cells = CellSupervisor(NativeDriver(layout.spawner_socket), node.version)
@@ -149,6 +148,7 @@ def _assemble(layout: Layout, node: Node, book: Book, access: Access, receipts: 
         talking=Talking(gate, book, house, cells, execution, reading),
         watching=Watching(gate, book, house, cells, reading, ActivityLogs(layout.job_logs)),
         audit=AuditReading(gate, book, orchestra, reading, house),
+        audit_keeping=AuditKeeping(gate, book, house, layout.witnesses, rotating),
         images=ImageDesk(gate, book, orchestra, execution, cells, house),
         tickets=tickets,
         repeats=Repeats(book, access.bearer, KEYED, ways(reading, house, tickets)),
@@ -237,10 +237,16 @@ async def listen_for_egressd(authority: Authority, layout: Layout, uid: int, log
     return await links.serve(layout.egress_socket, 0o660, lambda sock: links.peer_uid(sock) in allowed, make)
 
 
+def _soon(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """Ends the role once the answer in hand has left."""
+    loop.call_later(RESTART_S, stop.set)
+
+
 async def serve(layout: Layout, log: Any, stop: asyncio.Event) -> None:
     """Runs the role until `stop`."""
     owner = layout.root.stat().st_uid
-    authority = compose(layout, frozenset({owner}), log)
+    loop = asyncio.get_running_loop()
+    authority = compose(layout, frozenset({owner}), log, lambda: _soon(loop, stop))
     parts = authority.parts
     await parts.book.log.durable(parts.book.log.size - 1)
     parts.cells.start()

@@ -24,6 +24,16 @@ class NodeFile(msgspec.Struct, frozen=True, kw_only=True):
     def origin(self) -> str:
         return f"aether/{self.node_id}/{self.epoch}"
 
+    @property
+    def next(self) -> NodeFile:
+        """The same node in the epoch after this one."""
+        return NodeFile(node_id=self.node_id, epoch=self.epoch + 1)
+
+
+def write_node(path: Path, node: NodeFile) -> None:
+    """Replaces the file; durable when this returns."""
+    _write(path, msgspec.json.encode(node) + b"\n", 0o640)
+
 
 def open_node(path: Path) -> NodeFile:
     """Reads or makes the file; raises AetherError STATE_UNUSABLE."""
@@ -39,7 +49,7 @@ def open_node(path: Path) -> NodeFile:
 
 def _create(path: Path) -> NodeFile:
     made = NodeFile(node_id=ids.new(ids.NODE), epoch=1)
-    _write(path, msgspec.json.encode(made) + b"\n", 0o640)
+    write_node(path, made)
     return made
 
 

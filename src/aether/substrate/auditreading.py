@@ -136,7 +136,7 @@ class AuditReading:
             since=call.since,
             until=call.until,
         )
-        start, end = call.start, call.end
+        start, end = max(call.start, self._log.first), call.end
         if view is not None and view.intent_index is not None:
             start = max(start, view.intent_index)
             if view.outcome_index is not None:

@@ -20,12 +20,14 @@ from aether.contract.budgetcalls import Quota
 from aether.contract.canonical import digest_bytes
 from aether.contract.cells import ExecEnd
 from aether.contract.clock import rfc3339
+from aether.contract.errors import AetherError
 from aether.contract.jobs import JobView
 from aether.contract.records import Record
 from aether.contract.wire import JobOutcome
 from aether.substrate.access.budget import Accounts
 from aether.substrate.allocations import ENDING, Allocation, Memory
 from aether.substrate.approvalbook import Kept
+from aether.substrate.audit.files import fsync_dir, write_file
 from aether.substrate.audit.log import AuditLog
 from aether.substrate.keymark import marked, note_written
 from aether.substrate.ledger import KeyEntry, Ledger, OpenJob
@@ -82,9 +84,13 @@ class Book:
         self._heard = call
 
     def load(self) -> int:
-        """Folds snapshot and tail; returns how many records were read."""
+        """Folds snapshot and tail; returns how many records were read. Raises AetherError LOG_CORRUPT when the
+        snapshot is lost that stands for pruned records."""
         self._restore()
         start = self.ledger.applied
+        if start < self.log.first:
+            why = f"records below {self.log.first} were pruned, and the snapshot {self._snapshot_path} is of {start}"
+            raise AetherError("LOG_CORRUPT", f"cannot fold the log: {why}", "restore the snapshot from a copy")
         while self.ledger.applied < self.log.size:
             for record in self.log.read(self.ledger.applied, _PAGE):
                 self._apply(record)
@@ -111,6 +117,11 @@ class Book:
     async def durable(self, record: Record) -> None:
         """Returns when `record` is on disk; after an outcome, those who wait for the job are told."""
         await self.log.durable(record.log_index)
+
+    async def durable_all(self) -> None:
+        """Returns when all that was written so far is on disk."""
+        if self.log.size:
+            await self.log.durable(self.log.size - 1)
 
     def publish(self, outcome: JobOutcome) -> None:
         """Tells the waiters of a job whose outcome is durable."""
@@ -151,6 +162,11 @@ class Book:
         if self.log.durable_size - self._snapshot_at >= _SNAPSHOT_EVERY:
             self.snapshot()
 
+    @property
+    def snapshot_at(self) -> int:
+        """Records below this index are not needed to start again."""
+        return self._snapshot_at
+
     def snapshot(self) -> None:
         """Writes the fold by rename. Only a fully durable state may be kept."""
         ledger = self.ledger
@@ -173,9 +189,9 @@ class Book:
             egress={name: each.egress_index for name, each in networked.items() if each.egress_index is not None},
         )
         body = msgspec.msgpack.encode(state)
-        temporary = self._snapshot_path.with_suffix(".tmp")
-        temporary.write_bytes(digest_bytes(body).encode() + b"\n" + body)
-        temporary.replace(self._snapshot_path)
+        # durable at once: records that it stands for may be pruned
+        write_file(self._snapshot_path, digest_bytes(body).encode() + b"\n" + body, sync=True)
+        fsync_dir(self._snapshot_path.parent)
         self._snapshot_at = ledger.applied
 
     def _restore(self) -> None:

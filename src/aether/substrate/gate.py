@@ -25,7 +25,7 @@ _READS: Final = frozenset(
     {
         "health", "metrics", "job.list", "job.get", "job.result", "job.logs", "job.receipt", "job.story",
         "artifact.get", "artifact.list", "image.list", "image.show", "model.list", "audit.checkpoint", "cell.explain",
-        "node.doctor", "audit.query", "audit.tail", "audit.export", "audit.inspect",
+        "node.doctor", "audit.growth", "audit.witnesses", "audit.query", "audit.tail", "audit.export", "audit.inspect",
         "cell.list", "cell.show", "cell.stats", "cell.events", "cell.get", "cell.files",
         "ticket.list", "ticket.show", "ticket.verify",
         "approval.list", "approval.show", "approval.oversee",

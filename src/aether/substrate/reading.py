@@ -158,7 +158,7 @@ class Reading:
 
     async def checkpoint(self, caller: Caller, call: Nothing) -> RawReply:
         self._gate.admit(caller, "audit.checkpoint", Resource(kind="audit"))
-        return RawReply(self._book.log.checkpoint(0)[0].encode(), "text/plain; charset=utf-8")
+        return RawReply(self._book.log.published()[0].encode(), "text/plain; charset=utf-8")
 
     # ---- for the other parts of the authority
 

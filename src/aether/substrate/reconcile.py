@@ -65,7 +65,7 @@ class Reconciler:
         """`log.read`: job records from `start` on; `next_index` is where to go on."""
         found: list[Record] = []
         size = 0
-        index = body.start
+        index = max(body.start, self._book.log.first)  # what is pruned had ended, and was told long ago
         while index < self._book.log.durable_size and size < _PAGE_BYTES_MAX and len(found) < body.limit:
             for record in self._book.log.read(index, min(body.limit, 50)):
                 if size >= _PAGE_BYTES_MAX or len(found) >= body.limit:
@@ -93,6 +93,7 @@ class Reconciler:
 
     def _outcomes_since(self, index: int) -> set[str]:
         found: set[str] = set()
+        index = max(index, self._book.log.first)
         while index < self._book.log.durable_size:
             page = self._book.log.read(index, 500)
             found |= {record.job_id for record in page if record.type == "job.outcome" and record.job_id is not None}

@@ -55,6 +55,7 @@ from aether.substrate import entries
 from aether.substrate.access.access import Resource
 from aether.substrate.approvals import ApprovalDesk
 from aether.substrate.asking import Asking
+from aether.substrate.auditkeeping import AuditKeeping
 from aether.substrate.auditreading import AuditReading
 from aether.substrate.book import Book
 from aether.substrate.budgetdesk import BudgetDesk
@@ -112,6 +113,7 @@ class Parts:
     budgets: BudgetDesk
     repeats: Repeats
     audit: AuditReading
+    audit_keeping: AuditKeeping
     metrics: Metrics
 
 
@@ -143,6 +145,11 @@ class Service:
             "artifact.list": reading.artifacts,
             "model.list": reading.models,
             "audit.checkpoint": reading.checkpoint,
+            "audit.growth": parts.audit_keeping.growth,
+            "audit.witnesses": parts.audit_keeping.witnesses,
+            "audit.cosign": parts.audit_keeping.cosign,
+            "audit.retain": parts.audit_keeping.retain,
+            "audit.rotate-key": parts.audit_keeping.rotate_key,
             "audit.query": parts.audit.query,
             "audit.tail": parts.audit.tail,
             "audit.export": parts.audit.export,

@@ -29,6 +29,9 @@ INTEGER_MAX: Final = 2**53 - 1
 _DECODER: Final = msgspec.json.Decoder(Record)
 _TIME: Final = re.compile(r"[-0-9]{10}T[:0-9]{8}\.[0-9]{6}Z", re.ASCII)
 _EFFECTS: Final = frozenset({None, "pure", "cell", "read", "control"})
+_NAMING: Final = frozenset({"document.stored", "audit.epoch"})
+"""Types whose `detail.digest` is a document's."""
+_INDEX: Final = re.compile(r"0|[1-9][0-9]{0,15}", re.ASCII)
 _BASES: Final = frozenset({"measured", "apportioned"})
 
 
@@ -77,7 +80,7 @@ def read(entry: bytes) -> Record:
 
 def named_documents(record: Record) -> list[str]:
     """The digests of the documents that a record names."""
-    named: list[str | None] = [record.detail.get("digest")] if record.type == "document.stored" else []
+    named: list[str | None] = [record.detail.get("digest")] if record.type in _NAMING else []
     if record.policy is not None:
         named.append(record.policy.digest)
     if record.code is not None:
@@ -95,6 +98,10 @@ def _misformed(record: Record) -> str | None:
         return "a time is not RFC 3339 UTC with six decimals"
     if record.effect not in _EFFECTS:
         return f"effect is {record.effect!r}"
+    if record.type == "audit.pruned" and _INDEX.fullmatch(record.detail.get("end", "")) is None:
+        return "detail.end is not an index"
+    if record.type == "audit.epoch" and not {"digest", "previous_key"} <= record.detail.keys():
+        return "detail lacks the digest or the key of the epoch before"
     if record.usage is not None and not _BASES.issuperset(record.usage.basis.values()):
         return "usage.basis says neither measured nor apportioned"
     return None

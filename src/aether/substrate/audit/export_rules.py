@@ -8,6 +8,7 @@ As in docs/formats.md "Verifying an export"; the name in parentheses is the fail
   the origin's node (ENTRY_NODE), and its proof leads to the checkpoint's root (PROOF_INVALID);
 - indexes rise within the head's range, without a gap where the head says that it is complete (ENTRY_SEQUENCE);
 - documents are those the entries name, all of them (DOCUMENT_MISSING) and no other or changed one (DOCUMENT_MISMATCH);
+- of the witnesses asked for as many as the quorum cosigned the checkpoint (WITNESS_QUORUM);
 - the end counts what was there (EXPORT_SHORT).
 """
 
@@ -23,6 +24,7 @@ from aether.contract.auditcalls import EXPORT_VERSION, ExportDocument, ExportEnd
 from aether.contract.canonical import canonical_record, digest_bytes
 from aether.substrate.audit import entry as entries
 from aether.substrate.audit.note import Checkpoint, NoteError, Verifier, decode_base64, node_of, open_checkpoint
+from aether.substrate.audit.quorum import NO_QUORUM, Quorum
 from aether.substrate.audit.report import Findings, Report
 from aether.substrate.audit.tree import HASH_BYTES, leaf_hash, verify_inclusion
 
@@ -33,16 +35,17 @@ _STAGES: Final = ("entry", "digest", "documents")
 T = TypeVar("T", bound=msgspec.Struct)
 
 
-def check_export(lines: Iterable[bytes], public_key: str) -> Report:
+def check_export(lines: Iterable[bytes], public_key: str, quorum: Quorum = NO_QUORUM) -> Report:
     """Applies every rule; `lines` may be a file, read line by line."""
-    return _ExportCheck(public_key).run(lines)
+    return _ExportCheck(public_key, quorum).run(lines)
 
 
 class _ExportCheck:
     """One pass."""
 
-    def __init__(self, public_key: str) -> None:
+    def __init__(self, public_key: str, quorum: Quorum) -> None:
         self._public_key = public_key
+        self._quorum = quorum
         self._found = Findings()
         self._head: ExportHead | None = None
         self._checkpoint: Checkpoint | None = None
@@ -84,6 +87,7 @@ class _ExportCheck:
             "complete": ("yes" if head.complete else "no") if head else None,
             "entries": self._entries,
             "documents": len(self._carried),
+            **self._quorum.facts(),
         }
         return self._found.report("export", facts)
 
@@ -174,6 +178,8 @@ class _ExportCheck:
         self._carried.add(document.digest)
 
     def _finish(self) -> None:
+        if self._head is not None:
+            self._quorum.check({"line 1": self._head.checkpoint.encode()}, self._found)
         for digest, index in self._named.items():
             if digest not in self._carried:
                 self._found.add("DOCUMENT_MISSING", "documents", f"{digest} is named and not carried", index)

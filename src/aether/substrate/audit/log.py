@@ -37,19 +37,29 @@ from aether.contract.limits import (
 )
 from aether.contract.records import Record
 from aether.substrate.audit import entry as entries
-from aether.substrate.audit import tree
+from aether.substrate.audit import pruning, tree
 from aether.substrate.audit.documents import Documents
-from aether.substrate.audit.note import Checkpoint, Signer
-from aether.substrate.audit.recover import SEGMENTS, Recovered, recover
+from aether.substrate.audit.note import Checkpoint, Signer, Verifier
+from aether.substrate.audit.pruning import SEGMENTS
+from aether.substrate.audit.recover import Recovered, recover
 from aether.substrate.audit.room import Bounds
 from aether.substrate.audit.segments import ENTRY_HEADER_BYTES, FRAME_HEADER_BYTES
-from aether.substrate.audit.store import Committed, LogStore
+from aether.substrate.audit.store import Committed, LogStore, Opening
+from aether.substrate.audit.witnessed import Witnessed
 from aether.substrate.audit.writer import Batch, Writer
 
 RESERVED: Final = frozenset({"job.started", "job.stop", "job.outcome", "node.stopped"})
 """Records of jobs already accepted: `reserve` keeps room for them."""
 ENDINGS: Final = frozenset(
-    {"ticket.revoked", "cell.freed", "cell.lost", "egress.closed", "approval.denied", "approval.expired"}
+    {
+        "ticket.revoked",
+        "cell.freed",
+        "cell.lost",
+        "egress.closed",
+        "audit.pruned",
+        "approval.denied",
+        "approval.expired",
+    }
 )
 """What takes leave or room back must be possible when there is none."""
 _OVERHEAD_BYTES: Final = ENTRY_HEADER_BYTES + FRAME_HEADER_BYTES
@@ -70,6 +80,7 @@ class AuditLog:
         on_fatal: Callable[[BaseException], None],
         bounds: Bounds,
         disk_free_bytes_min: int,
+        opening: Opening | None,
     ) -> None:
         self._directory = directory
         self._lock = lock
@@ -84,7 +95,9 @@ class AuditLog:
         self._failed: BaseException | None = None
         self._closed = False
         self._documents = Documents(directory)
-        self._store = LogStore(directory, signer, recovered, bounds, now_ns)
+        self._store = LogStore(directory, signer, recovered, bounds, now_ns, opening)
+        self._pruned_to = pruning.pruned_to(directory)
+        self.witnessed = Witnessed(directory, signer.name)
         self._durable = self._store.state(ENDINGS_BYTES_RESERVED)
         self._size = self._durable.size
         self._outstanding_bytes = 0
@@ -108,8 +121,11 @@ class AuditLog:
         on_fatal: Callable[[BaseException], None],
         bounds: Bounds | None = None,
         disk_free_bytes_min: int = DISK_FREE_BYTES_MIN,
+        former: Verifier | None = None,
+        opening: Opening | None = None,
     ) -> AuditLog:
-        """Opens or creates the log in `directory`; `now_ns` is a monotonic clock.
+        """Opens or creates the log in `directory`; `now_ns` is a monotonic clock. `former` is the key of the epoch
+        before, `opening` makes the record that begins this one when that is still to be done.
 
         `on_fatal` is called on the writer thread when a write or sync fails and should end the process. Raises
         AetherError ALREADY_RUNNING (locked), LOG_CORRUPT (details: segment, offset) or STATE_UNUSABLE.
@@ -122,7 +138,7 @@ class AuditLog:
         except OSError as error:
             raise AetherError("STATE_UNUSABLE", f"cannot open the log in {directory}: {error.strerror}") from error
         try:
-            recovered = recover(directory, signer.verifier)
+            recovered = recover(directory, signer.verifier, former)
             return cls(
                 directory,
                 lock,
@@ -132,6 +148,7 @@ class AuditLog:
                 on_fatal=on_fatal,
                 bounds=bounds or Bounds(),
                 disk_free_bytes_min=disk_free_bytes_min,
+                opening=opening,
             )
         except OSError as error:
             os.close(lock)
@@ -150,6 +167,11 @@ class AuditLog:
     @property
     def durable_size(self) -> int:
         return self._durable.size
+
+    @property
+    def first(self) -> int:
+        """The first record that can still be read; those before it were pruned."""
+        return pruning.first_kept(self._pruned_to)
 
     def append(self, make: Callable[[int], Record]) -> int:
         """Queues the record `make(index)` and returns its index. Nothing is queued when it raises.
@@ -187,20 +209,23 @@ class AuditLog:
         await future
 
     def entry(self, index: int) -> bytes:
-        """The exact text of a durable record. Raises AetherError NOT_FOUND or LOG_CORRUPT."""
+        """The exact text of a durable record. Raises AetherError NOT_FOUND, GONE or LOG_CORRUPT."""
         if not 0 <= index < self._durable.size:
             raise AetherError("NOT_FOUND", f"cannot read record {index}: the log has {self._durable.size}")
+        self._check_kept(index)
         return self._store.tiles.entry(index)
 
     def read(self, start: int, limit: int) -> list[Record]:
-        """Up to `limit` durable records from `start` on; empty at the end."""
+        """Up to `limit` durable records from `start` on; empty at the end. Raises AetherError GONE."""
+        self._check_kept(start)
         end = min(start + limit, self._durable.size)
         return [entries.decode(self._store.tiles.entry(index)) for index in range(max(0, start), end)]
 
     def bundle(self, number: int) -> list[bytes]:
         """The durable records of entry bundle `number`, unchecked; callable on any thread. Raises AetherError
-        LOG_CORRUPT."""
+        GONE or LOG_CORRUPT."""
         first = number * TILE_WIDTH
+        self._check_kept(first)
         return self._store.tiles.bundle(number)[: max(0, self._durable.size - first)]
 
     def check(self, index: int, entry: bytes) -> None:
@@ -220,10 +245,18 @@ class AuditLog:
         return _base64(tree.consistency_proof(old, new, self._store.tiles.node))
 
     def checkpoint(self, at_least: int = 0) -> tuple[str, int]:
-        """A signed checkpoint (note, size) over `at_least` records: the published one, or one signed now.
+        """A signed checkpoint (note, size) over `at_least` records: one that witnesses cosigned, the published one, or
+        one signed now.
 
         Raises AetherError NOT_READY when fewer are durable.
         """
+        if (cosigned := self.witnessed.best(at_least)) is not None:
+            return cosigned
+        return self.published(at_least)
+
+    def published(self, at_least: int = 0) -> tuple[str, int]:
+        """The newest published checkpoint (note, size) or, where that covers too little, one signed now. Raises
+        AetherError NOT_READY."""
         published = self._store.published
         if published[0] and published[1] >= at_least:
             return published
@@ -231,6 +264,50 @@ class AuditLog:
         if durable.size < at_least:
             raise AetherError("NOT_READY", f"cannot sign {at_least} records: {durable.size} are durable")
         return self._signer.sign(Checkpoint(self._signer.name, durable.size, durable.root).text()), durable.size
+
+    def signed(self, size: int) -> str:
+        """The note over the first `size` durable records: always the same, as Ed25519 is. Raises AetherError
+        NOT_FOUND."""
+        if not 0 < size <= self._durable.size:
+            raise AetherError("NOT_FOUND", f"cannot sign {size} records: the log has {self._durable.size}")
+        root = tree.root(size, self._store.tiles.node)
+        return self._signer.sign(Checkpoint(self._signer.name, size, root).text())
+
+    async def seal(self) -> None:
+        """Ends the current segment once all that was appended is in it."""
+        self._check_usable()
+        self._flush()
+        sealed = asyncio.get_running_loop().create_future()
+
+        def seal() -> None:
+            self._store.seal()
+            self._to_loop(lambda: None if sealed.done() else sealed.set_result(None))
+
+        self._loop = asyncio.get_running_loop()
+        self._writer.put(Batch([], [], seal))
+        await sealed
+
+    @property
+    def segment_start(self) -> int:
+        """The first record of the segment that is written."""
+        return int(pruning.list_segments(self._directory)[-1].name)
+
+    def ends(self) -> list[int]:
+        """Where a pruning may end, rising."""
+        return [end for end in pruning.ends(self._directory) if end > self._pruned_to]
+
+    def check_prunable(self, end: int) -> None:
+        """That the tree holds the hashes of all that a pruning up to `end` takes away; reads it all, so on a thread.
+        Raises AetherError LOG_CORRUPT."""
+        tiles = self._store.tiles
+        for number in range(self.first // TILE_WIDTH, end // TILE_WIDTH):
+            pruning.check(number, tiles.bundle(number), tiles.node)
+
+    def prune(self, end: int) -> None:
+        """Takes away the records below `end`, one of `ends()`; the record that says so is durable. On a thread."""
+        self._pruned_to = end
+        pruning.begin(self._directory, end)
+        pruning.finish(self._directory)
 
     def store_document(self, text: bytes) -> Digest:
         """Keeps `text` under its digest, durable before any record appended later. Repeated ones are free.
@@ -280,6 +357,11 @@ class AuditLog:
         if self._failed is not None or self._closed:
             why = "it is closed" if self._failed is None else f"a write failed: {self._failed}"
             raise AetherError("UNAVAILABLE", f"cannot use the audit log: {why}")
+
+    def _check_kept(self, index: int) -> None:
+        if index < self.first:
+            why = f"records below {self.first} were pruned; their hashes are kept"
+            raise AetherError("GONE", f"cannot read record {index}: {why}", "look for it in a copy of the log")
 
     def _check_room(self, cost: int) -> None:
         if self._free_bytes() >= cost:

@@ -26,7 +26,7 @@ NOTE_BYTES_MAX: Final = 65_536
 SIZE_MAX: Final = 2**53 - 1
 _ALGORITHM: Final = b"\x01"
 """Ed25519 in the signed-note registry."""
-_DASH: Final = "\u2014 "
+DASH: Final = "\u2014 "
 
 
 class NoteError(Exception):
@@ -52,7 +52,7 @@ class Verifier:
     _key: Ed25519PublicKey = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        check_name(self.name)
         object.__setattr__(self, "_key", Ed25519PublicKey.from_public_bytes(self.public_key))
 
     @classmethod
@@ -81,7 +81,7 @@ class Verifier:
 
     def open(self, note: str) -> str:
         """The text of a note signed by this key; raises NoteError NOTE_FORMAT or NOTE_SIGNATURE."""
-        text, signatures = _split(note)
+        text, signatures = split_note(note)
         verified = False
         for name, raw in signatures:
             if name != self.name or raw[:4] != self.key_id:
@@ -115,7 +115,7 @@ class Signer:
         if not text.endswith("\n"):
             raise ValueError("a note's text ends in a newline")
         raw = self.verifier.key_id + self._key.sign(text.encode())
-        return f"{text}\n{_DASH}{self.name} {base64.b64encode(raw).decode()}\n"
+        return f"{text}\n{DASH}{self.name} {base64.b64encode(raw).decode()}\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +165,14 @@ def _is_name(name: str) -> bool:
     return bool(name) and "+" not in name and not any(c.isspace() for c in name)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises ValueError unless `name` may be that of a key."""
     if not _is_name(name):
         raise ValueError(f"cannot use {name[:80]!r} as a key name: it is empty or holds white space or '+'")
 
 
-def _split(note: str) -> tuple[str, list[tuple[str, bytes]]]:
+def split_note(note: str) -> tuple[str, list[tuple[str, bytes]]]:
+    """The text, and name and bytes (key id first) of each signature, unchecked. Raises NoteError NOTE_FORMAT."""
     if len(note.encode("utf-8", "surrogatepass")) > NOTE_BYTES_MAX:
         raise NoteError("NOTE_FORMAT", f"the note is longer than {NOTE_BYTES_MAX} bytes")
     if any((c < " " and c != "\n") or "\ud800" <= c <= "\udfff" for c in note):
@@ -180,9 +182,9 @@ def _split(note: str) -> tuple[str, list[tuple[str, bytes]]]:
         raise NoteError("NOTE_FORMAT", "the note has no signature lines after an empty line")
     signatures: list[tuple[str, bytes]] = []
     for line in tail[:-1].split("\n"):
-        name, _, encoded = line.removeprefix(_DASH).partition(" ")
+        name, _, encoded = line.removeprefix(DASH).partition(" ")
         raw = decode_base64(encoded)
-        if not line.startswith(_DASH) or not _is_name(name) or raw is None or len(raw) < 5:
+        if not line.startswith(DASH) or not _is_name(name) or raw is None or len(raw) < 5:
             raise NoteError("NOTE_FORMAT", f"{line[:80]!r} is not a signature line")
         signatures.append((name, raw))
     return head + "\n", signatures

@@ -11,6 +11,7 @@ As in docs/formats.md "Verifying a receipt"; the name in parentheses is the fail
 - all are of one tenant; intent and outcome agree on what was admitted and for what price (ENTRY_CONTRADICTION);
 - a job whose intent names an approval did nothing before that was granted, for its input (APPROVAL_MISSING);
 - documents are those the entries name, all of them (DOCUMENT_MISSING) and no other or changed one (DOCUMENT_MISMATCH);
+- of the witnesses asked for as many as the quorum cosigned the checkpoint (WITNESS_QUORUM);
 - the verdict is the authority's on exactly this intent (VERDICT_MISMATCH).
 """
 
@@ -26,6 +27,7 @@ from aether.contract.canonical import canonical_record, digest_bytes
 from aether.contract.records import PolicyRef, Receipt, Record, TicketRef
 from aether.substrate.audit import entry as entries
 from aether.substrate.audit.note import Checkpoint, NoteError, Verifier, decode_base64, node_of, open_checkpoint
+from aether.substrate.audit.quorum import NO_QUORUM, Quorum
 from aether.substrate.audit.report import Findings, Report
 from aether.substrate.audit.tree import HASH_BYTES, leaf_hash, verify_inclusion
 
@@ -64,7 +66,7 @@ def verdict_text(intent: Record) -> str:
     return f"{VERDICT_HEAD}\n{canonical_record(verdict).decode()}\n"
 
 
-def check_receipt(data: bytes, public_key: str) -> Report:
+def check_receipt(data: bytes, public_key: str, quorum: Quorum = NO_QUORUM) -> Report:
     """Applies every rule that can still be applied after earlier ones failed."""
     found = Findings()
     facts: dict[str, int | str | None] = {"job_id": None, "origin": None, "checkpoint_size": None}
@@ -80,6 +82,8 @@ def check_receipt(data: bytes, public_key: str) -> Report:
     checkpoint = _checkpoint(receipt, verifier, found)
     if checkpoint is not None:
         facts["checkpoint_size"] = checkpoint.size
+    quorum.check({"checkpoint": receipt.checkpoint.encode("utf-8", "surrogatepass")}, found)
+    facts |= quorum.facts()
     records = _entries(receipt, checkpoint, node_of(verifier.name), found)
     if len(records) == len(receipt.entries) and _sequence(receipt, records, found):
         _joins(records, found)

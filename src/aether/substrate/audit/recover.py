@@ -3,13 +3,14 @@
 Rules:
 - the checkpoint on disk, if any, is signed by our key for our origin;
 - the log holds at least as many entries as the checkpoint and its root over that size is the checkpoint's;
+- segments begin at entry 0, or where the marker of a pruning says (`pruning`), whose rest is done first;
 - segments are contiguous and every frame is valid, but for one torn frame at the very end (segments.is_torn)
   that holds nothing the checkpoint covers: it was never acknowledged and is cut off.
 
 Usually only the last segment is read: the tiles of older ones were made durable before it was begun, and the
 checkpoint's root over both proves them. When that shortcut does not lead to the checkpoint, everything is read;
 what then disagrees is LOG_CORRUPT, and tiles that are missing are written again by the log's first publication.
-Nothing is changed on disk before the log has proved good.
+Nothing is changed on disk before the log has proved good, but for what a pruning that a crash interrupted left to do.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from typing import Final
 
 from aether.contract.errors import AetherError
 from aether.contract.limits import TILE_WIDTH
-from aether.substrate.audit import segments
+from aether.substrate.audit import pruning, segments
 from aether.substrate.audit.files import fsync_dir, write_all
 from aether.substrate.audit.note import Checkpoint, NoteError, Verifier, open_checkpoint
+from aether.substrate.audit.pruning import SEGMENTS, list_segments
 from aether.substrate.audit.segments import SegmentError
 from aether.substrate.audit.tiles import TileStore
 from aether.substrate.audit.tree import EMPTY_ROOT
 
 CHECKPOINT: Final = "checkpoint"
-SEGMENTS: Final = "segments"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,12 @@ class Recovered:
     note: str
 
 
-def recover(directory: Path, verifier: Verifier) -> Recovered:
-    """The end of the log in `directory`, created when there is none. Raises AetherError LOG_CORRUPT."""
-    note, checkpoint = _read_checkpoint(directory, verifier)
+def recover(directory: Path, verifier: Verifier, former: Verifier | None = None) -> Recovered:
+    """The end of the log in `directory`, created when there is none. Raises AetherError LOG_CORRUPT.
+
+    `former` is the key of the epoch before: right after a rotation the checkpoint is still signed by it."""
+    note, checkpoint = _read_checkpoint(directory, verifier, former)
+    gone = pruning.finish(directory)
     found = list_segments(directory)
     if not found:
         if checkpoint.size:
@@ -58,13 +62,8 @@ def recover(directory: Path, verifier: Verifier) -> Recovered:
     if 0 < last_start <= checkpoint.size:
         with contextlib.suppress(AetherError):
             return _replay(directory, found, checkpoint, note, last_start - last_start % TILE_WIDTH)
-    return _replay(directory, found, checkpoint, note, 0)
-
-
-def list_segments(directory: Path) -> list[Path]:
-    """The segment files in the order of their first index."""
-    names = (directory / SEGMENTS).glob("[0-9]" * segments.NAME_DIGITS)
-    return sorted(names, key=lambda path: path.name)
+    # the hashes of what was pruned are in full tiles: those were durable before it went
+    return _replay(directory, found, checkpoint, note, -(-gone // TILE_WIDTH) * TILE_WIDTH)
 
 
 @contextlib.contextmanager
@@ -78,7 +77,7 @@ def mapped(path: Path) -> Iterator[memoryview]:
             yield view
 
 
-def _read_checkpoint(directory: Path, verifier: Verifier) -> tuple[str, Checkpoint]:
+def _read_checkpoint(directory: Path, verifier: Verifier, former: Verifier | None) -> tuple[str, Checkpoint]:
     try:
         note = (directory / CHECKPOINT).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -88,6 +87,8 @@ def _read_checkpoint(directory: Path, verifier: Verifier) -> tuple[str, Checkpoi
     try:
         return note, open_checkpoint(note, verifier)
     except NoteError as error:
+        if former is not None:
+            return _read_checkpoint(directory, former, None)
         raise AetherError("LOG_CORRUPT", f"cannot open the log: checkpoint: {error.reason} ({error.code})") from error
 
 

@@ -57,13 +57,42 @@ def encode_header(first_index: int, origin: str) -> bytes:
 
 
 def check_header(data: Bytes, first_index: int, origin: str) -> int:
-    """The offset of the first frame; raises SegmentError SEGMENT_HEADER unless the header is exactly ours."""
-    expected = encode_header(first_index, origin)
+    """The offset of the first frame; raises SegmentError SEGMENT_HEADER unless the header is exactly ours.
+
+    A segment of the node's log may be of an earlier epoch than `origin`: the tree goes on when the key changes."""
+    found = origin_of(data)
+    expected = encode_header(first_index, found if found is not None and is_epoch_of(found, origin) else origin)
     if bytes(data[: len(expected)]) != expected:
         raise SegmentError("SEGMENT_HEADER", 0, f"the header is not that of entry {first_index} of {origin}")
     if len(data) > SEGMENT_BYTES_MAX:
         raise SegmentError("SEGMENT_HEADER", 0, f"the segment is longer than {SEGMENT_BYTES_MAX} bytes")
     return len(expected)
+
+
+def is_epoch_of(origin: str, current: str) -> bool:
+    """Whether `origin` is `current` or an earlier epoch of its log: `aether/<node>/<epoch>`."""
+    log, _, epoch = origin.rpartition("/")
+    present_log, _, present = current.rpartition("/")
+    if origin == current:
+        return True
+    if log != present_log or not all(_is_epoch(text) for text in (epoch, present)):
+        return False
+    return 1 <= int(epoch) <= int(present)
+
+
+def _is_epoch(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 9 and text[0] != "0"
+
+
+def origin_of(data: Bytes) -> str | None:
+    """The origin that a header names, unchecked."""
+    if len(data) < _HEADER.size:
+        return None
+    _, _, length = _HEADER.unpack_from(data, 0)
+    try:
+        return bytes(data[_HEADER.size : _HEADER.size + length]).decode("utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 def encode_frame(first_index: int, entries: Sequence[bytes]) -> bytes:

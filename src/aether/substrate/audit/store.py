@@ -12,16 +12,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from aether.contract.ids import Digest
 from aether.contract.limits import CHECKPOINT_INTERVAL_S
 from aether.substrate.audit import segments
 from aether.substrate.audit.documents import Documents
 from aether.substrate.audit.files import fsync_dir, write_all, write_file
 from aether.substrate.audit.note import Checkpoint, Signer
-from aether.substrate.audit.recover import CHECKPOINT, SEGMENTS, Recovered
+from aether.substrate.audit.pruning import SEGMENTS
+from aether.substrate.audit.recover import CHECKPOINT, Recovered, mapped
 from aether.substrate.audit.room import Bounds, Room
 from aether.substrate.audit.tiles import TileStore
 
 _INTERVAL_NS = int(CHECKPOINT_INTERVAL_S * 1e9)
+
+
+Opening = Callable[[int, Recovered, Digest], bytes]
+"""Makes the first entry of an epoch: its index, how the one before ended, the digest of its last checkpoint's note."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,13 @@ class LogStore:
     """The files of one open log."""
 
     def __init__(
-        self, directory: Path, signer: Signer, recovered: Recovered, bounds: Bounds, now_ns: Callable[[], int]
+        self,
+        directory: Path,
+        signer: Signer,
+        recovered: Recovered,
+        bounds: Bounds,
+        now_ns: Callable[[], int],
+        opening: Opening | None = None,
     ) -> None:
         self._directory = directory
         self._signer = signer
@@ -49,6 +61,7 @@ class LogStore:
         self._now_ns = now_ns
         self.tiles: TileStore = recovered.tiles
         self._offset = recovered.offset
+        self._segment_start = int(recovered.segment.name)
         self._fd = os.open(recovered.segment, os.O_RDWR | os.O_CLOEXEC)
         if os.fstat(self._fd).st_size != self._offset:
             os.ftruncate(self._fd, self._offset)
@@ -61,6 +74,8 @@ class LogStore:
         self._tiles_behind = False
         self.postponed = 0
         """Publications that a full disk put off."""
+        if recovered.checkpoint.origin != signer.name:
+            self._begin_epoch(recovered, opening)
 
     def commit(self, entries: Sequence[bytes], documents: Sequence[Path], want_bytes: int) -> Committed:
         """Makes documents and then entries (one frame) durable; keeps `want_bytes` allocated behind them."""
@@ -93,6 +108,11 @@ class LogStore:
             self.postponed += 1
             self._published_at_ns = self._now_ns()
 
+    def seal(self) -> None:
+        """Ends the current segment, if it holds anything, so that it may be pruned one day."""
+        if self._segment_start < self.tiles.size:
+            self._rotate()
+
     def due_in_ns(self) -> int | None:
         """How long until the checkpoint may be published; None when the published one is the log's."""
         if not self._unpublished():
@@ -120,6 +140,20 @@ class LogStore:
         self.published = (note, self.tiles.size)
         self._published_at_ns = self._now_ns()
 
+    def _begin_epoch(self, recovered: Recovered, opening: Opening | None) -> None:
+        """The checkpoint is the former key's: a segment that bears the new name begins with a record that commits to
+        it, durable before this key signs anything. A crash in between leaves it to be done again, or done."""
+        with mapped(recovered.segment) as data:
+            begun = segments.origin_of(data) == self._signer.name and self._segment_start < self.tiles.size
+        self._published_at_ns = self._now_ns()
+        self.published = ("", 0)
+        if begun or opening is None:
+            return
+        self._rotate()
+        digest, path = Documents(self._directory).put(recovered.note.encode())
+        entry = opening(self.tiles.size, recovered, digest)
+        self.commit([entry], [path] if path is not None else [], 0)
+
     def _rotate(self) -> None:
         """Begins the next segment; what recovery needs of the old one's tiles is durable before."""
         self.publish()
@@ -133,5 +167,5 @@ class LogStore:
         fsync_dir(path.parent)
         os.ftruncate(self._fd, self._offset)
         os.close(self._fd)
-        self._fd, self._offset = fd, len(header)
+        self._fd, self._offset, self._segment_start = fd, len(header), self.tiles.size
         self._room.enter(fd, len(header))

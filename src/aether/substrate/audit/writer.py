@@ -23,6 +23,8 @@ class Batch:
 
     entries: list[bytes]
     documents: list[Path]
+    then: Callable[[], None] | None = None
+    """Done on the writer's thread once all that was put before it is durable."""
 
 
 class Writer(threading.Thread):
@@ -59,6 +61,9 @@ class Writer(threading.Thread):
                 batch = self._take()
                 if batch is not None:
                     committed = self._store.commit(batch.entries, batch.documents, self.want_bytes)
+                    if batch.then is not None:
+                        batch.then()
+                        committed = self._store.state(self.want_bytes)
                     self._on_commit(committed, len(batch.entries))
                 self._store.publish()
             self._store.publish(force=True)
@@ -81,6 +86,9 @@ class Writer(threading.Thread):
             room -= cost
             taken.entries += item.entries
             taken.documents += item.documents
+            if item.then is not None:
+                taken.then = item.then
+                return taken
             item = self._next()
         return taken
 
@@ -94,7 +102,7 @@ class Writer(threading.Thread):
             count += 1
         taken.entries += item.entries[:count]
         taken.documents += item.documents
-        self._carried = Batch(item.entries[count:], [])
+        self._carried = Batch(item.entries[count:], [], item.then)
 
     def _wait(self) -> Batch | None:
         due_ns = self._store.due_in_ns()
