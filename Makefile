@@ -8,7 +8,7 @@ SEED ?= 7
 KILLS ?= 200
 SECONDS_LONG ?= 60
 
-.PHONY: help setup native demo test test-v2 lint crash alternation bench train-demo docs fuzz clean
+.PHONY: help setup native demo test test-v2 test-v2-short lint crash alternation bench train-demo docs fuzz clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ test: setup $(VENV)/.dev ## Everything that CI runs, with its summary line last
 
 test-v2: setup $(VENV)/.dev ## The cell suite in a QEMU guest with all cgroups on v2 (ARGS= for pytest)
 	$(BIN)/python -m tests.guest.boot $(ARGS)
+
+test-v2-short: setup $(VENV)/.dev ## The same for the limits alone, in a few minutes
+	$(BIN)/python -m tests.guest.boot --short $(ARGS)
 
 lint: setup $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff check src tests bench examples tools

@@ -17,7 +17,7 @@ import pytest
 
 from aether.contract.cells import ExecEnd, Limits
 from aether.substrate.cells.drivers.native import NativeDriver
-from tests.support.machine import argv_of, children
+from tests.support.machine import SLOW, argv_of, children
 from tests.support.spawnerprocess import MIB, Spawner, launch, run, with_driver
 
 KILLED = "disk-limit"
@@ -146,8 +146,10 @@ def test_the_watcher_dies_and_the_bound_holds() -> None:
     spawner = Spawner(None)
 
     async def step(driver: NativeDriver) -> None:
-        started = await launch(driver, "sleep 1.5; head -c 30M /dev/zero > big" + LINGER, limits=disk(20 * MIB))
-        await asyncio.sleep(0.8)
+        started = await launch(
+            driver, f"sleep {1.5 * SLOW}; head -c 30M /dev/zero > big" + LINGER, limits=disk(20 * MIB)
+        )
+        await asyncio.sleep(0.8 * SLOW)
         (watcher,) = [pid for pid in children(spawner.process.pid) if any("diskwatch" in word for word in argv_of(pid))]
         about = dict(line.split(":\t", 1) for line in Path(f"/proc/{watcher}/status").read_text().splitlines())
         if os.geteuid() == 0:
@@ -167,7 +169,7 @@ def test_a_running_cell_gets_another_bound(spawner: Spawner) -> None:
     async def step(driver: NativeDriver) -> None:
         script = "head -c 30M /dev/zero > big" + LINGER
         started = await launch(driver, script, limits=disk(100 * MIB))
-        await asyncio.sleep(0.8)
+        await asyncio.sleep(0.8 * SLOW)
         await driver.resize(started.handle, disk(20 * MIB))
         end = await driver.wait(started.handle, started.exec_id)
         assert (end.exit.signal, end.exit.reason) == (9, KILLED)

@@ -26,6 +26,7 @@ from aether.spawner.linux.bpf import permission
 from aether.substrate.cells.activity import ActivityLogs
 from aether.substrate.cells.drivers.native import NativeDriver
 from aether.substrate.cells.drivers.port import Started
+from tests.support.machine import SLOW
 from tests.support.spawnerprocess import ORDINARY, SYSTEM_PYTHON, Spawner, launch, processes, with_driver
 
 
@@ -94,7 +95,7 @@ async def events(spawner: Spawner, cell: str) -> list[ActivityEvent]:
 
 
 async def finish(driver: NativeDriver, spawner: Spawner, started: Started) -> list[ActivityEvent]:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(30 * SLOW):
         await driver.wait(started.handle, started.exec_id)
         await driver.kill(started.handle)
         found = await events(spawner, started.handle)
@@ -115,7 +116,7 @@ def test_a_job_shows_exactly_what_it_did(spawner: Spawner) -> None:
         other = await asyncio.create_subprocess_exec("/bin/sh", "-c", "while :; do /bin/date > /dev/null; done")
         try:
             started = await launch(driver, script)
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.3 * SLOW)
             await driver.signal(started.handle, started.exec_id, signal.SIGUSR1)
             found = await finish(driver, spawner, started)
         finally:
@@ -148,7 +149,7 @@ def test_senders_and_deaths_by_signal(spawner: Spawner) -> None:
     async def step(driver: NativeDriver) -> None:
         await ready(spawner)
         started = await launch(driver, script)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.3 * SLOW)
         own = [event for event in await live(started.handle) if event.kind == "exec" and event.comm == "sleep"]
         os.kill(own[-1].host_pid or 0, signal.SIGINT)
         found = await finish(driver, spawner, started)
@@ -320,7 +321,7 @@ def test_without_permission_pid_1_still_tells() -> None:
     async def step(driver: NativeDriver) -> None:
         assert "bpf" in driver.facts.missing and driver.facts.missing["bpf"].remedy
         started = await launch(driver, "trap 'exit 3' USR1; while :; do :; done")
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.3 * SLOW)
         await driver.signal(started.handle, started.exec_id, signal.SIGUSR1)
         with pytest.raises(AetherError, match="LEVEL_UNMET"):
             await driver.trace(started.handle, 10)

@@ -17,6 +17,7 @@ from aether.contract.cellplan import NAMESPACES
 from aether.spawner.linux import oci
 from tests.support import cells
 from tests.support.cells import Host, Result
+from tests.support.machine import SLOW
 
 KINDS = ("runc", "crun", "runsc")
 SHARED = tuple(name for name in NAMESPACES if name not in ("pid", "cgroup"))
@@ -47,7 +48,7 @@ def host(request: pytest.FixtureRequest, directory: str) -> Runtime:
 
 
 def wait_gone(*pids: int) -> bool:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 5 * SLOW
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
         time.sleep(0.01)
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
