@@ -43,6 +43,7 @@ def unquoted(cell: str) -> str:
     ("heading", "of"),
     [
         ("Base", lambda p: p["project"]["dependencies"]),
+        ("Extra `age`", lambda p: p["project"]["optional-dependencies"]["age"]),
         ("Extra `train`", lambda p: p["project"]["optional-dependencies"]["train"]),
         ("Extra `dev`", lambda p: p["project"]["optional-dependencies"]["dev"]),
     ],
@@ -62,7 +63,7 @@ def test_build_requirements_are_explained() -> None:
 
 
 def test_no_extra_is_unknown() -> None:
-    assert set(project()["project"]["optional-dependencies"]) == {"train", "dev"}
+    assert set(project()["project"]["optional-dependencies"]) == {"age", "train", "dev"}
 
 
 def test_limits_are_as_in_the_code() -> None:

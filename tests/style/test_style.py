@@ -25,7 +25,7 @@ LAYERS: dict[str, set[str]] = {
     "api": {"msgspec", "uvicorn", "httptools", "uvloop"},
     "substrate": ROLE | {"msgspec", "cryptography", "cedarpy", "rfc8785", "uuid_utils"},
     "spawner": set(),
-    "egress": ROLE | {"msgspec", "cryptography", "h11"},
+    "egress": ROLE | {"msgspec", "cryptography", "h11", "pyrage"},
     "orchestrator": ROLE | {"msgspec", "prometheus_client"},
     "runtime": {"msgspec", "numpy", "onnxruntime", "cryptography", "rfc8785"},
     "worldmodel": {"numpy", "torch", "onnx", "onnxscript", "onnxruntime", "cryptography", "msgspec", "rfc8785"}

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from aether.contract import limits
-from aether.contract.network import FORBIDDEN_HEADERS, SECRET_VARIABLE
+from aether.contract.network import FORBIDDEN_HEADERS
+from aether.contract.secrets import SECRETS_MAX, SOURCE_PATTERN, VARIABLE_PATTERN
 
 _PORT: Final = r"[1-9][0-9]{0,3}"
 _NAME: Final = r"([a-z0-9_]([a-z0-9_-]{0,30}[a-z0-9_])?\.){0,4}[a-z]([a-z-]{0,20}[a-z])?"
@@ -28,7 +29,7 @@ def _any_case(word: str) -> str:
 
 _FORBIDDEN: Final = "|".join(map(_any_case, sorted(FORBIDDEN_HEADERS)))
 HEADER: Final = rf"^(?!({_FORBIDDEN})$)[A-Za-z0-9!#$%&'*+.^_`|~-]{{1,64}}$"
-SOURCE: Final = rf"^(file:(?!.*/\.\.(/|$))/[^\u0000-\u001f\u007f]{{1,1023}}|env:{SECRET_VARIABLE}[A-Z0-9_]{{1,100}})$"
+SOURCE: Final = rf"^(?!.*[:/]\.\.([/#]|$))({SOURCE_PATTERN})$"
 
 
 _SHARED_HAS_NONE: Final = {
@@ -54,6 +55,11 @@ def refine(schemas: Mapping[str, Any]) -> None:
     credential["header"]["pattern"] = HEADER
     credential["source"]["pattern"] = SOURCE
     credential["prefix"]["pattern"] = r"^[ -~]{0,64}$"
+    schemas["CommandParams"]["properties"]["secrets"].update(
+        propertyNames={"pattern": f"^{VARIABLE_PATTERN}$"},
+        additionalProperties={"type": "string", "pattern": SOURCE},
+        maxProperties=SECRETS_MAX,
+    )
     bounds = {
         "connections": (1, limits.EGRESS_CONNECTIONS_MAX),
         "requests_per_s": (1, limits.EGRESS_REQUESTS_PER_S_MAX),

@@ -20,6 +20,10 @@ Credentials = Annotated[
     list[str] | None,
     typer.Option("--credential", metavar="NAME=HOST:HEADER:SOURCE", help="Send a secret the job never sees."),
 ]
+Secrets = Annotated[
+    list[str] | None,
+    typer.Option("--secret", metavar="NAME=REFERENCE", help="A variable whose value egressd reads at the start."),
+]
 Intercept = Annotated[bool, typer.Option("--intercept", help="Add credentials inside TLS to their hosts too.")]
 Learn = Annotated[bool, typer.Option("--learn", help="Reach any public host, and note which.")]
 Job = Annotated[str, typer.Argument(metavar="JOB|CELL", help="A job id, or a cell's name or id.")]
@@ -45,6 +49,15 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="egress")
     command(group, "list", help=LIST_HELP)(_list)
     command(group, "draft", help=DRAFT_HELP)(_draft)
+
+
+def secrets_of(given: list[str] | None) -> dict[str, str]:
+    """`NAME=REFERENCE` by name; raises AetherError BAD_FIELD."""
+    from aether.contract.secrets import check_secrets
+
+    found = {name: source for name, _, source in (text.partition("=") for text in given or ())}
+    check_secrets(found, {})
+    return found
 
 
 def network_of(allow: list[str] | None, credentials: list[str] | None, intercept: bool, learn: bool) -> Network | None:

@@ -39,6 +39,7 @@ Examples:
   aether run --cpu-weight 20 --sched idle --io-class idle -- python3 crunch.py
   aether run --python --import numpy --file main.py -- main.py --steps 10
   aether run --allow pypi.org:443 --allow files.pythonhosted.org:443 -- pip install rich
+  aether run --secret API_KEY=file:/etc/aether/key -- ./agent
   aether run --image tools --writable-root --keep-diff -- make install
   aether run --require cell --require netns --detach -- sleep 60
 """
@@ -84,12 +85,13 @@ def _run(
     allow: network.Allow = None,
     credential: network.Credentials = None,
     intercept: network.Intercept = False,
+    secret: network.Secrets = None,
     learn: network.Learn = False,
     approval: approvals.Wait = None,
     detach: Annotated[bool, typer.Option("--detach", help="Print the job id and leave.")] = False,
 ) -> int:
     from aether.cli.instance import ensure_instance
-    from aether.cli.output import progress, show_json
+    from aether.cli.output import progress
 
     asked = bounds.to_limits(
         memory=memory, memory_high=memory_high, disk=disk, cpu=cpu, cpu_weight=cpu_weight, cpus_allowed=cpus_allowed,
@@ -112,14 +114,19 @@ def _run(
                 require=bounds.required(require, driver),
                 labels=label or [],
                 network=network.network_of(allow, credential, intercept, learn),
+                secrets=network.secrets_of(secret),
                 python=_interpreter(python, imports),
                 approval_ms=approvals.wait_ms(approval),
                 wait=False,
             )
-        if detach:
-            show_json(job) if session.as_json else print(job.job_id)
-            return 0
-        return _finish(session, client, job, output_dir, force)
+        return _left(session, job) if detach else _finish(session, client, job, output_dir, force)
+
+
+def _left(session: Session, job: JobView) -> int:
+    from aether.cli.output import show_json
+
+    show_json(job) if session.as_json else print(job.job_id)
+    return 0
 
 
 def _interpreter(python: bool, imports: list[str] | None) -> Interpreter | None:

@@ -134,6 +134,7 @@ class Client:
         labels: Sequence[str] = (),
         python: Interpreter | None = None,
         network: Network | None = None,
+        secrets: Mapping[str, str] | None = None,
         images: Images | None = None,
         approval_ms: int | None = None,
         wait: bool = True,
@@ -151,6 +152,7 @@ class Client:
             require=tuple(require),
             python=python,
             network=network,
+            secrets=dict(secrets or {}),
             images=images,
         )
         request = JobRequest(

@@ -127,6 +127,7 @@ class CellSpec(msgspec.Struct, frozen=True, kw_only=True):
     `require` lists levels and mechanisms without which the cell must not start. Without `isolate_network` the cell
     shares the host's network, without `isolate_process` its processes, System V IPC and host name are the host's.
     `network` is what it may reach through egressd; without it there is no way out.
+    `secrets` are variables by reference, which the authority puts into `env` right before the executable starts.
     """
 
     argv: tuple[str, ...]
@@ -142,6 +143,7 @@ class CellSpec(msgspec.Struct, frozen=True, kw_only=True):
     isolate_process: bool = True
     network: Network | None = None
     python: Interpreter | None = None
+    secrets: dict[str, str] = {}
 
 
 class ExitStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -51,6 +51,13 @@ class EgressListen(msgspec.Struct, frozen=True, kw_only=True):
     token: int
 
 
+class EgressSecret(msgspec.Struct, frozen=True, kw_only=True):
+    """`egress.secret`: what a reference stands for now. The answer is a Token: a descriptor of the value."""
+
+    name: str
+    source: str
+
+
 class EgressCell(msgspec.Struct, frozen=True, kw_only=True):
     """`egress.close`: end the cell's connections and forget its secrets; closing twice is closing once."""
 

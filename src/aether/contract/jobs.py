@@ -16,7 +16,8 @@ from aether.contract import ids, limits
 from aether.contract.cellnames import check_executable, check_name
 from aether.contract.cells import REQUIREMENTS, Images, InputFile, Interpreter, Limits, Sched, Usage
 from aether.contract.errors import AetherError, ErrorBody
-from aether.contract.network import Network, check_network
+from aether.contract.network import NOTHING, Network, Wanted, check_network
+from aether.contract.secrets import check_secrets, path_of
 
 SCHEMA_VERSION: Final = "1.0"
 T = TypeVar("T")
@@ -66,6 +67,7 @@ class CommandParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     `timeout_ms` and `grace_ms` count then, the rest are the cell's. Only such a job may have a `stdio` but `logs`.
     With `python` it is what would follow `python` on a command line, and a started interpreter may run it.
     `network` is what it may reach; without it nothing but its own loopback.
+    `secrets` are variables of its environment by reference (`contract.secrets`), resolved when it starts.
     """
 
     argv: tuple[str, ...]
@@ -80,6 +82,14 @@ class CommandParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     network: Network | None = None
     python: Interpreter | None = None
     images: Images | None = None
+    secrets: dict[str, str] = {}
+
+    def wanted(self) -> Wanted:
+        """What an authority is asked to allow: its network, and each secret as `env:NAME source`."""
+        network = self.network.wanted() if self.network is not None else NOTHING
+        read = tuple(f"r:{path}" for source in self.secrets.values() if (path := path_of(source)) is not None)
+        asked = tuple(f"env:{name} {source}" for name, source in self.secrets.items())
+        return Wanted(network.hosts, (*network.credentials, *asked), (*network.paths, *read))
 
 
 class CommandInputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -173,6 +183,7 @@ def parse_command(request: JobRequest) -> tuple[CommandParams, CommandInputs]:
     check_bounds(params.limits)
     check_images(params.images)
     _check_paths(params, inputs)
+    check_secrets(params.secrets, params.env)
     if params.network is not None:
         if params.cell is not None:
             raise AetherError("BAD_FIELD", "cannot run a command job: params.network is the cell's, not its guests'")

@@ -19,6 +19,7 @@ import msgspec
 
 from aether.contract import limits
 from aether.contract.errors import AetherError
+from aether.contract.secrets import check_source, path_of
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -32,9 +33,6 @@ _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _CREDENTIAL_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _TOKEN: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
-SECRET_VARIABLE: Final = "AETHER_SECRET_"
-"""Variables that begin so are credentials: egressd alone is started with them."""
-_SOURCE: Final = re.compile(rf"file:/[^\x00-\x1f\x7f]{{1,1023}}|env:{SECRET_VARIABLE}[A-Z0-9_]{{1,100}}")
 FORBIDDEN_HEADERS: Final = frozenset(
     {"host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "expect"}
 )
@@ -55,8 +53,7 @@ class NetworkLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 class Credential(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A secret by reference, sent as `header` to `host` (`name:port`, over verified TLS) and nowhere else.
 
-    `source` is `file:/absolute/path` or `env:` and a variable that begins with SECRET_VARIABLE, read by egressd;
-    `prefix` goes before its value (`Bearer `).
+    `source` is a reference (`contract.secrets`), resolved by egressd; `prefix` goes before its value (`Bearer `).
     """
 
     name: str
@@ -100,7 +97,7 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return Wanted(
             self.hosts(),
             tuple(f"{credential.host} {credential.source}" for credential in self.credentials),
-            tuple(f"r:{source.removeprefix('file:')}" for source in sources if source.startswith("file:")),
+            tuple(f"r:{path}" for source in sources if (path := path_of(source)) is not None),
         )
 
     def lines(self) -> tuple[str, ...]:
@@ -272,8 +269,7 @@ def _check_credential(credential: Credential) -> None:
         raise _bad(what, f"its host must be one name and port in normal form, not {credential.host[:80]!r}")
     if _TOKEN.fullmatch(credential.header) is None or credential.header.lower() in FORBIDDEN_HEADERS:
         raise _bad(what, f"{credential.header[:80]!r} is no header that can carry it")
-    if _SOURCE.fullmatch(credential.source) is None or ".." in credential.source.split("/"):
-        raise _bad(what, f"its source must be file:/absolute/path or env:{SECRET_VARIABLE}NAME")
+    check_source(what, credential.source)
     if len(credential.prefix) > 64 or not credential.prefix.isprintable() or not credential.prefix.isascii():
         raise _bad(what, "its prefix must be at most 64 printable characters")
 

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Final
 
 from aether.contract.errors import AetherError
-from aether.contract.network import SECRET_VARIABLE
 from aether.contract.paths import Layout, state_dir
+from aether.contract.secrets import SECRET_VARIABLE
 from aether.daemons import presence, samples
 from aether.daemons.accounts import Accounts, accounts, prepare
 from aether.spawner.linux.probe import probe

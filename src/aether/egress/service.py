@@ -27,6 +27,7 @@ from aether.contract.egresswire import (
     EgressOpen,
     EgressOpened,
     EgressReached,
+    EgressSecret,
     EgressServing,
     EgressSums,
     EgressWatch,
@@ -34,12 +35,13 @@ from aether.contract.egresswire import (
 from aether.contract.errors import AetherError
 from aether.contract.network import check_network, parse_rule
 from aether.contract.ports import Link
-from aether.contract.wire import Empty, Hello, RoleHealth
+from aether.contract.secrets import check_source
+from aether.contract.wire import Empty, Hello, RoleHealth, Token
 from aether.egress.authority import CellAuthority, bundle
 from aether.egress.journal import Journal
 from aether.egress.proxy import CellProxy, Outside
 from aether.egress.rules import destination_of
-from aether.egress.secrets import Sources
+from aether.egress.secrets import Injection, Sources
 
 ROLE: Final = "egressd"
 
@@ -96,6 +98,7 @@ class Egress:
         return {
             "egress.open": (EgressOpen, lambda body: self.open(link(), body)),
             "egress.listen": (EgressListen, lambda body: self.listen(link(), body)),
+            "egress.secret": (EgressSecret, lambda body: self.secret(link(), body)),
             "egress.close": (EgressCell, self.close_cell),
             "egress.passed": (EgressWatch, self.passed),
             "health": (Empty, self._health),
@@ -110,7 +113,8 @@ class Egress:
         """`egress.open`; raises BAD_FIELD for rules or credentials that cannot be used."""
         cell = self._cells.get(body.cell_id)
         if cell is None:
-            cell = self._cells[body.cell_id] = self._made(body)
+            secrets = await asyncio.to_thread(self._loaded, body)
+            cell = self._cells.get(body.cell_id) or self._cells.setdefault(body.cell_id, self._made(body, secrets))
         if cell.proxy.authority is None:
             return EgressOpened()
         fd = os.memfd_create("aether-trusted", os.MFD_CLOEXEC)
@@ -120,10 +124,23 @@ class Egress:
             file.seek(0)
             return EgressOpened(ca_token=await link.send_fd(fd))
 
-    def _made(self, body: EgressOpen) -> _Cell:
+    async def secret(self, link: Link, body: EgressSecret) -> Token:
+        """`egress.secret`; raises BAD_FIELD. The value crosses as a descriptor, in no frame."""
+        check_source(f"secret {body.name}", body.source)
+        value = await asyncio.to_thread(self._sources.read, f"secret {body.name}", body.source)
+        fd = os.memfd_create("aether-secret", os.MFD_CLOEXEC)
+        with open(fd, "wb") as file:
+            file.write(value)
+            file.flush()
+            return Token(token=await link.send_fd(fd))
+
+    def _loaded(self, body: EgressOpen) -> dict[str, Injection]:
+        """The secrets of a cell; may block on files and on Vault."""
+        check_network(body.network)
+        return {credential.name: self._sources.load(credential) for credential in body.network.credentials}
+
+    def _made(self, body: EgressOpen, secrets: dict[str, Injection]) -> _Cell:
         network = body.network
-        check_network(network)
-        secrets = {credential.name: self._sources.load(credential) for credential in network.credentials}
         hosts = {destination_of(parse_rule(credential.host))[0] for credential in network.credentials}
         authority = CellAuthority(body.cell_id, hosts, self._now()) if network.intercept and hosts else None
         journal = Journal()

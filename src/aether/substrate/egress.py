@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -38,6 +38,7 @@ from aether.contract.egresswire import (
     EgressOpen,
     EgressOpened,
     EgressReached,
+    EgressSecret,
     EgressServing,
     EgressSums,
     EgressWatch,
@@ -46,7 +47,7 @@ from aether.contract.errors import AetherError
 from aether.contract.network import NEEDED, Network
 from aether.contract.ports import Link
 from aether.contract.records import BudgetRef, Record, RecordType
-from aether.contract.wire import Empty, Hello, RoleHealth
+from aether.contract.wire import Empty, Hello, RoleHealth, Token
 from aether.substrate import entries
 from aether.substrate.allocations import Allocation
 from aether.substrate.book import Book
@@ -222,6 +223,17 @@ class EgressDesk:
         finally:
             if trusted >= 0:
                 os.close(trusted)
+
+    async def secrets(self, secrets: Mapping[str, str]) -> dict[str, str]:
+        """What the references stand for now, by variable; raises BAD_FIELD, UNAVAILABLE."""
+        found: dict[str, str] = {}
+        for name, source in secrets.items():
+            link = self._require()
+            answer = await link.call("egress.secret", EgressSecret(name=name, source=source), Token)
+            with open(await link.take_fd(answer.token), "rb") as file:
+                file.seek(0)
+                found[name] = file.read(limits.EGRESS_SECRET_BYTES_MAX).decode("utf-8", "surrogateescape")
+        return found
 
     def guest(self, cell: Allocation, spec: CellSpec) -> CellSpec:
         """What an executable that enters an allocated cell is told of the network there. Raises POLICY_DENIED."""

@@ -184,6 +184,8 @@ class Execution:
         self, job: OpenJob, spec: CellSpec, files: Sequence[tuple[InputFile, int]], stdio: Stdio
     ) -> Launched:
         """In a cell of its own, or in the allocated one if that still lives; raises NO_SUCH_CELL, CELL_FROZEN."""
+        if spec.secrets:  # read as late as can be: the value of this moment, held by nobody before
+            spec = replace(spec, env=spec.env | await self._egress.secrets(spec.secrets), secrets={})
         if not job.is_guest:
             if spec.network is None:
                 return await self._cells.launch(job.place, spec, files)
@@ -381,6 +383,7 @@ def _spec_of(params: CommandParams, body: CellLaunch) -> CellSpec:
         network=params.network,
         python=params.python,
         images=params.images,
+        secrets=params.secrets,
     )
 
 

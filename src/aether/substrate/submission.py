@@ -87,7 +87,7 @@ class Submitter:
         else:
             model = parse_model(request).model
         cells = (params.cell,) if params is not None and params.cell is not None else ()
-        wanted = params.network.wanted() if params is not None and params.network is not None else NOTHING
+        wanted = params.wanted() if params is not None else NOTHING
         resource = Resource(
             kind=request.kind, op=request.op, model=model, labels=request.labels, cells=cells,
             raises=params is not None and not cells and params.limits.raises,
