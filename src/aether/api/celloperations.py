@@ -68,6 +68,7 @@ CELL_OPERATIONS: Final[tuple[Operation, ...]] = (
             "APPROVAL_NEEDED",
             "APPROVAL_DENIED",
             "APPROVAL_LIMIT",
+            "LABEL_REFUSED",
         ),
     ),
     Operation(
@@ -210,11 +211,11 @@ CELL_OPERATIONS: Final[tuple[Operation, ...]] = (
         access="control",
         effect="control",
         idempotent=True,
-        query=(params.FILE, params.EXECUTABLE),
+        query=(params.FILE, params.EXECUTABLE, params.LABEL),
         body="raw",
         streaming="upload",
         statuses=(201,),
-        errors=(*_ERRORS, *WRITE_ERRORS, "BAD_FIELD", "MEDIA_TYPE", "OUTPUT_REFUSED", "CELL_FAILED"),
+        errors=(*_ERRORS, *WRITE_ERRORS, "BAD_FIELD", "MEDIA_TYPE", "OUTPUT_REFUSED", "CELL_FAILED", "LABEL_REFUSED"),
     ),
     Operation(
         name="job.signal",

@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl
 from aether.contract import approvals, cellnames, ids, images, limits, ticketcalls
 from aether.contract.approvals import ApprovalState
 from aether.contract.errors import AetherError
-from aether.contract.jobs import JobState, check_relative_path
+from aether.contract.jobs import JobState, check_labels, check_relative_path
 
 _WAIT: Final = re.compile(r"([0-9]{1,6})(\.[0-9]{1,3})?(ms|s|m)?", re.ASCII)
 _CURSOR: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
@@ -104,6 +104,15 @@ def parse_approval_state(text: str) -> ApprovalState:
         return ApprovalState(text)
     except ValueError:
         raise _refuse("state", text, f"not one of {', '.join(s.value for s in ApprovalState)}") from None
+
+
+def parse_label(text: str) -> str:
+    """A label."""
+    try:
+        check_labels((text,))
+    except AetherError as error:
+        raise _refuse("label", text, f"it must match {limits.LABEL_PATTERN}") from error
+    return text
 
 
 def parse_approval(text: str) -> str:
@@ -255,7 +264,15 @@ APPROVAL: Final = Param(
     "approval_ms",
     {"type": "string", "pattern": r"^[0-9]{1,6}(ms|s|m|h|d)$", "examples": ["30m"]},
     approvals.parse_expiry,
-    "How long it may wait for an approval, if the policy demands one: 30m, 24h, 7d.",
+    "How long it may wait for an approval, if the policy demands one: 30m, 24h; cut to 7d.",
+)
+LABEL: Final = Param(
+    "label",
+    "labels",
+    {"type": "array", "items": {"type": "string", "pattern": limits.LABEL_PATTERN}},
+    parse_label,
+    f"A label that it carries from now on; may be repeated, at most {limits.LABELS_MAX} times.",
+    repeats=True,
 )
 JOB: Final = Param("job", "job_id", JOB_ID_SCHEMA, parse_job, "Only artifacts of this job.")
 

@@ -56,17 +56,23 @@ def _list(
     if session.as_json:
         show_json(page)
         return
-    rows = [(a.digest, human_bytes(a.size_bytes), a.name, a.job_id, a.created_at) for a in page.artifacts]
-    show_table(("DIGEST", "SIZE", "NAME", "JOB", "CREATED"), rows)
+    rows = [
+        (a.digest, human_bytes(a.size_bytes), a.name, ", ".join(a.labels), a.job_id, a.created_at)
+        for a in page.artifacts
+    ]
+    show_table(("DIGEST", "SIZE", "NAME", "LABELS", "JOB", "CREATED"), rows)
 
 
 def _put(
     session: Session,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file.")],
     media_type: Annotated[str, typer.Option(metavar="TYPE", help="Its media type.")] = "application/octet-stream",
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL", help="A data-flow label, such as local-only.")
+    ] = None,
 ) -> None:
     from aether.cli.output import progress, show_json
 
     with session.client() as client, progress("uploading"):
-        info = client.artifact_put(file, media_type=media_type)
+        info = client.artifact_put(file, media_type=media_type, labels=label or ())
     show_json(info) if session.as_json else print(info.digest)

@@ -424,6 +424,7 @@ def _put(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file here, or - for stdin.")],
     path: Annotated[str | None, typer.Argument(metavar="[PATH]", help="Its place below /work; its name else.")] = None,
     executable: Annotated[bool, typer.Option("--executable", help="It may be executed.")] = False,
+    label: Annotated[list[str] | None, typer.Option(metavar="LABEL", help="A data-flow label.")] = None,
 ) -> None:
     import io
 
@@ -431,7 +432,7 @@ def _put(
 
     source: Any = io.BytesIO(sys.stdin.buffer.read()) if str(file) == "-" else file
     with session.client() as client, progress("sending the file"):
-        kept = client.cells.put(name, path or file.name, source, executable=executable)
+        kept = client.cells.put(name, path or file.name, source, executable=executable, labels=label or ())
     show_json(kept) if session.as_json else print(kept.digest)
 
 

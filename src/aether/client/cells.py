@@ -166,9 +166,12 @@ class Cells:
         """Counts its system calls; returns when that is over."""
         return self._calls.trace_of("cell.trace", cell, duration_ms)
 
-    def put(self, cell: str, path: str, source: Any, *, executable: bool = False) -> FileKept:
-        """Writes a file (path or seekable binary file) or bytes to `path` of the work directory."""
-        query = [("path", path), ("executable", "1" if executable else "0")]
+    def put(
+        self, cell: str, path: str, source: Any, *, executable: bool = False, labels: Sequence[str] = ()
+    ) -> FileKept:
+        """Writes a file (path or seekable binary file) or bytes to `path` of the work directory; the cell and all that
+        comes out of it carry `labels` from now on."""
+        query = [("path", path), ("executable", "1" if executable else "0"), *(("label", name) for name in labels)]
         return self._calls.upload_to("cell.put", FileKept, in_path(cell), query, source)
 
     def get(self, cell: str, path: str, out: BinaryIO) -> int:

@@ -371,12 +371,17 @@ class Client:
     # ---- artifacts
 
     def artifact_put(
-        self, source: str | os.PathLike[str] | bytes | BinaryIO, *, media_type: str = "application/octet-stream"
+        self,
+        source: str | os.PathLike[str] | bytes | BinaryIO,
+        *,
+        media_type: str = "application/octet-stream",
+        labels: Sequence[str] = (),
     ) -> wire.ArtifactInfo:
-        """Uploads a file (path or seekable binary file) or bytes."""
+        """Uploads a file (path or seekable binary file) or bytes; `labels` go where it goes from now on."""
         with _opened(source) as (body, size):
             headers = {"Content-Type": media_type, "Content-Length": str(size)}
-            return self._json("artifact.put", wire.ArtifactInfo, body=body, headers=headers)
+            query = [("label", label) for label in labels]
+            return self._json("artifact.put", wire.ArtifactInfo, query=query, body=body, headers=headers)
 
     def artifact_get(self, digest: str, out: BinaryIO) -> int:
         """Writes an artifact to `out` as it comes; returns its size. Raises VERIFY_FAILED when its bytes do not

@@ -95,6 +95,7 @@ class UploadCall:
     fd: int
     size_bytes: int
     media_type: str
+    labels: tuple[str, ...] = ()
 
 
 class ListArtifactsCall(msgspec.Struct, frozen=True, kw_only=True):

@@ -81,6 +81,7 @@ class PutCall:
     size_bytes: int
     media_type: str
     executable: bool = False
+    labels: tuple[str, ...] = ()
 
 
 class SignalCall(msgspec.Struct, frozen=True, kw_only=True):

@@ -69,6 +69,9 @@ KINDS: Final[Mapping[str, ErrorKind]] = {
     "APPROVAL_EXPIRED": ErrorKind(403, EXIT_REFUSED, "submit it again, and have it approved in time"),
     "APPROVAL_DECIDED": ErrorKind(409, EXIT_FAILED, "see `aether approvals show`; a new request needs a new approval"),
     "APPROVAL_LIMIT": ErrorKind(429, EXIT_FAILED, "wait until what waits is decided, or stop waiting jobs"),
+    "LABEL_REFUSED": ErrorKind(
+        403, EXIT_REFUSED, "run it without a network, in a cell that has none; see docs/labels.md"
+    ),
     "NO_GRANT": ErrorKind(403, EXIT_REFUSED, "submit the job through the API"),
     # capacity
     "BUSY": ErrorKind(429, EXIT_FAILED, "retry after the time in Retry-After"),

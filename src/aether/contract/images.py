@@ -52,6 +52,7 @@ class ImageInfo(msgspec.Struct, frozen=True, kw_only=True):
     skipped: int
     layers: tuple[str, ...]
     config: ImageConfig
+    labels: tuple[str, ...] = ()
 
 
 class ImageList(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +66,22 @@ class ImageImport(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     tenant_id: str
     name: str | None = None
+    labels: tuple[str, ...] = ()
+
+
+class LabelQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """`artifact.labels`: what artifacts and images of a tenant carry, by digest."""
+
+    tenant_id: str
+    artifacts: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+
+
+class Labelled(msgspec.Struct, frozen=True, kw_only=True):
+    """Each label with one digest that carries it, hardly more than LABELS_CARRIED_MAX; a few that are not there."""
+
+    sources: dict[str, str]
+    missing: tuple[str, ...] = ()
 
 
 class ImageKey(msgspec.Struct, frozen=True, kw_only=True):

@@ -49,6 +49,8 @@ OUTPUT_FILES_MAX: Final = 1024
 OUTPUT_BYTES_MAX: Final = 1 * GIB
 PATH_BYTES_MAX: Final = 1024
 LABELS_MAX: Final = 16
+LABELS_CARRIED_MAX: Final = 64
+"""Of what was given and of all that was read."""
 LABEL_PATTERN: Final = r"^[a-z0-9]([a-z0-9._/-]{0,62}[a-z0-9])?$"
 TIMEOUT_MS_DEFAULT: Final = 600_000
 TIMEOUT_MS_MAX: Final = 7 * 24 * 3600 * 1000

@@ -152,7 +152,7 @@ class Store(Protocol):
     async def get_blob(self, digest: str) -> bytes | None: ...
 
     def add_artifact(self, info: ArtifactInfo) -> Awaitable[None]:
-        """Indexes an artifact under (tenant, digest, job, name); the same key again changes nothing."""
+        """Indexes an artifact under (tenant, digest, job, name); the same key again only adds its labels."""
         ...
 
     async def find_artifact(self, digest: str, tenant_id: str | None = None) -> ArtifactInfo | None:

@@ -286,6 +286,8 @@ class CellFiles(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[CellFile, ...]
     refused: dict[str, str] = {}
     """Paths that matched and were refused, with the reason (symlink, device, too large, ...)."""
+    labels: tuple[str, ...] = ()
+    """What an allocated cell carries by now, which others may have brought in."""
 
 
 class CellOpen(msgspec.Struct, frozen=True, kw_only=True):

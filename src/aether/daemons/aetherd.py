@@ -51,6 +51,7 @@ from aether.substrate.execution import Execution
 from aether.substrate.fence import Fence
 from aether.substrate.gate import Gate
 from aether.substrate.images import ImageDesk
+from aether.substrate.labels import LabelDesk
 from aether.substrate.meter import Meter
 from aether.substrate.orchestra import Orchestra
 from aether.substrate.reading import Reading
@@ -136,7 +137,7 @@ def _assemble(
         orchestra=orchestra,
         egress=egress,
         egress_reading=EgressReading(book, reading, house),
-        submitter=Submitter(gate, book, orchestra, execution, cells, house, asking),
+        submitter=Submitter(gate, book, orchestra, execution, cells, house, asking, LabelDesk(orchestra)),
         asking=asking,
         approvals=ApprovalDesk(gate, book, orchestra, house, asking),
         execution=execution,

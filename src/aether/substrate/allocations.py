@@ -54,6 +54,9 @@ class Allocation:
     memory: Memory = field(default_factory=lambda: Memory())
     egress_index: int | None = None
 
+    labels: tuple[str, ...] = ()
+    """What it was allocated with, and what went into it since."""
+
     @property
     def cell_id(self) -> str:
         assert self.allocated.cell_id is not None
@@ -107,6 +110,7 @@ class Allocations:
         if record.type == "cell.allocated":
             made = Allocation(record, record.detail["spec"], used_ns=epoch_ns(record.time))
             made.memory.grant(_granted(record), made.used_ns)
+            made.labels = record.labels
             self._add(made)
             return
         cell = self.live.get(record.cell_id)
@@ -120,13 +124,16 @@ class Allocations:
         elif record.type == "cell.resized":
             cell.spec = record.detail["spec"]
             cell.memory.grant(_granted(record), cell.used_ns)
+        elif record.type == "cell.put":
+            cell.labels = tuple(sorted({*cell.labels, *record.labels}))
         elif record.type in ENDING:
             self._end(cell, record)
 
-    def entered(self, cell_id: str, job_id: str) -> None:
-        """A job was admitted as an executable of the cell."""
+    def entered(self, cell_id: str, job_id: str, labels: tuple[str, ...]) -> None:
+        """A job was admitted as an executable of the cell: what it reads may stay there."""
         if (cell := self.live.get(cell_id)) is not None:
             cell.jobs[job_id] = None
+            cell.labels = tuple(sorted({*cell.labels, *labels}))
 
     def left(self, cell_id: str, job_id: str, time: str, cpu_ms: int = 0) -> None:
         """The job has its outcome, and paid for so much CPU time."""
@@ -201,6 +208,15 @@ class Allocations:
         """After `restore`."""
         for cell_id, (paid_cpu_ms, memory) in metered.items():
             self.live[cell_id].paid_cpu_ms, self.live[cell_id].memory = paid_cpu_ms, memory
+
+    def marks(self) -> dict[str, tuple[str, ...]]:
+        """The labels of the live cells; for a snapshot."""
+        return {cell_id: cell.labels for cell_id, cell in self.live.items()}
+
+    def restore_marks(self, marks: dict[str, tuple[str, ...]]) -> None:
+        """After `restore`."""
+        for cell_id, labels in marks.items():
+            self.live[cell_id].labels = labels
 
     def snapshot(self) -> list[tuple[Record, str, Record | None, bool]]:
         """The live cells; `restore` takes them. The jobs follow from the ledger's open ones."""

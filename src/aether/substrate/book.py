@@ -57,6 +57,7 @@ class _Snapshot(msgspec.Struct):
     approvals: list[Kept] = []
     usage: list[tuple[str, tuple[str, str, str], dict[str, int]]] = []
     quotas: dict[str, dict[Quota, int]] = {}
+    marks: dict[str, tuple[str, ...]] = {}
 
 
 class Book:
@@ -186,6 +187,7 @@ class Book:
             approvals=ledger.approvals.snapshot(),
             usage=self.usage.snapshot(),
             quotas=self.quotas.snapshot(),
+            marks=ledger.cells.marks(),
             egress={name: each.egress_index for name, each in networked.items() if each.egress_index is not None},
         )
         body = msgspec.msgpack.encode(state)
@@ -206,6 +208,7 @@ class Book:
             return
         jobs = [OpenJob(intent, started, stop, end=end) for intent, started, stop, end in state.open]
         self.ledger.cells.restore(state.cells)
+        self.ledger.cells.restore_marks(state.marks)
         self.ledger.tickets.restore(state.tickets)
         self.ledger.tickets.epoch = state.epoch
         self.ledger.approvals.restore(state.approvals)

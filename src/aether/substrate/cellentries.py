@@ -71,7 +71,7 @@ def changed(
         principal=first.principal,
         effect="control",
         cell_id=first.cell_id,
-        labels=first.labels,
+        labels=cell.labels,
         created_at=first.created_at,
         detail={"name": cell.name, **detail},
     )
@@ -141,7 +141,7 @@ def view(cell: Allocation, request: CellRequest, guests: Iterable[OpenJob]) -> C
         tenant_id=cell.tenant_id,
         node_id=first.node_id,
         principal=first.principal or "",
-        labels=first.labels,
+        labels=cell.labels,
         limits=request.limits,
         require=request.require,
         isolate_network=request.isolate_network,

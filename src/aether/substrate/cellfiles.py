@@ -11,11 +11,14 @@ import hashlib
 import os
 from typing import Final
 
+from msgspec.structs import replace
+
 from aether.contract.allocations import FileKept, FileListing
 from aether.contract.calls import Caller, FileReply
 from aether.contract.cellcalls import FileCall, PutCall
 from aether.contract.errors import AetherError
-from aether.contract.jobs import check_relative_path
+from aether.contract.jobs import check_labels, check_relative_path
+from aether.contract.labels import union
 from aether.substrate import cellentries as entries
 from aether.substrate.book import Book
 from aether.substrate.cellhouse import CellHouse
@@ -37,7 +40,9 @@ class CellFileDesk:
         """`cell.put`; `call.fd` is ours to close."""
         try:
             check_relative_path(call.path, "file")
+            check_labels(call.labels)
             admission, cell = self._house.live(caller, "cell.put", call.cell)
+            labels = self._house.admit_labels(caller, "cell.put", cell, union(call.labels, admission.labels))
             bound = self._house.request_of(cell).limits.file_bytes
             if call.size_bytes > bound:
                 raise AetherError("TOO_LARGE", f"cannot put {call.size_bytes} bytes: the cell's file_bytes is {bound}")
@@ -45,7 +50,10 @@ class CellFileDesk:
             order = self._house.order(caller, admission, "cell.put")
             detail = {"path": call.path, "digest": digest, "size_bytes": str(call.size_bytes)}
             record = self._house.write(
-                order, lambda index, now: entries.changed("cell.put", cell, order, detail, index, now)
+                order,
+                lambda index, now: replace(
+                    entries.changed("cell.put", cell, order, detail, index, now), labels=union(cell.labels, labels)
+                ),
             )
             await self._book.durable(record)
             await self._cells.put(cell.cell_id, call.path, call.fd, call.executable)

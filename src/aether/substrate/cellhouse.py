@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -42,6 +42,7 @@ from aether.contract.cells import CellSpec, Limits, Usage
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
 from aether.contract.jobs import check_bounds
+from aether.contract.labels import ISOLATED, LOCAL_ONLY, check_stays, union
 from aether.contract.network import NEEDED, NOTHING
 from aether.contract.records import CodeRef, Record
 from aether.substrate import cellentries as entries
@@ -87,14 +88,19 @@ class CellHouse:
 
     # ---- operations
 
-    async def allocate(self, caller: Caller, call: AllocateCall) -> CellView:
-        """`cell.allocate`: answers when the cell stands, confined as the kernel showed."""
-        request = call.request
+    async def allocate(self, caller: Caller, call: AllocateCall, marks: Mapping[str, str] | None = None) -> CellView:
+        """`cell.allocate`: answers when the cell stands, confined as the kernel showed. `marks` are the labels of its
+        images."""
+        request = msgspec.structs.replace(call.request, labels=union(call.request.labels, marks or ()))
+        call = msgspec.structs.replace(call, request=request)
         check_request(request)
+        what, shares = f"allocate cell {request.name}", not request.isolate_network
         admission = self._admit(caller, request)
         self._check_free(request, admission.principal.tenant_id)
         self._book.quotas.check_cell(admission.principal.tenant_id, admission.principal.name)
-        self._cells.check_required((*request.require, *(NEEDED if request.network is not None else ())))
+        check_stays(request.labels, reaches=request.network is not None, isolated=not shares, what=what)
+        needed = NEEDED if request.network is not None else ISOLATED if LOCAL_ONLY in request.labels else ()
+        self._cells.check_required((*request.require, *needed))
         approval = await self._approval(caller, admission, call)
         cell = self._record(request, self.order(caller, admission, "cell.allocate", request.limits), approval)
         self._making.add(cell.cell_id)
@@ -221,6 +227,18 @@ class CellHouse:
             raise AetherError("NOT_READY", f"cannot use cell {cell.name}: it is being made")
         return admission, cell
 
+    def admit_labels(
+        self, caller: Caller, operation: str, cell: Allocation, labels: tuple[str, ...]
+    ) -> tuple[str, ...]:
+        """The labels of what goes into a cell, if it may with them; raises POLICY_DENIED, LABEL_REFUSED."""
+        inside = self.request_of(cell)
+        if new := tuple(label for label in labels if label not in cell.labels):
+            hosts = inside.network.wanted().hosts if inside.network is not None else ()
+            self._gate.admit(caller, operation, Resource(kind="cell", id=cell.name, labels=new, hosts=hosts))
+            what = f"put it into cell {cell.name}"
+            check_stays(new, reaches=bool(hosts), isolated=inside.isolate_network, what=what)
+        return labels
+
     def order(
         self,
         caller: Caller,
@@ -265,8 +283,8 @@ class CellHouse:
         return CellSpec(
             argv=(),
             limits=request.limits,
-            require=request.require,
-            labels=request.labels,
+            require=tuple(dict.fromkeys((*request.require, *(ISOLATED if LOCAL_ONLY in cell.labels else ())))),
+            labels=cell.labels,
             isolate_network=request.isolate_network,
             isolate_process=request.isolate_process,
             images=request.images,

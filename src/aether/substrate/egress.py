@@ -44,6 +44,7 @@ from aether.contract.egresswire import (
     EgressWatch,
 )
 from aether.contract.errors import AetherError
+from aether.contract.labels import LOCAL_ONLY
 from aether.contract.network import NEEDED, Network
 from aether.contract.ports import Link
 from aether.contract.records import BudgetRef, Record, RecordType
@@ -55,7 +56,6 @@ from aether.substrate.cells.drivers.port import Listening
 from aether.substrate.entries import Node
 
 ROLE: Final = "egressd"
-LOCAL_ONLY: Final = "local-only"
 TRUSTED_FILE: Final = ".aether/trusted.pem"
 """Below /work: what a cell with interception is to trust."""
 _TRUST_VARIABLES: Final = (

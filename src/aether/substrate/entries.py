@@ -44,6 +44,8 @@ class Submission:
     """The names of the allocated cell and of the executable in it, for the intent's `detail`."""
     ask: Ask | None = None
     """The approval that it waits for."""
+    labels: tuple[str, ...] = ()
+    """Those of the request, of its inputs, and of the cell that it enters."""
 
     @property
     def effect(self) -> str:
@@ -78,7 +80,7 @@ def intent(node: Node, submission: Submission, index: int, time: str) -> Record:
         model_version=version or None,
         input_hash=submission.input_hash,
         idempotency_hash=submission.key_hash,
-        labels=request.labels,
+        labels=submission.labels,
         ticket=admission.ticket,
         policy=admission.policy,
         budget=submission.budget,

@@ -21,6 +21,7 @@ from aether.contract.canonical import canonical_record, input_hash
 from aether.contract.cells import CellSpec, ExecEnd, ExitStatus, InputFile, Usage
 from aether.contract.errors import AetherError
 from aether.contract.jobs import CommandInputs, CommandParams, JobState, Stdio, parse_command
+from aether.contract.labels import ISOLATED, LOCAL_ONLY
 from aether.contract.ports import Link
 from aether.contract.records import CodeRef, Record
 from aether.contract.wire import (
@@ -81,9 +82,10 @@ class Execution:
             params, inputs = _asked(job, body)
             if len(fds) != len(inputs.files):
                 raise AetherError("PROTOCOL", "cannot launch: one descriptor per input file is needed")
+            check_labels_of(job, body)
             self._check_again(job, body.again)
             files = list(zip(inputs.files, fds, strict=True))
-            launched, channel = await self.start(job, _spec_of(params, body), files, params.stdio)
+            launched, channel = await self.start(job, _spec_of(params, job), files, params.stdio)
             if job.end is not None:  # it ended while nobody listened
                 self._tell_exit(job, job.end)
             return await hand_over(link, launched, channel)
@@ -112,7 +114,9 @@ class Execution:
 
     async def collect(self, body: CellCollect) -> CellFiles:
         job = self.granted(body.grant)
-        return await self._cells.collect(job.place, body.globs)
+        found = await self._cells.collect(job.place, body.globs)
+        cell = self._book.ledger.cells.live.get(job.place) if job.is_guest else None
+        return found if cell is None else replace(found, labels=cell.labels)
 
     async def open(self, link: Link, body: CellOpen) -> Token:
         job = self.granted(body.grant)
@@ -372,14 +376,24 @@ def _asked(job: OpenJob, body: CellLaunch) -> tuple[CommandParams, CommandInputs
     return parse_command(request)
 
 
-def _spec_of(params: CommandParams, body: CellLaunch) -> CellSpec:
+def check_labels_of(job: OpenJob, body: CellLaunch) -> None:
+    """Raises LABEL_REFUSED when an input carries what it did not when the job was admitted: nobody was asked that."""
+    if more := sorted(set(body.labels) - set(job.intent.labels)):
+        job_id, shown = body.grant.job_id, ", ".join(more[:5])
+        why = f"an input of it has been labelled {shown} since it was admitted"
+        raise AetherError("LABEL_REFUSED", f"cannot launch {job_id}: {why}", "submit it again")
+
+
+def _spec_of(params: CommandParams, job: OpenJob) -> CellSpec:
+    labels = job.intent.labels
+    isolated = ISOLATED if LOCAL_ONLY in labels and not job.is_guest else ()
     return CellSpec(
         argv=params.argv,
         env=params.env,
         cwd=params.cwd,
         limits=params.limits,
-        require=params.require,
-        labels=tuple(sorted({*body.request.labels, *body.labels})),
+        require=tuple(dict.fromkeys((*params.require, *isolated))),
+        labels=labels,
         network=params.network,
         python=params.python,
         images=params.images,

@@ -89,7 +89,9 @@ class ImageDesk:
             link = self._orchestra.link()
             tenant_id = admission.principal.tenant_id
             token = await link.send_fd(call.fd)
-            body = ImageImport(token=token, size_bytes=call.size_bytes, tenant_id=tenant_id, name=call.name)
+            body = ImageImport(
+                token=token, size_bytes=call.size_bytes, tenant_id=tenant_id, name=call.name, labels=admission.labels
+            )
             info = await link.call("image.import", body, ImageInfo)
         finally:
             os.close(call.fd)
@@ -132,10 +134,12 @@ class ImageDesk:
     async def allocate(self, caller: Caller, call: AllocateCall) -> CellView:
         """`cell.allocate`: of images that the caller's tenant has."""
         asked = call.request.images or Images()
+        marks: dict[str, str] = {}
         for digest in (asked.root, asked.work):
             if digest is not None:
-                await self.show(caller, ImageCall(image=digest))
-        return await self._house.allocate(caller, call)
+                shown = await self.show(caller, ImageCall(image=digest))
+                marks |= dict.fromkeys(shown.labels, digest)
+        return await self._house.allocate(caller, call, marks)
 
     async def diff_cell(self, caller: Caller, call: CellCall) -> CellDiffReply:
         """`cell.diff`; raises NO_LAYER."""
@@ -157,6 +161,7 @@ class ImageDesk:
                     size_bytes=size,
                     media_type=media_type,
                     tenant_id=admission.principal.tenant_id,
+                    labels=cell.labels,
                 )
                 kept.append((await link.call("artifact.put", body, ArtifactInfo)).digest)
         finally:

@@ -145,7 +145,7 @@ class Ledger:
         if record.type == "job.intent":
             self.open[job_id] = OpenJob(record)
             if record.cell_id is not None:
-                self.cells.entered(record.cell_id, job_id)
+                self.cells.entered(record.cell_id, job_id, record.labels)
         elif record.type == "job.outcome":
             ended = self.open.pop(job_id, None)
             if ended is not None and ended.is_guest:
@@ -183,7 +183,7 @@ class Ledger:
         for job_id, job in self.open.items():
             job.approval = self.approvals.of_job(job_id)
             if job.is_guest:
-                self.cells.entered(job.place, job_id)
+                self.cells.entered(job.place, job_id, job.intent.labels)
         self._keys = OrderedDict(keys)
 
     def _remember(self, record: Record, subject: str) -> None:

@@ -28,7 +28,8 @@ from aether.contract.calls import (
     UploadCall,
 )
 from aether.contract.errors import AetherError
-from aether.contract.jobs import TERMINAL, JobState, JobView
+from aether.contract.jobs import TERMINAL, JobState, JobView, check_labels
+from aether.contract.labels import union
 from aether.contract.limits import PAGE_ITEMS_MAX
 from aether.contract.records import Receipt
 from aether.contract.wire import (
@@ -126,12 +127,14 @@ class Reading:
                 raise AetherError(
                     "DISK_FULL", "cannot keep the artifact: the disk of the state directory is almost full"
                 )
+            check_labels(call.labels)
             link = self._orchestra.link()
             body = ArtifactPut(
                 token=await link.send_fd(call.fd),
                 size_bytes=call.size_bytes,
                 media_type=call.media_type,
                 tenant_id=admission.principal.tenant_id,
+                labels=union(call.labels, admission.labels),
             )
             return await link.call("artifact.put", body, ArtifactInfo)
         finally:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Collection
 from typing import Final
 
 from msgspec.structs import replace
@@ -21,7 +22,8 @@ from aether.contract.canonical import digest_bytes, input_hash
 from aether.contract.cells import Limits
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError, ErrorBody
-from aether.contract.jobs import JobRequest, JobView, check_labels, parse_command, parse_model
+from aether.contract.jobs import JobView, check_labels, parse_command, parse_model
+from aether.contract.labels import ISOLATED, LOCAL_ONLY, check_stays, union
 from aether.contract.network import NEEDED, NOTHING
 from aether.contract.ports import Link
 from aether.contract.records import BudgetRef, Record
@@ -39,6 +41,7 @@ from aether.substrate.cells.supervisor import CellSupervisor
 from aether.substrate.entries import Submission
 from aether.substrate.execution import Execution
 from aether.substrate.gate import Gate
+from aether.substrate.labels import LabelDesk, explained, named_by
 from aether.substrate.ledger import OpenJob, grant_of
 from aether.substrate.metering.settle import grants, limits_of, reservation, settlement
 from aether.substrate.orchestra import Orchestra, submitted
@@ -59,7 +62,9 @@ class Submitter:
         cells: CellSupervisor,
         house: CellHouse,
         asking: Asking,
+        labels: LabelDesk,
     ) -> None:
+        self._labels = labels
         self._gate = gate
         self._house = house
         self._asking = asking
@@ -71,12 +76,22 @@ class Submitter:
 
     async def submit(self, caller: Caller, call: SubmitCall) -> SubmittedJob:
         """Raises the AetherError of whatever refused it; nothing is charged then."""
-        submission = self._admit(caller, call.request, call.approval_ms)
+        submission = self._admit(caller, call, {})
+        artifacts, images = named_by(call.request)
+        if artifacts or images:
+            tenant_id = submission.admission.principal.tenant_id
+            inherited = await self._labels.carried(tenant_id, artifacts, images)
+            try:
+                submission = self._admit(caller, call, inherited)
+            except AetherError as error:
+                raise explained(error, inherited) from error
         if submission.key_hash is None:
             return await self._run(submission, call.wait_ms)
         return await self._once(submission, submission.key_hash, call.wait_ms)
 
-    def _admit(self, caller: Caller, request: JobRequest, approval_ms: int) -> Submission:
+    def _admit(self, caller: Caller, call: SubmitCall, inherited: Collection[str]) -> Submission:
+        """The request as it is admitted with the labels that it has and inherits."""
+        request = call.request
         check_labels(request.labels)
         params, model = None, None
         if request.kind == "command":
@@ -89,7 +104,7 @@ class Submitter:
         cells = (params.cell,) if params is not None and params.cell is not None else ()
         wanted = params.wanted() if params is not None else NOTHING
         resource = Resource(
-            kind=request.kind, op=request.op, model=model, labels=request.labels, cells=cells,
+            kind=request.kind, op=request.op, model=model, labels=union(request.labels, inherited), cells=cells,
             raises=params is not None and not cells and params.limits.raises,
             hosts=wanted.hosts, credentials=wanted.credentials, paths=wanted.paths, **routed(request),
         )  # fmt: skip
@@ -103,9 +118,12 @@ class Submitter:
         if params is not None and params.cell is not None and not self._stands_for(key_hash):
             place, granted = self._house.for_guest(principal.tenant_id, params.cell, params.executable)
             cell = replace(granted, timeout_ms=params.limits.timeout_ms, grace_ms=params.limits.grace_ms)
-            resource, admission = self._admit_network(caller, resource, place, admission)
+            resource, admission = self._admit_entry(caller, resource, place, admission)
             cell_id, guest = place.cell_id, {"cell": place.name}
             guest |= {"executable": params.executable} if params.executable is not None else {}
+        elif not cells and LOCAL_ONLY in resource.labels and request.kind == "command":
+            self._cells.check_required(ISOLATED)
+        check_stays(resource.labels, reaches=bool(resource.hosts), isolated=True, what="run the job")
         return Submission(
             job_id=job_id,
             caller=caller,
@@ -118,7 +136,8 @@ class Submitter:
             argv=params.argv if params is not None else None,
             cell_id=cell_id,
             guest=guest,
-            ask=self._asking.ask(admission, approval_ms, resource.hosts, job_id),
+            ask=self._asking.ask(admission, call.approval_ms, resource.hosts, job_id),
+            labels=resource.labels,
         )
 
     def _reservation(self, job_id: str, admission: Admission, cell: Limits | None, is_guest: bool) -> BudgetRef:
@@ -129,15 +148,20 @@ class Submitter:
         held = reservation(name, admission.ticket.link_ids, bounds, admission.expires_ms, cell)
         return replace(held, grants=grants(cell, memory=False)) if cell is not None and is_guest else held
 
-    def _admit_network(
+    def _admit_entry(
         self, caller: Caller, resource: Resource, place: Allocation, admission: Admission
     ) -> tuple[Resource, Admission]:
-        """Whoever enters a cell may reach what the cell may: a narrower ticket must not gain by it."""
-        network = self._house.request_of(place).network
-        if network is None:
+        """Whoever enters a cell may reach what the cell may, and reads what is in it: a narrower ticket must not gain
+        by it, and a label must not get lost."""
+        inside = self._house.request_of(place)
+        labels = union(resource.labels, place.labels)
+        check_stays(labels, reaches=False, isolated=inside.isolate_network, what=f"enter cell {place.name}")
+        if inside.network is None and labels == resource.labels:
             return resource, admission
-        asked = network.wanted()
-        wider = dataclasses.replace(resource, hosts=asked.hosts, credentials=asked.credentials, paths=asked.paths)
+        asked = inside.network.wanted() if inside.network is not None else NOTHING
+        wider = dataclasses.replace(
+            resource, labels=labels, hosts=asked.hosts, credentials=asked.credentials, paths=asked.paths
+        )
         entering = self._gate.admit(caller, "job.submit", wider)
         return wider, admission if entering.demand is None else entering
 

@@ -129,10 +129,10 @@ class FakeService:
     async def submit(self, caller: calls.Caller, call: calls.SubmitCall) -> calls.SubmittedJob:
         self._note(caller)
         request = call.request
+        job = self._admit(caller, request)  # what is no request is refused, whatever its key stands for
         if caller.idempotency_key in self.keys:
             job = self.jobs[self.keys[caller.idempotency_key]]
         else:
-            job = self._admit(caller, request)
             if caller.idempotency_key:
                 self.keys[caller.idempotency_key] = job.view.job_id
         await self._wait(job, call.wait_ms)

@@ -111,8 +111,12 @@ class MemoryStore:
     def add_artifact(self, info: ArtifactInfo) -> Awaitable[None]:
         if self.full:
             return _refused()
-        if not any(_key(info) == _key(other) for other in self._artifacts):
-            self._artifacts.append(info)
+        for at, other in enumerate(self._artifacts):
+            if _key(info) == _key(other):
+                labels = tuple(sorted({*other.labels, *info.labels}))
+                self._artifacts[at] = msgspec.structs.replace(other, labels=labels)
+                return _done(None)
+        self._artifacts.append(info)
         return _done(None)
 
     async def find_artifact(self, digest: str, tenant_id: str | None = None) -> ArtifactInfo | None:

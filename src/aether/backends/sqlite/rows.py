@@ -155,8 +155,15 @@ def select_blob(connection: apsw.Connection, digest: str) -> bytes | None:
 
 
 def insert_artifact(info: ArtifactInfo, connection: apsw.Connection) -> None:
+    key = (info.tenant_id, info.digest, info.job_id or "", info.name or "")
+    where = "tenant_id = ? AND digest = ? AND job_id = ? AND name = ?"
+    known = connection.execute(f"SELECT labels FROM artifacts WHERE {where}", key).fetchone()
+    if known is not None:
+        labels = tuple(sorted({*_LABELS.decode(known[0]), *info.labels}))
+        connection.execute(f"UPDATE artifacts SET labels = ? WHERE {where}", (_json(labels), *key))
+        return
     connection.execute(
-        f"INSERT OR IGNORE INTO artifacts ({_ARTIFACT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO artifacts ({_ARTIFACT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         (
             info.digest, info.size_bytes, info.media_type, info.created_at, info.tenant_id, _json(info.labels),
             info.job_id or "", info.name or "",

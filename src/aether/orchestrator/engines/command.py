@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from mimetypes import MimeTypes
 from typing import Final
 
@@ -139,6 +139,7 @@ class CommandEngine:
         grant, cell_id = _cell(row)
         body = CellCollect(grant=grant, cell_id=cell_id, globs=command.params.outputs)
         found = await insist(link, "cell.collect", body, CellFiles)
+        command = replace(command, labels=tuple(sorted({*command.labels, *found.labels})))
         refused = dict(found.refused)
         refs = list(diff)
         room = OUTPUT_BYTES_MAX

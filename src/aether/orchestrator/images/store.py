@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from aether.contract import ids, limits
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
 from aether.contract.images import LAYER_TYPE, ImageConfig, ImageInfo, check_name
+from aether.contract.labels import union
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _ANSWER_BYTES_MAX: Final = 8 * limits.MIB
@@ -44,6 +46,7 @@ _CONFIG_TYPE: Final = "application/vnd.oci.image.config.v1+json"
 class Reference(msgspec.Struct, frozen=True):
     names: tuple[str, ...]
     created_at: str
+    labels: tuple[str, ...] = ()
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,7 +87,7 @@ class ImageStore:
 
     # ---- operations
 
-    async def add(self, archive: int, tenant_id: str, name: str | None) -> ImageInfo:
+    async def add(self, archive: int, tenant_id: str, name: str | None, labels: tuple[str, ...] = ()) -> ImageInfo:
         """The image in the archive behind descriptor `archive`, unpacked unless it is here. Raises BAD_IMAGE."""
         self._check_room(tenant_id, name)
         async with self._turns:
@@ -97,12 +100,18 @@ class ImageStore:
                 await asyncio.to_thread(self._publish, work, document)
             finally:
                 await asyncio.to_thread(shutil.rmtree, work, ignore_errors=True)
-        return self._refer(document.digest, tenant_id, name)
+        return self._refer(document.digest, tenant_id, name, labels)
 
-    async def commit(self, base: str, layer: int, tenant_id: str, name: str | None) -> ImageInfo:
-        """The image `base` with the uncompressed tar behind descriptor `layer` on top. Raises NOT_FOUND, BAD_IMAGE."""
+    async def commit(
+        self, base: str, layer: int, tenant_id: str, name: str | None, labels: tuple[str, ...] = ()
+    ) -> ImageInfo:
+        """The image `base` with the uncompressed tar behind descriptor `layer` on top, and the labels of both.
+
+        Raises NOT_FOUND, BAD_IMAGE.
+        """
         self._check_room(tenant_id, name)
-        below = self._document(self.find(base, tenant_id).digest)
+        known = self.find(base, tenant_id)
+        below = self._document(known.digest)
         async with self._turns:
             work = self._new_directory()
             try:
@@ -113,7 +122,7 @@ class ImageStore:
                 await asyncio.to_thread(self._publish, work, document)
             finally:
                 await asyncio.to_thread(shutil.rmtree, work, ignore_errors=True)
-        return self._refer(document.digest, tenant_id, name)
+        return self._refer(document.digest, tenant_id, name, (*labels, *known.labels))
 
     def find(self, ref: str, tenant_id: str) -> ImageInfo:
         """By name or digest, as far as the tenant has it; raises NOT_FOUND."""
@@ -209,14 +218,15 @@ class ImageStore:
             self.tree(digest).parent.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
-    def _refer(self, digest: str, tenant_id: str, name: str | None) -> ImageInfo:
-        """The tenant has the image now; a name moves to it from whatever had it."""
+    def _refer(self, digest: str, tenant_id: str, name: str | None, labels: tuple[str, ...]) -> ImageInfo:
+        """The tenant has the image now; a name moves to it from whatever had it. Labels only add up."""
         known = {
-            other: Reference(tuple(each for each in reference.names if each != name), reference.created_at)
+            other: replace(reference, names=tuple(each for each in reference.names if each != name))
             for other, reference in self._references.get(tenant_id, {}).items()
         }
         before = known.get(digest, Reference((), rfc3339(self._clock_ns())))
-        known[digest] = Reference((*before.names, name) if name is not None else before.names, before.created_at)
+        names = (*before.names, name) if name is not None else before.names
+        known[digest] = replace(before, names=names, labels=union(before.labels, labels))
         self._write(tenant_id, known)
         return self._info(digest, tenant_id, known[digest])
 
@@ -250,6 +260,7 @@ class ImageStore:
             skipped=document.skipped,
             layers=document.layers,
             config=document.run,
+            labels=reference.labels,
         )
 
 

@@ -11,6 +11,7 @@ import msgspec
 from aether.contract import images
 from aether.contract.errors import AetherError
 from aether.contract.jobs import parse_command
+from aether.contract.limits import LABELS_CARRIED_MAX
 from aether.contract.ports import Handler, Link
 from aether.contract.store import Store
 from aether.orchestrator.artifacts.store import ArtifactStore
@@ -18,6 +19,7 @@ from aether.orchestrator.images.store import ImageStore
 
 LIST_BYTES_MAX: Final = 192 * 1024
 """A list must fit in a frame: the newest images that do."""
+MISSING_SHOWN: Final = 16
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
@@ -44,12 +46,13 @@ class ImageVerbs:
             "image.show": (images.ImageKey, self.show),
             "image.remove": (images.ImageKey, self.remove),
             "image.commit": (images.ImageCommit, self.commit),
+            "artifact.labels": (images.LabelQuery, self.labels),
         }
 
     async def add(self, link: Link, body: images.ImageImport) -> images.ImageInfo:
         fd = await link.take_fd(body.token)
         try:
-            return await self._images.add(fd, body.tenant_id, body.name)
+            return await self._images.add(fd, body.tenant_id, body.name, body.labels)
         finally:
             os.close(fd)
 
@@ -71,11 +74,27 @@ class ImageVerbs:
 
     async def commit(self, body: images.ImageCommit) -> images.ImageInfo:
         base, layer = await self._committed(body)
+        carried = await self.labels(images.LabelQuery(tenant_id=body.tenant_id, artifacts=(layer,)))
         fd, _ = await self._artifacts.open_fd(layer)
         try:
-            return await self._images.commit(base, fd, body.tenant_id, body.name)
+            return await self._images.commit(base, fd, body.tenant_id, body.name, tuple(carried.sources))
         finally:
             os.close(fd)
+
+    async def labels(self, body: images.LabelQuery) -> images.Labelled:
+        sources: dict[str, str] = {}
+        missing: list[str] = []
+        for digest in dict.fromkeys(body.artifacts):
+            known = await self._store.find_artifact(digest, body.tenant_id)
+            if known is None or await self._artifacts.size(digest) is None:
+                missing.append(digest)
+            _carry(sources, digest, known.labels if known is not None else ())
+        for digest in body.images:
+            try:
+                _carry(sources, digest, self._images.find(digest, body.tenant_id).labels)
+            except AetherError:
+                missing.append(digest)
+        return images.Labelled(sources=sources, missing=tuple(missing[:MISSING_SHOWN]))
 
     async def _committed(self, body: images.ImageCommit) -> tuple[str, str]:
         """The image below and the layer, which the tenant has both; raises NOT_FOUND, NO_LAYER."""
@@ -93,6 +112,12 @@ class ImageVerbs:
             why = f"cannot commit what {body.job_id} changed: it kept no diff"
             raise AetherError("NO_LAYER", why, "run it with --keep-diff")
         return asked.changed, layer
+
+
+def _carry(sources: dict[str, str], digest: str, labels: tuple[str, ...]) -> None:
+    for label in labels:
+        if len(sources) <= LABELS_CARRIED_MAX:
+            sources.setdefault(label, digest)
 
 
 def check_images(kept: ImageStore, digests: tuple[str | None, ...], tenant_id: str) -> None:

@@ -65,6 +65,8 @@ class Admission:
     expires_ms: int | None = None
     """When the ticket ends, since the epoch."""
     demand: PolicyRef | None = None
+    labels: tuple[str, ...] = ()
+    """What the ticket marks: every job carries them, and whatever is uploaded by it."""
 
     def sees(self, name: str) -> bool:
         """Whether the ticket lets its bearer know of the allocated cell of that name."""
@@ -243,7 +245,8 @@ class Access:
         cells = tuple(caveat.items for link in verified.links for caveat in link if caveat.type == "cells")
         first = next(questions(operation, about))
         demand = demanded(self.policy, principal, verified.roles, first, about.hosts, now_ns)
-        return Admission(principal, ticket, answer.ref, verified.limits, cells, verified.expires_ms, demand)
+        labels = tuple(name for link in verified.links for c in link if c.type == "labels" for name in c.items)
+        return Admission(principal, ticket, answer.ref, verified.limits, cells, verified.expires_ms, demand, labels)
 
 
 def _ticket_ref(verified: Verified, implicit: bool) -> TicketRef:
