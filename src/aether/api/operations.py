@@ -46,6 +46,12 @@ class StopBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     grace_ms: int = limits.STOP_GRACE_MS_DEFAULT
 
 
+class ReplayBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The optional body of `job.replay`."""
+
+    allow_effects: bool = False
+
+
 OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation(
         name="health",
@@ -180,6 +186,34 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         idempotent=True,
         query=(params.WAIT,),
         errors=JOB_ERRORS,
+    ),
+    Operation(
+        name="job.replay",
+        method="POST",
+        path=f"{JOB_PATH}/replay",
+        summary="Run a finished job's input once more, as a new job that names it; compare what both left.",
+        request=calls.ReplayCall,
+        reply=calls.SubmittedJob,
+        access="submit",
+        effect="cell",
+        idempotent=False,
+        query=(params.WAIT, params.APPROVAL),
+        body="optional_json",
+        body_type=ReplayBody,
+        statuses=(202, 200),
+        errors=(
+            *JOB_ERRORS,
+            *JSON_ERRORS,
+            *WRITE_ERRORS,
+            *MODEL_ERRORS,
+            *CELL_ERRORS,
+            "NOT_READY",
+            "NOT_REPEATABLE",
+            "GONE",
+            "IDEMPOTENCY_CONFLICT",
+            "APPROVAL_LIMIT",
+            "LABEL_REFUSED",
+        ),
     ),
     Operation(
         name="job.stop",

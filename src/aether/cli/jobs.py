@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from aether.cli import activity
+from aether.cli import activity, replay
 from aether.cli.session import Session, command
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def register(app: typer.Typer) -> None:
     command(group, "stop", help="Stop a job: SIGTERM, the grace, then its whole cell.")(_stop)
     command(group, "activity", help=activity.ACTIVITY_HELP)(activity.of_job)
     command(group, "trace", help=activity.TRACE_HELP)(activity.trace_job)
+    command(group, "replay", help=replay.HELP)(replay.replay)
     command(group, "story", help="Tell what happened to a job.")(_story)
     command(group, "result", help="Print a job's result (JSON).")(_result)
 

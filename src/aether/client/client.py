@@ -280,6 +280,13 @@ class Client:
         headers = {"Content-Type": "application/json"}
         return self._json("job.stop", JobView, job_id, body=body, headers=headers, extra_s=grace_ms / 1000)
 
+    def replay(self, job_id: str, *, allow_effects: bool = False, approval_ms: int | None = None) -> JobView:
+        """Runs a finished job's input once more; the new job, accepted. `client.compare.compare` tells what differs.
+        Raises NOT_REPEATABLE, GONE."""
+        headers = {"Content-Type": "application/json", "Idempotency-Key": ids.new(ids.REQUEST)}
+        body, query = msgspec.json.encode({"allow_effects": allow_effects}), approval_query(approval_ms)
+        return self._json("job.replay", Submission, job_id, query=query, body=body, headers=headers)
+
     def receipt(self, job_id: str, *, wait_s: float = 0.0) -> Receipt:
         """The job's receipt."""
         return self._json("job.receipt", Receipt, job_id, query=_wait(wait_s), extra_s=wait_s)

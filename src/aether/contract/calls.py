@@ -58,6 +58,15 @@ class JobCall(msgspec.Struct, frozen=True, kw_only=True):
     wait_ms: int = 0
 
 
+class ReplayCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`job.replay`: the same input as a new job. `allow_effects`: also where that may repeat effects."""
+
+    job_id: str
+    allow_effects: bool = False
+    wait_ms: int = 0
+    approval_ms: int = limits.APPROVAL_MS_DEFAULT
+
+
 class ListJobsCall(msgspec.Struct, frozen=True, kw_only=True):
     """`job.list`: newest first; `cursor` is the previous page's `next_cursor`."""
 

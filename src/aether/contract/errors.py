@@ -48,6 +48,7 @@ KINDS: Final[Mapping[str, ErrorKind]] = {
     "NO_SUCH_MODEL": ErrorKind(404, EXIT_FAILED, "list the models with `aether model list`"),
     "NOT_READY": ErrorKind(409, EXIT_FAILED, "wait until the job is terminal, for instance with ?wait=10s"),
     "NO_RESULT": ErrorKind(409, EXIT_FAILED, "read the job's error; only a succeeded job has a result"),
+    "NOT_REPEATABLE": ErrorKind(409, EXIT_REFUSED, "replay it with --allow-effects if it may have its effects again"),
     "GONE": ErrorKind(410, EXIT_FAILED, "run the job again"),
     "IDEMPOTENCY_CONFLICT": ErrorKind(409, EXIT_USAGE, "use a new Idempotency-Key for another request"),
     "ANSWER_NOT_KEPT": ErrorKind(409, EXIT_FAILED, "the call was done once; read what it left, and use a new key"),

@@ -162,6 +162,8 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     executable: str | None = None
     approval_id: str | None = None
     """The approval that it waits or waited for."""
+    replay_of: str | None = None
+    """The job whose input it has again."""
 
 
 _LABEL: Final = re.compile(limits.LABEL_PATTERN)

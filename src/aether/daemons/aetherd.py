@@ -57,6 +57,7 @@ from aether.substrate.orchestra import Orchestra
 from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
 from aether.substrate.repeats import Keyed, Repeats
+from aether.substrate.replay import Replayer
 from aether.substrate.service import Parts, Service
 from aether.substrate.submission import Submitter
 from aether.substrate.talking import Talking
@@ -130,6 +131,8 @@ def _assemble(
     cells.on_connect(house.spawner_connected)
     cells.on_connect(fence.spawner_connected)
     cells.on_connect(meter.spawner_connected)
+    labels = LabelDesk(orchestra)
+    submitter = Submitter(gate, book, orchestra, execution, cells, house, asking, labels)
     parts = Parts(
         gate=gate,
         book=book,
@@ -137,7 +140,8 @@ def _assemble(
         orchestra=orchestra,
         egress=egress,
         egress_reading=EgressReading(book, reading, house),
-        submitter=Submitter(gate, book, orchestra, execution, cells, house, asking, LabelDesk(orchestra)),
+        submitter=submitter,
+        replayer=Replayer(orchestra, reading, labels, submitter),
         asking=asking,
         approvals=ApprovalDesk(gate, book, orchestra, house, asking),
         execution=execution,

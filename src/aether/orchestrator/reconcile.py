@@ -153,6 +153,7 @@ def outcome_view(outcome: Record, intent: Record | None, known: JobView | None) 
         cell=known.cell if known else first.detail.get("cell"),
         executable=known.executable if known else first.detail.get("executable"),
         approval_id=known.approval_id if known else first.detail.get("approval"),
+        replay_of=known.replay_of if known else first.detail.get("replay_of"),
     )
 
 

@@ -129,7 +129,7 @@ class Allocations:
         elif record.type in ENDING:
             self._end(cell, record)
 
-    def entered(self, cell_id: str, job_id: str, labels: tuple[str, ...]) -> None:
+    def entered(self, cell_id: str, job_id: str, labels: tuple[str, ...] = ()) -> None:
         """A job was admitted as an executable of the cell: what it reads may stay there."""
         if (cell := self.live.get(cell_id)) is not None:
             cell.jobs[job_id] = None

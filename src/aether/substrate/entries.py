@@ -46,6 +46,8 @@ class Submission:
     """The approval that it waits for."""
     labels: tuple[str, ...] = ()
     """Those of the request, of its inputs, and of the cell that it enters."""
+    replay_of: str | None = None
+    """The job whose input it has again."""
 
     @property
     def effect(self) -> str:
@@ -54,7 +56,8 @@ class Submission:
     @property
     def detail(self) -> dict[str, str]:
         """What only an intent says."""
-        return self.guest | ({"approval": self.ask.approval_id} if self.ask is not None else {})
+        asked = {"approval": self.ask.approval_id} if self.ask is not None else {}
+        return self.guest | asked | ({"replay_of": self.replay_of} if self.replay_of is not None else {})
 
 
 def intent(node: Node, submission: Submission, index: int, time: str) -> Record:

@@ -73,6 +73,7 @@ from aether.substrate.orchestra import Orchestra
 from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
 from aether.substrate.repeats import Repeats
+from aether.substrate.replay import Replayer
 from aether.substrate.submission import Submitter
 from aether.substrate.talking import Talking
 from aether.substrate.ticketdesk import TicketDesk
@@ -94,6 +95,7 @@ class Parts:
     orchestra: Orchestra
     egress: EgressDesk
     submitter: Submitter
+    replayer: Replayer
     asking: Asking
     approvals: ApprovalDesk
     execution: Execution
@@ -133,6 +135,7 @@ class Service:
             **parts.images.handlers(),
             **parts.budgets.handlers(),
             "job.submit": parts.submitter.submit,
+            "job.replay": parts.replayer.replay,
             "job.stop": self._stop,
             "job.get": reading.job,
             "job.list": reading.jobs,

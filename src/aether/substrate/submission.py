@@ -74,17 +74,21 @@ class Submitter:
         self._execution = execution
         self._in_flight: dict[str, asyncio.Event] = {}
 
-    async def submit(self, caller: Caller, call: SubmitCall) -> SubmittedJob:
-        """Raises the AetherError of whatever refused it; nothing is charged then."""
-        submission = self._admit(caller, call, {})
+    async def submit(self, caller: Caller, call: SubmitCall, first: JobView | None = None) -> SubmittedJob:
+        """Raises the AetherError of whatever refused it; nothing is charged then. `first` is the job that it replays,
+        whose labels it has."""
+        carried = dict.fromkeys(first.labels, first.job_id) if first is not None else {}
+        submission = self._admit(caller, call, carried)
         artifacts, images = named_by(call.request)
         if artifacts or images:
             tenant_id = submission.admission.principal.tenant_id
-            inherited = await self._labels.carried(tenant_id, artifacts, images)
+            inherited = {**await self._labels.carried(tenant_id, artifacts, images), **carried}
             try:
                 submission = self._admit(caller, call, inherited)
             except AetherError as error:
                 raise explained(error, inherited) from error
+        if first is not None:
+            submission = dataclasses.replace(submission, replay_of=first.job_id)
         if submission.key_hash is None:
             return await self._run(submission, call.wait_ms)
         return await self._once(submission, submission.key_hash, call.wait_ms)

@@ -30,6 +30,7 @@ def queued_view(intent: Record, argv: tuple[str, ...] | None = None) -> JobView:
         cell=intent.detail.get("cell"),
         executable=intent.detail.get("executable"),
         approval_id=intent.detail.get("approval"),
+        replay_of=intent.detail.get("replay_of"),
     )
 
 
@@ -70,4 +71,5 @@ def final_view(intent: Record, outcome: Record, argv: tuple[str, ...] | None = N
         cell=intent.detail.get("cell"),
         executable=intent.detail.get("executable"),
         approval_id=intent.detail.get("approval"),
+        replay_of=intent.detail.get("replay_of"),
     )

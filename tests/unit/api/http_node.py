@@ -131,6 +131,7 @@ class FakeService:
         request = call.request
         job = self._admit(caller, request)  # what is no request is refused, whatever its key stands for
         if caller.idempotency_key in self.keys:
+            del self.jobs[job.view.job_id]
             job = self.jobs[self.keys[caller.idempotency_key]]
         else:
             if caller.idempotency_key:

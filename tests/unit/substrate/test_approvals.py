@@ -379,7 +379,7 @@ def free(name: str) -> Any:
 def test_a_model_job_that_waits_takes_the_long_way(tmp_path: Path) -> None:
     async def step(node: OneNode) -> None:
         request = JobRequest(
-            kind="model", op="encode_state", params={"model": "pendulum"}, inputs={"obs": [1.0, 0.0, 0.0]}
+            kind="model", op="encode_state", params={"model": "pendulum"}, inputs={"obs": [[1.0, 0.0]]}
         )
         job = await submit(node, await agent(node), request, wait_ms=100)
         assert job.state is JobState.WAITING_APPROVAL and job.result is None
