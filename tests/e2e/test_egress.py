@@ -318,3 +318,25 @@ def test_the_port_is_the_cells_own(server: web.Server) -> None:
     """Nothing listens on the proxy's port of this machine, however many cells have one."""
     with socket.socket() as sock:
         assert sock.connect_ex(("127.0.0.1", 3128)) != 0
+
+
+def test_a_budget_of_bytes_ends_the_jobs_that_share_it(layout: Layout, client: Client, server: web.Server) -> None:
+    """Two cells fetch without end on one ticket: both end soon after it is used up; what passed is on the account."""
+    limit = 2 << 20
+    minted = client.tickets.mint(role="user", budget={"bytes_in": limit})
+    server.answer = lambda seen: (200, {}, bytes(1 << 18))
+    try:
+        with Client(state=layout.root, ticket=minted.ticket) as holder:
+            script = f"while :; do curl -sk -o /dev/null https://{ADDRESS}:{server.port}/; done"
+            params = {"argv": ["sh", "-c", script], "network": {"allow": [f"{ADDRESS}:{server.port}"]}}
+            request = JobRequest(kind="command", op="run", params=params)
+            views = [client.wait(job_id, 60) for job_id in [holder.submit(request).job_id for _ in range(2)]]
+    finally:
+        server.answer = web.hello
+    for view in views:
+        assert view.error is not None and view.error.code == "BUDGET_EXHAUSTED", view
+        assert view.error.details["unit"] == "bytes_in" and view.error.details["used"] >= limit
+    deadline = time.monotonic() + 5
+    while (spent := client.tickets.show(minted.link_id).budget[0].spent) < limit and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert limit <= spent < 4 * limit

@@ -86,7 +86,7 @@ class Desk:
             self._move(row, machine.Claimed(), row.view, at_once=True)
             commands = ()
         elif row.kind == "command":
-            self._scheduler.enqueue(job_id)
+            self._scheduler.enqueue(job_id, row.view.tenant_id)
             self.pump(fresh=job_id)
             commands = ()
         self.spawn(self._admit(kept, row, commands))
@@ -154,7 +154,7 @@ class Desk:
         if row is not None and _is_guest(row) and row.phase == "queued":
             self._move(row, machine.Claimed(), row.view)
         elif row is not None and not _is_guest(row):
-            self._scheduler.enqueue(job_id)
+            self._scheduler.enqueue(job_id, row.view.tenant_id)
             self.pump()
 
     def pump(self, fresh: str | None = None) -> None:
