@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import msgspec
 import pytest
 
 from aether.client.tickets import attenuate
@@ -17,7 +21,9 @@ from aether.contract.allocations import CellRequest
 from aether.contract.calls import Caller
 from aether.contract.cellcalls import AllocateCall
 from aether.contract.errors import AetherError
+from aether.contract.records import BudgetRef
 from aether.contract.ticketcalls import Budget, LinkCall, MintCall, MintedTicket, MintRequest
+from aether.daemons import aetherd
 from aether.substrate import quotas
 from aether.substrate.cells.drivers.memory import Run
 from tests.support.onenode import OWNER, STRANGER, OneNode, caller, command, running
@@ -273,3 +279,66 @@ def test_one_tenant_leaves_room_for_others(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(quotas.limits, "JOBS_OPEN_MAX", 40)
     on_node(tmp_path, step)
+
+
+def _state(node: OneNode) -> dict[str, Any]:
+    book = node.parts.book
+    return {
+        "accounts": msgspec.to_builtins(book.accounts.snapshot()),
+        "usage": sorted(book.usage.snapshot()),
+        "quotas": book.quotas.snapshot(),
+        "counts": [dict(each) for each in (book.quotas._open, book.quotas._queued, book.quotas._cells)],
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_remembered_is_the_fold_of_the_log(tmp_path: Path, seed: int) -> None:
+    """Deaths at any moment of a mixed load, with and without a snapshot: the next life knows what this one knew of
+    what was durable, and nothing else."""
+    dice = random.Random(seed)
+
+    async def act(node: OneNode, tickets: list[str], number: int) -> None:
+        by = caller(dice.choice([OWNER, STRANGER])) if dice.random() < 0.4 else caller(ticket=dice.choice(tickets))
+        doing: list[Callable[[], Awaitable[Any]]] = [
+            lambda: node.submit(command("ok"), by, dice.choice([0, 2_000])),
+            lambda: node.submit(command("forever"), by),
+            lambda: node.call("cell.allocate", by, AllocateCall(request=CellRequest(name=f"c{number}"))),
+            lambda: set_budget(node, "default", ops=dice.randint(50, 90), wall_ms=dice.choice([None, 400_000])),
+            lambda: set_quota(node, "tenant:default", open_jobs=dice.choice([None, 30])),
+            lambda: node.call("ticket.mint", caller(), MintCall(request=MintRequest(budget={"ops": number}))),
+        ]
+        with contextlib.suppress(AetherError):
+            await dice.choices(doing, weights=[8, 3, 2, 1, 1, 1])[0]()
+
+    async def step(node: OneNode) -> None:
+        tickets = [(await mint(node, ops=40, wall_ms=900_000, micro_usd=9)).ticket for _ in range(2)]
+        tickets.append(attenuate(tickets[0], budget={"ops": 7, "cpu_ms": 900_000}))
+        for life in range(3):
+            doing = [asyncio.ensure_future(act(node, tickets, life * 100 + n)) for n in range(dice.randint(10, 25))]
+            await asyncio.wait(doing, timeout=dice.choice([0.02, 0.1, 3]))
+            book = node.parts.book
+            await book.log.durable(book.log.size - 1)
+            if dice.random() < 0.5:
+                book.snapshot()
+            recorded = {job.intent.budget.reservation_id for job in book.ledger.open.values() if job.intent.budget}
+            for name in set(book.accounts._reservations) - recorded:  # held for nothing that was recorded: dies with it
+                book.accounts.release(BudgetRef(reservation_id=name, accounts=(), ops=0, cpu_ms=0, settled=False))
+            known, size = _state(node), book.log.size
+            await node.kill_aetherd()
+            await asyncio.gather(*doing, return_exceptions=True)
+            loaded = await _loaded(node, size)
+            assert known == loaded
+            await node.start_aetherd()
+            await node.connected()
+
+    on_node(tmp_path, step)
+
+
+async def _loaded(node: OneNode, size: int) -> dict[str, Any]:
+    """What a new process knows once it has read the log, before it does anything."""
+    with mock.patch.object(aetherd, "record_node", lambda *_: None):
+        await node.start_aetherd(spawner=False)
+    assert node.parts.book.log.size == size
+    state = _state(node)
+    await node.kill_aetherd()
+    return state

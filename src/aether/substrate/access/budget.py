@@ -128,7 +128,12 @@ class Accounts:
 
     def release(self, budget: BudgetRef) -> None:
         """Gives a reservation back unspent: nothing was recorded under it. Releasing twice changes nothing."""
-        self._unhold(budget.reservation_id)
+        held = self._unhold(budget.reservation_id)
+        for account_id in held.accounts if held is not None else ():
+            account = self._accounts.get(account_id)
+            idle = account is not None and not (account.spent or account.reserved)
+            if idle and account_id not in self._tenants and account_id not in self._raised:
+                self._close(account_id)
 
     def settle(self, budget: BudgetRef) -> None:
         """Spends what a record says and ends its reservation."""
@@ -202,10 +207,17 @@ class Accounts:
             self._of_root.setdefault(root, set()).add(account_id)
         return account
 
+    def _close(self, account_id: str) -> None:
+        root = self._accounts.pop(account_id).root
+        of_root = self._of_root[root]
+        of_root.discard(account_id)
+        if not of_root:
+            del self._of_root[root]
+
     def _hold(self, budget: BudgetRef) -> None:
         if not budget.limits:
             return
-        held = Reservation(tuple(budget.limits), amounts_of(budget))
+        held = Reservation(tuple(sorted(budget.limits)), amounts_of(budget))
         self._reservations[budget.reservation_id] = held
         for account_id in held.accounts:
             self._opened(account_id, _root(account_id, budget), budget.limits[account_id])
