@@ -18,7 +18,7 @@ from aether.spawner.helper import Helper, HelperOptions
 from aether.spawner.joblog import STREAMS
 from aether.spawner.loop import Loop, Timer
 
-HAND_OVER_S: Final = 0.003
+HAND_OVER_S: Final = 0.01
 """Most commands of agents that are short at all are over by then; a pipe holds 64 KiB meanwhile (pipe(7))."""
 
 EndHandler = Callable[[str, dict[str, Any], bool], None]

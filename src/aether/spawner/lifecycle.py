@@ -40,6 +40,9 @@ from aether.spawner.wiring import Wired
 OUTPUT_WAIT_S = 2.0
 EMPTY_WAIT_S = 5.0
 EMPTY_POLL_S = 0.002
+LINGER_S = 0.005
+"""A cell whose one executable has ended is killed this much later, or when it is freed: taking a namespace down costs
+a millisecond of CPU, which whoever waits for the outcome should not have to share."""
 START_WAIT_S = 10.0
 """PID 1 answers within this time or the cell is killed."""
 
@@ -407,7 +410,7 @@ class Lifecycle:
         else:
             self._tell(cell, executable)
         if cell.once and cell.pidfd >= 0:
-            self.kill(cell, None)  # last: the end of a namespace takes the kernel 0.2 ms
+            cell.timers.append(self._loop.after(LINGER_S, lambda: self.kill(cell, None)))
 
     def on_output(self, exec_id: str, output: dict[str, Any], final: bool) -> None:
         """The keeper's word: what it keeps of an executable's output so far; `final` when all writers are gone."""
