@@ -47,8 +47,10 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What was learned about the attempt so far. `stop_grace_ms` is set once a stop was asked for."""
+    """What was learned about the attempt so far. `stop_grace_ms` is set once a stop was asked for; `collects`: it
+    declared outputs, so there is something to look for when it has ended."""
 
+    collects: bool = True
     cell_id: str | None = None
     exec_id: str | None = None
     started_at: str | None = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aether.contract import limits
-from aether.spawner.linux.cgroup import CgroupHandle, CgroupUsage
+from aether.spawner.linux.cgroup import CgroupDriver, CgroupHandle, CgroupUsage
 from aether.spawner.linux.sched import Sched
 from aether.spawner.loop import Timer
 from aether.spawner.proctree import Identity
@@ -189,6 +189,18 @@ def usage_view(
         "pressure": counted.pressure,
         "sources": sources,
     }
+
+
+def counted(cell: Cell, cgroups: CgroupDriver, now_ns: int, *, pressure: bool = False) -> dict[str, Any]:
+    """Usage of a cell up to now, with what it waited for when `pressure` is asked."""
+    found = cgroups.usage(cell.cgroup, pressure=pressure)
+    return usage_view(found, wall_us=(now_ns - cell.started_ns) // 1000, io=cell.io, rusage=None)
+
+
+def last_usage(cell: Cell, cgroups: CgroupDriver, now_ns: int) -> dict[str, Any]:
+    """Of a cell that lived for one executable it is that one's, which was read when that ended."""
+    told = [each.usage for each in cell.execs.values() if each.usage is not None]
+    return told[-1] if cell.once and told else counted(cell, cgroups, now_ns)
 
 
 def proc_io(pid: int) -> tuple[int, int] | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from aether.contract import limits
 from aether.contract.cellplan import Plan
-from aether.spawner.cells import Cell, Exec, guest_usage, now_wall_us, proc_io, usage_view
+from aether.spawner.cells import Cell, Exec, counted, guest_usage, last_usage, now_wall_us, proc_io, usage_view
 from aether.spawner.disk import Disk
 from aether.spawner.keeperlink import KeeperLink
 from aether.spawner.launcher import InitEvent, Launcher, LaunchFailedError, Running
@@ -41,8 +41,8 @@ OUTPUT_WAIT_S = 2.0
 EMPTY_WAIT_S = 5.0
 EMPTY_POLL_S = 0.002
 LINGER_S = 0.005
-"""A cell whose one executable has ended is killed this much later, or when it is freed: taking a namespace down costs
-a millisecond of CPU, which whoever waits for the outcome should not have to share."""
+"""A cell whose one executable has ended is killed so much later, or when it is freed: that takes a millisecond of CPU,
+which whoever waits for the outcome should not have to share."""
 START_WAIT_S = 10.0
 """PID 1 answers within this time or the cell is killed."""
 
@@ -289,8 +289,8 @@ class Lifecycle:
 
     def _set_deadline(self, cell: Cell, executable: Exec, args: dict[str, Any]) -> None:
         if args["wall_ms_max"] is not None and executable.state != "ended":
-            delay_s = args["wall_ms_max"] / 1000
-            executable.timers.append(self._loop.after(delay_s, lambda: self._exec_expired(cell, executable)))
+            expired = lambda: self._exec_expired(cell, executable)  # noqa: E731
+            executable.timers.append(self._loop.after(args["wall_ms_max"] / 1000, expired))
 
     # ---- what PID 1 says
 
@@ -394,15 +394,15 @@ class Lifecycle:
         waits = executable.logged and not executable.output_final and self.keeper is not None
         if cell.pidfd >= 0:
             cell.io = proc_io(cell.pid) or cell.io
-        counted = self._cgroups.usage(cell.cgroup)
-        executable.oom = (counted.oom_kills or 0) > executable.oom_kills_before
+        found = self._cgroups.usage(cell.cgroup)
+        executable.oom = (found.oom_kills or 0) > executable.oom_kills_before
         if signo is not None and reason is None:
             reason = cell.reason
         if not cell.once:
-            counted = guest_usage(counted)
+            found = guest_usage(found)
             self.stopping.ended(cell, executable)
         executable.exit = {"code": code, "signal": signo, "reason": reason}
-        executable.usage = usage_view(counted, wall_us=executable.wall_us, io=cell.io, rusage=executable.rusage)
+        executable.usage = usage_view(found, wall_us=executable.wall_us, io=cell.io, rusage=executable.rusage)
         if self.observer is not None:
             self.observer.ended(cell, executable)
         if waits:
@@ -466,19 +466,11 @@ class Lifecycle:
             self._cgroups.kill(cell.cgroup)
             self._loop.after(EMPTY_POLL_S, lambda: self._settle(cell, until_s))
             return
-        cell.usage = self._last_usage(cell)
+        cell.usage = last_usage(cell, self._cgroups, self._now_ns())
         cell.state = "emptied"
         for executable in cell.running():
             self._end(cell, executable, None, signal.SIGKILL, cell.reason or "cell-died")
         self._gone(cell)
-
-    def _last_usage(self, cell: Cell) -> dict[str, Any]:
-        """Of a cell that lived for one executable it is that one's, which was read when that ended."""
-        told = [each.usage for each in cell.execs.values() if each.usage is not None]
-        if cell.once and told:
-            return told[-1]
-        wall_us = (self._now_ns() - cell.started_ns) // 1000
-        return usage_view(self._cgroups.usage(cell.cgroup), wall_us=wall_us, io=cell.io, rusage=None)
 
     def _gone(self, cell: Cell) -> None:
         """Once every executable is told, the last of which may call this itself."""
@@ -566,8 +558,7 @@ class Lifecycle:
             self.stopping.stop(cell, executable, executable.grace_ms)
             return
         self.signal(cell, executable, signal.SIGTERM)
-        grace_s = executable.grace_ms / 1000
-        executable.timers.append(self._loop.after(grace_s, lambda: self.kill(cell, "timed-out")))
+        executable.timers.append(self._loop.after(executable.grace_ms / 1000, lambda: self.kill(cell, "timed-out")))
 
     def _cell_expired(self, cell: Cell) -> None:
         for executable in cell.running():
@@ -583,9 +574,7 @@ class Lifecycle:
         if cell.usage is not None:
             return cell.usage
         cell.io = proc_io(cell.pid) or cell.io
-        wall_us = (self._now_ns() - cell.started_ns) // 1000
-        counted = self._cgroups.usage(cell.cgroup, pressure=True)
-        return usage_view(counted, wall_us=wall_us, io=cell.io, rusage=None)
+        return counted(cell, self._cgroups, self._now_ns(), pressure=True)
 
     def acknowledge(self, cell: Cell, exec_id: str) -> None:
         executable = cell.execs.get(exec_id)

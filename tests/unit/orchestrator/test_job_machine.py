@@ -226,3 +226,27 @@ def test_repeating_an_event_changes_nothing_more(events: list[m.AnyEvent]) -> No
 def test_every_event_is_in_the_table() -> None:
     assert {type(event) for event in EVENTS} == set(m.HANDLED)
     assert {key[0] for key in COMMAND_TABLE} == set(PHASES) - {"done"}
+
+
+@pytest.mark.parametrize(
+    ("phase", "event"),
+    [
+        ("running", m.CellExited(end=END)),
+        ("running", m.Reconciled(cell=ENDED)),
+        ("launching", m.Reconciled(cell=ENDED)),
+    ],
+)
+def test_a_command_without_outputs_is_judged_when_it_ends(phase: Phase, event: m.AnyEvent) -> None:
+    facts = msgspec.structs.replace(FACTS[phase], collects=False)
+    state, commands = m.step(m.State("command", phase, facts), event)
+    verdict = state.facts.verdict
+    assert state.phase == "finishing" and commands == (m.FinishJob(verdict),)
+    assert verdict is not None and verdict.state is JobState.SUCCEEDED and verdict.exit == END.exit
+
+
+def test_an_end_that_overtook_the_start_is_judged_with_it() -> None:
+    facts = Facts(collects=False)
+    overtaken, none = m.step(m.State("command", "launching", facts), m.CellExited(end=END))
+    assert overtaken.phase == "launching" and none == ()
+    state, commands = m.step(overtaken, STARTED)
+    assert state.phase == "finishing" and len(commands) == 1 and state.facts.started_at == "t"

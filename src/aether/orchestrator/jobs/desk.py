@@ -21,7 +21,7 @@ import msgspec
 
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
-from aether.contract.jobs import MODEL_OPS, JobView
+from aether.contract.jobs import MODEL_OPS, JobRequest, JobView
 from aether.contract.limits import JOBS_OPEN_MAX
 from aether.contract.store import Blob, Entry, Facts, JobRow, Store
 from aether.contract.wire import Grant, JobSubmit
@@ -70,7 +70,8 @@ class Desk:
         """Keeps a new job; returns once it is durable. Idempotent. Raises BUSY, DISK_FULL."""
         job_id = body.view.job_id
         event = machine.Submitted(held=body.held)
-        first = machine.State(body.request.kind, "held" if body.held else "queued")
+        facts = Facts(collects=_collects(body.request))
+        first = machine.State(body.request.kind, "held" if body.held else "queued", facts)
         state, commands = machine.step(first, event)
         row = _new_row(body, state)
         entry = self._entry(event)
@@ -240,6 +241,11 @@ class Desk:
 def _is_guest(row: JobRow) -> bool:
     """Whether it is an executable of an allocated cell, which takes no place among the running cells."""
     return row.view.cell is not None
+
+
+def _collects(request: JobRequest) -> bool:
+    """Whether a command may leave something: outputs, or what it changes in an image."""
+    return any(request.params.get(name) for name in ("outputs", "images"))
 
 
 def _has_row(view: JobView) -> bool:

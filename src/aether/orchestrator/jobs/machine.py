@@ -1,7 +1,7 @@
 """A job's life as a pure function: `step(state, event) -> (state, commands)`. No clock, no I/O, no ids made here.
 
 ```
-command: [held ->] queued -> launching -> running -> collecting -> finishing -> done
+command: [held ->] queued -> launching -> running [-> collecting] -> finishing -> done
 model:   [held ->]                        running ------------->   finishing -> done
 ```
 Invariants (tests/unit/orchestrator/test_machine.py)
@@ -278,7 +278,7 @@ def _submitted(state: State) -> Step:
 def _started(state: State, cell_id: str, exec_id: str, started_at: str) -> Step:
     facts = msgspec.structs.replace(state.facts, cell_id=cell_id, exec_id=exec_id, started_at=started_at)
     if facts.end is not None:
-        return replace(state, phase="collecting", facts=facts), (CollectOutputs(),)
+        return _collect(replace(state, facts=facts))
     stop = () if facts.stop_grace_ms is None else (StopCell(facts.stop_grace_ms),)
     return replace(state, phase="running", facts=facts), stop
 
@@ -287,7 +287,14 @@ def _exited(state: State, end: ExecEnd) -> Step:
     facts = msgspec.structs.replace(state.facts, end=end, cell_id=end.cell_id, exec_id=end.exec_id)
     if state.phase == "launching":  # overtook the reply to cell.launch, which brings the start time
         return replace(state, facts=facts), ()
-    return replace(state, phase="collecting", facts=facts), (CollectOutputs(),)
+    return _collect(replace(state, facts=facts))
+
+
+def _collect(state: State) -> Step:
+    """The executable has ended: its outputs are next, if it declared any."""
+    if not state.facts.collects:
+        return _finish(state, conclude(state.facts, Collected()))
+    return replace(state, phase="collecting"), (CollectOutputs(),)
 
 
 def _stop(state: State, grace_ms: int) -> Step:
@@ -320,7 +327,7 @@ def _reconciled(state: State, cell: LiveCell | None) -> Step:
 
 def _relaunch(state: State) -> Step:
     if state.facts.end is not None:
-        return replace(state, phase="collecting"), (CollectOutputs(),)
+        return _collect(state)
     if state.facts.stop_grace_ms is not None:
         return _finish(state, cancelled())
     return state, (LaunchCell(again=True),)
@@ -335,7 +342,7 @@ def _adopt(state: State, cell: LiveCell) -> Step:
         end=cell.end or state.facts.end,  # its end may have overtaken this answer
     )
     if facts.end is not None:
-        return replace(state, phase="collecting", facts=facts), (CollectOutputs(),)
+        return _collect(replace(state, facts=facts))
     stop = () if facts.stop_grace_ms is None else (StopCell(facts.stop_grace_ms),)
     return replace(state, phase="running", facts=facts), stop
 
