@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import socket
@@ -122,6 +123,15 @@ def processes(marker: str) -> list[int]:
             if marker.encode() in text:
                 found.append(int(entry.name))
     return found
+
+
+def sessions(marker: str) -> int:
+    """How many sessions those processes are in: a shell on its way to one of its own does not count."""
+    found = set()
+    for pid in processes(marker):
+        with contextlib.suppress(ProcessLookupError):
+            found.add(os.getsid(pid))
+    return len(found)
 
 
 Step = Callable[[NativeDriver], Awaitable[None]]
