@@ -14,6 +14,7 @@ import msgspec
 from aether.contract.cells import SandboxReport, Usage
 from aether.contract.egresswire import EgressConnection
 from aether.contract.records import Receipt, Record
+from aether.contract.units import told
 
 Section = dict[str, Any]
 
@@ -135,6 +136,7 @@ def _used(intent: Record, outcome: Record) -> Section:
     return {
         **{name: value for name, value in measured.items() if value is not None},
         "apportioned": tuple(sorted(name for name, basis in usage.basis.items() if basis == "apportioned")),
+        "limits": _limits(intent),
         "reserved": _budget(intent),
         "settled": _budget(outcome),
     }
@@ -142,7 +144,19 @@ def _used(intent: Record, outcome: Record) -> Section:
 
 def _budget(record: Record) -> str | None:
     budget = record.budget
-    return None if budget is None else f"{budget.ops} ops, {budget.cpu_ms} ms of CPU"
+    if budget is None:
+        return None
+    more = "".join(f", {told(unit, amount)}" for unit, amount in budget.amounts.items())
+    return f"{budget.ops} ops, {budget.cpu_ms} ms of CPU{more}"
+
+
+def _limits(intent: Record) -> tuple[str, ...]:
+    """What bound it: each account that it was charged on."""
+    limits = intent.budget.limits if intent.budget is not None else {}
+    return tuple(
+        f"{account}: {', '.join(told(unit, amount) for unit, amount in units.items())}"
+        for account, units in limits.items()
+    )
 
 
 def _touched(intent: Record, outcome: Record, more: More) -> Section:

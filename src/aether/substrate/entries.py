@@ -159,6 +159,8 @@ def cell_outcome(
         detail["approval_index"] = str(job.approval.requested.log_index)
         if job.approval.decided is not None:
             detail["decision_index"] = str(job.approval.decided.log_index)
+    if job.exhausted is not None:
+        detail["exhausted_index"] = str(job.exhausted.log_index)
     if revocation is not None:
         detail["revoked_index"] = str(revocation.log_index)
     return replace(

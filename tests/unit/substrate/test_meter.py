@@ -71,6 +71,8 @@ def test_wall_time_that_jobs_share_runs_out_for_all_of_them(tmp_path: Path) -> N
         assert refused.value.code == "BUDGET_EXHAUSTED"
         records = await node.records("budget.exhausted")
         assert {r.job_id for r in records} == set(jobs) and records[0].detail["account"] == minted.link_id
+        outcomes = {r.job_id: r.detail for r in await node.records("job.outcome")}
+        assert {outcomes[r.job_id]["exhausted_index"] for r in records} == {str(r.log_index) for r in records}
         assert node.parts.book.ledger.open.keys() == {free}
         await node.parts.fence.end([node.parts.book.ledger.open[free]], ())
 
