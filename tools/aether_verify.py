@@ -344,7 +344,7 @@ KINDS: dict[str, Callable[[Json], bool]] = {
 # fmt: off
 TYPES = ("|node.started|node.stopped|ticket.minted|ticket.revoked|ticket.key-rotated|policy.loaded|access.denied"
          "|document.stored"
-         "|audit.pruned|audit.erased|audit.key-rotated|audit.epoch"
+         "|audit.pruned|audit.key-rotated|audit.epoch"
          "|job.intent|job.started|job.stop|job.outcome|job.signal|job.attach|job.trace"
          "|cell.allocated|cell.started|cell.frozen|cell.thawed|cell.resized|cell.trace|cell.put|cell.freed|cell.lost"
          "|image.imported|image.removed|egress.opened|egress.connection|egress.closed"

@@ -123,6 +123,11 @@ class Layout:
         return self.root / "policy/witnesses"
 
     @property
+    def mask(self) -> Path:
+        """What the operator wants masked in records besides the known forms of secrets: a pattern per line."""
+        return self.root / "policy/mask"
+
+    @property
     def policy(self) -> Path:
         return self.root / "policy/policy.cedar"
 

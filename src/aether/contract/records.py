@@ -27,7 +27,6 @@ RecordType = Literal[
     "access.denied",
     "document.stored",
     "audit.pruned",
-    "audit.erased",
     "audit.key-rotated",
     "audit.epoch",
     "image.imported",

@@ -8,6 +8,7 @@ last checkpoint of the epoch before.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +21,15 @@ from aether.daemons.node import NodeFile, write_node
 from aether.substrate.audit.keyfile import open_signer
 from aether.substrate.audit.log import AuditLog
 from aether.substrate.audit.note import NoteError, Signer, Verifier
+from aether.substrate.audit.redact import mask_also, read_patterns
 from aether.substrate.auditentries import opening
 from aether.substrate.auditkeeping import Rotation
 
 
 def open_log(layout: Layout, node: NodeFile, log: Any) -> tuple[AuditLog, Signer]:
-    """Raises AetherError as `open_signer` and `AuditLog.open` do, and STATE_UNUSABLE without the former key."""
+    """Raises AetherError as `open_signer` and `AuditLog.open` do, and STATE_UNUSABLE without the former key or with a
+    file of patterns that cannot be used."""
+    mask_also(_patterns(layout))
     signer = open_signer(layout.audit_key(node.epoch), layout.audit_public_key, node.origin)
     former = _former(layout, node.epoch - 1) if node.epoch > 1 else None
     audit = AuditLog.open(
@@ -50,6 +54,17 @@ def rotation(layout: Layout, node: NodeFile, restart: Callable[[], None]) -> Rot
         return open_signer(layout.audit_key(following.epoch), layout.audit_epoch_key(following.epoch), following.origin)
 
     return Rotation(prepare, lambda: write_node(layout.keys / "node.json", following), restart)
+
+
+def _patterns(layout: Layout) -> tuple[re.Pattern[str], ...]:
+    """What is masked in records besides the known forms of secrets."""
+    try:
+        return read_patterns(layout.mask.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError) as error:
+        why = f"cannot read the patterns in {layout.mask}: {error}"
+        raise AetherError("STATE_UNUSABLE", why, "correct that file, or take it away") from error
 
 
 def _former(layout: Layout, epoch: int) -> Verifier:

@@ -217,12 +217,10 @@ def audit_records() -> list[Record]:
     """What happens to the log itself."""
     shared: dict[str, Any] = {"tenant_id": "default", "principal": "uid:0", "effect": "control"}
     key = "aether/node_0190f6a2-7b3c-7def-8123-456789abcdef/2+00000000+" + "A" * 44
-    erased = {"subject": "principal", "token": "pseudonym:" + "ab" * 16}
     before = {"digest": digest_bytes(b"note"), "previous_key": key, "previous_size": "320", "previous_root": "A" * 44}
     pruned = {"end": "256", "before": time_of(0)}
     return [
         base("audit.pruned", 321, operation="audit.retain", detail=pruned, **shared),
-        base("audit.erased", 322, operation="audit.erase", detail=erased, **shared),
         base("audit.key-rotated", 323, operation="audit.rotate-key", detail={"key": key}, **shared),
         base("audit.epoch", 324, detail=before),
     ]

@@ -7,7 +7,8 @@ Rules, applied in this order; each match becomes `[redacted]`:
 - API keys with a known prefix (OpenAI, Anthropic, GitHub, GitLab, Slack, AWS, Google, Hugging Face, Stripe);
 - JSON web tokens;
 - `password=`, `token=`, `secret=`, `api_key=` and the like: the value;
-- the password in `scheme://user:password@host`.
+- the password in `scheme://user:password@host`;
+- what the operator's own patterns match (`read_patterns`, `mask_also`; the file `policy/mask`).
 
 A rule may mask too much, never the name of what was masked. Text is cut at TEXT_CHARS_MAX first, and characters that
 JSON cannot carry (lone surrogates, from undecodable file names) are replaced.
@@ -25,6 +26,8 @@ from aether.contract.errors import ErrorBody
 MASK: Final = "[redacted]"
 TEXT_CHARS_MAX: Final = 2_000
 ITEMS_MAX: Final = 32
+PATTERNS_MAX: Final = 64
+PATTERN_CHARS_MAX: Final = 512
 _DEPTH_MAX: Final = 4
 
 _RULES: Final = (
@@ -56,16 +59,45 @@ _HINT: Final = re.compile(
 )
 
 
+_own: tuple[re.Pattern[str], ...] = ()
+
+
+def read_patterns(text: str) -> tuple[re.Pattern[str], ...]:
+    """The operator's patterns: a regular expression of Python's `re` per line; empty lines and those that begin with
+    `#` are passed over. Raises ValueError, also for one that matches the empty text."""
+    found: list[re.Pattern[str]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        try:
+            if len(line) > PATTERN_CHARS_MAX or len(found) == PATTERNS_MAX:
+                raise ValueError(f"more than {PATTERNS_MAX} patterns, or than {PATTERN_CHARS_MAX} characters in one")
+            pattern = re.compile(line)
+            if pattern.search("") is not None:
+                raise ValueError("it matches the empty text, so it would match everywhere")
+        except (re.error, ValueError, RecursionError, OverflowError) as error:
+            raise ValueError(f"line {number}: {error}") from error
+        found.append(pattern)
+    return tuple(found)
+
+
+def mask_also(patterns: tuple[re.Pattern[str], ...]) -> None:
+    """From now on these are masked too. Set once, by the composition root, before the first record."""
+    global _own
+    _own = patterns
+
+
 def redact(text: str) -> str:
     """`text` without secrets, cut and encodable."""
     if len(text) > TEXT_CHARS_MAX:
         text = text[:TEXT_CHARS_MAX] + "…"
     if not text.isascii():
         text = text.encode("utf-8", "replace").decode()
-    if _HINT.search(text) is None:
-        return text
-    for pattern, replacement in _RULES:
-        text = pattern.sub(replacement, text)
+    if _HINT.search(text) is not None:
+        for pattern, replacement in _RULES:
+            text = pattern.sub(replacement, text)
+    for pattern in _own:
+        text = pattern.sub(MASK, text)
     return text
 
 
