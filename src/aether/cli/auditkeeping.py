@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from aether.substrate.audit.submit import Cosigned, Prove, WitnessAt
     from aether.substrate.audit.witnessing import Witness
 
+RESTART_S_MAX: Final = 60.0
 _WITNESS: Final = """Be a witness: cosign checkpoints of logs that only ever grew.
 
 Run it where the node's root has no say. It keeps a key of its own, made at the first start, and the last checkpoint
@@ -313,14 +314,34 @@ def _retain(
 
 
 def _rotate_key(session: Session) -> None:
-    from aether.cli.output import show_json
+    from aether.cli.output import progress, show_json
 
-    with session.client() as client:
+    with session.client() as client, progress("changing the key"):
         rotated = client.audit.rotate_key()
+        _await_origin(client, rotated.origin)
     if session.as_json:
         show_json(rotated)
         return
     print(f"the log is signed by this key from now on; those who verify need it:\n{rotated.key}")
+
+
+def _await_origin(client: Client, origin: str) -> None:
+    """Until the authority is back and signs for it. Raises AetherError as soon as that takes RESTART_S_MAX."""
+    import time
+
+    from aether.contract.errors import AetherError
+
+    deadline = time.monotonic() + RESTART_S_MAX
+    while True:
+        try:
+            if client.checkpoint().startswith(f"{origin}\n"):
+                return
+        except AetherError as error:
+            if error.code not in ("UNREACHABLE", "UNAVAILABLE", "DRAINING") or time.monotonic() > deadline:
+                raise
+        if time.monotonic() > deadline:
+            raise AetherError("UNREACHABLE", "cannot see the new key in use yet", "see `aether health`")
+        time.sleep(0.1)
 
 
 def _witness_dir() -> Path:
