@@ -11,8 +11,10 @@ from typing import Any
 
 import msgspec
 
+from aether.contract.cellplan import DRIVERS
 from aether.contract.cells import SandboxReport, Usage
 from aether.contract.egresswire import EgressConnection
+from aether.contract.labels import LOCAL_ONLY
 from aether.contract.records import Receipt, Record
 from aether.contract.units import told
 
@@ -54,9 +56,9 @@ def page(receipt: Receipt, more: More) -> Why:
         job_id=receipt.job_id,
         asked=_asked(intent, by_type.get("job.stop")),
         authority=_authority(intent, more),
-        rules=_rules(intent),
-        place=_place(intent, started, outcome),
-        enforced=_enforced(receipt, started),
+        rules=_rules(intent, by_type.get("approval.requested"), _decision(records)),
+        place=_place(intent, started, outcome, _report(receipt, started)),
+        enforced=_enforced(intent, started, outcome, _report(receipt, started)),
         used=_used(intent, outcome),
         touched=_touched(intent, outcome, more),
         end=_end(outcome),
@@ -72,6 +74,7 @@ def _asked(intent: Record, stop: Record | None) -> Section:
         "request": intent.request_id,
         "operation": intent.operation,
         "job": f"{intent.kind} {intent.op}",
+        "replay_of": intent.detail.get("replay_of"),
         "stop_asked_by": f"{stop.principal} at {stop.time}" if stop is not None else None,
     }
 
@@ -89,17 +92,32 @@ def _authority(intent: Record, more: More) -> Section:
     }
 
 
-def _rules(intent: Record) -> Section:
+def _rules(intent: Record, asked: Record | None, decision: Record | None) -> Section:
     policy = intent.policy
     return {
         "decision": policy.decision if policy else None,
         "decided_by": policy.determining if policy else None,
         "policy": policy.digest if policy else None,
+        "approval_demanded_by": asked.policy.determining if asked is not None and asked.policy is not None else None,
+        "approval": _decided(decision) if decision is not None or asked is None else "nobody decided",
         "labels": intent.labels,
     }
 
 
-def _place(intent: Record, started: Record | None, outcome: Record) -> Section:
+def _decision(records: Sequence[Record]) -> Record | None:
+    return next((r for r in records if r.type in ("approval.granted", "approval.denied", "approval.expired")), None)
+
+
+def _decided(decision: Record | None) -> str | None:
+    if decision is None:
+        return None
+    word = decision.type.removeprefix("approval.")
+    by = f" by {decision.principal} as {decision.ticket.role}" if decision.ticket is not None else ""
+    reason = decision.detail.get("reason")
+    return f"{word}{by} at {decision.time}" + (f": {reason}" if reason else "")
+
+
+def _place(intent: Record, started: Record | None, outcome: Record, report: SandboxReport | None) -> Section:
     code = outcome.code or (started.code if started else None)
     return {
         "node": outcome.node_id,
@@ -109,25 +127,40 @@ def _place(intent: Record, started: Record | None, outcome: Record) -> Section:
         "route": code.route if code else None,
         "engine": code.engine if code else None,
         "rung": code.rung if code else None,
+        "driver": next((name for name in DRIVERS if name in report.enforced), None) if report else None,
         "plan": code.plan_digest if code else None,
         "model": f"{outcome.model_id}@{outcome.model_version}" if outcome.model_id else None,
         "model_package": code.model_digest if code else None,
     }
 
 
-def _enforced(receipt: Receipt, started: Record | None) -> Section:
+def _report(receipt: Receipt, started: Record | None) -> SandboxReport | None:
+    """The sandbox as the kernel enforced it."""
     digest = started.code.sandbox_digest if started is not None and started.code is not None else None
     text = receipt.documents.get(digest) if digest is not None else None
-    if text is None:
+    return None if text is None else msgspec.json.decode(text, type=SandboxReport)
+
+
+def _enforced(intent: Record, started: Record | None, outcome: Record, report: SandboxReport | None) -> Section:
+    if report is None or started is None or started.code is None:
         return {"level": None}
-    report = msgspec.json.decode(text, type=SandboxReport)
     return {
         "level": report.level,
         "by": report.executor,
-        "report": digest,
+        "report": started.code.sandbox_digest,
+        "network": _network(intent, outcome, report),
         "mechanisms": tuple(name for name, seen in sorted(report.enforced.items()) if seen),
         "missing": report.missing,
     }
+
+
+def _network(intent: Record, outcome: Record, report: SandboxReport) -> str:
+    """`none` only where the kernel showed a network namespace of its own, out of which nothing was opened."""
+    if "netns" not in report.enforced:
+        return "the host's"
+    if outcome.detail.get("egress_index") is not None:
+        return "through egressd"
+    return "none" if intent.cell_id is None or LOCAL_ONLY in intent.labels else "that of its cell"
 
 
 def _used(intent: Record, outcome: Record) -> Section:
