@@ -97,10 +97,8 @@ def test_denied_on_the_command_line(layout: Layout, client: Client) -> None:
 def test_local_only_and_replay(layout: Layout, client: Client, tmp_path: Path) -> None:
     digest = client.artifact_put(b"patients", labels=["local-only"]).digest
     assert "local-only" in aether(layout, "artifact", "list")
-    params = {
-        "argv": ["sh", "-c", "tr a-z A-Z < in > out; date +%N > when; sed 1,2d /proc/net/dev | cut -d: -f1"],
-        "outputs": ["out"],
-    }
+    script = "tr a-z A-Z < in > out; date +%N > when; sed 1,2d /proc/net/dev | cut -d: -f1"
+    params = {"argv": ["sh", "-c", script], "outputs": ["out"]}
     request = JobRequest(
         kind="command", op="run", params=params, inputs={"files": [{"path": "in", "artifact": digest}]}
     )
