@@ -183,13 +183,14 @@ def run_guest(command: list[str], boot_s: float, limit_s: float) -> int | None:
             data = os.read(guest.stdout.fileno(), 1 << 16)
             if not data:
                 break
-            *lines, text = (text + data.decode(errors="replace").replace("\r\n", "\n")).split("\n")
+            told = data.decode(errors="replace").replace("\r\n", "\n")
+            print(told, end="", flush=True)  # also half a line: a dot is a test
+            *lines, text = (text + told).split("\n")
             for line in lines:
                 up = up or UP in line
                 found = re.search(rf"{DONE} (\d+)", line)
                 status = int(found[1]) if found else status
                 summary = line.strip("= ") if re.search(r"\d+ \w+.* in [\d.]+s", line) else summary
-                print(line, flush=True)
     finally:
         guest.kill()
         guest.wait()

@@ -79,7 +79,8 @@ class Cell:
     """One cell. `once`: it ends with its first executable. `reason` says who ended it, when not itself.
 
     `place` names its cgroup and its work directory; `warm` until somebody takes it from the pool. `children` are
-    the cells inside that live; `altered` what somebody else last did to its cgroup. `disk` holds `disk_bytes`.
+    the cells inside that live; `altered` what somebody else last did to its cgroup. `disk` holds `disk_bytes`;
+    `cpu_charged_us` is what the executables that ended were charged.
     """
 
     cell_id: str
@@ -109,6 +110,7 @@ class Cell:
     warm: bool = False
     disk: str | None = None
     disk_bytes: int = 0
+    cpu_charged_us: int = 0
     usage: dict[str, Any] | None = None
     io: tuple[int, int] | None = None
     timers: list[Timer] = field(default_factory=list)
@@ -147,13 +149,6 @@ class Cell:
             "usage": self.usage,
             "execs": [each.view() for each in self.execs.values() if not each.acked],
         }
-
-
-def guest_usage(counted: CgroupUsage) -> CgroupUsage:
-    """What a cell that outlives its executables counted, as far as it says something of one of them: the peaks of
-    them all, and nothing of what adds up over them."""
-    shared = {"memory_peak_bytes": "cell", "pids_peak": "cell"}
-    return CgroupUsage(memory_peak_bytes=counted.memory_peak_bytes, pids_peak=counted.pids_peak, sources=shared)
 
 
 def usage_view(

@@ -21,8 +21,9 @@ from typing import Any
 
 from aether.contract import limits
 from aether.contract.cellplan import Plan
-from aether.spawner.cells import Cell, Exec, counted, guest_usage, last_usage, now_wall_us, proc_io, usage_view
+from aether.spawner.cells import Cell, Exec, counted, last_usage, now_wall_us, proc_io, usage_view
 from aether.spawner.disk import Disk
+from aether.spawner.guestcpu import note_start, usage_of_ended
 from aether.spawner.keeperlink import KeeperLink
 from aether.spawner.launcher import InitEvent, Launcher, LaunchFailedError, Running
 from aether.spawner.linux.cgroup import CgroupDriver
@@ -275,7 +276,7 @@ class Lifecycle:
         executable = Exec(exec_id, key, args["grace_ms"], bool(wired.logs), self._now_ns(), now_wall_us())
         executable.line = wired.take_line()
         if cell.execs or not cell.once:
-            executable.oom_kills_before = self._cgroups.usage(cell.cgroup).oom_kills or 0
+            note_start(self._cgroups, cell, executable)
         cell.execs[exec_id] = executable
         self._of_exec[exec_id] = cell
         return executable
@@ -399,7 +400,7 @@ class Lifecycle:
         if signo is not None and reason is None:
             reason = cell.reason
         if not cell.once:
-            found = guest_usage(found)
+            found = usage_of_ended(self._cgroups, cell, executable, found)
             self.stopping.ended(cell, executable)
         executable.exit = {"code": code, "signal": signo, "reason": reason}
         executable.usage = usage_view(found, wall_us=executable.wall_us, io=cell.io, rusage=executable.rusage)
@@ -507,8 +508,7 @@ class Lifecycle:
     # ---- orders
 
     def kill(self, cell: Cell, reason: str | None, then: Callable[[], None] | None = None) -> None:
-        """SIGKILL to PID 1, which ends its pid namespace; the cgroup is killed where there is none, and else
-        when something is left in it. `then` is called once the cell is empty."""
+        """SIGKILL to PID 1, which ends its pid namespace, or to the cgroup without one; `then` once it is empty."""
         if cell.state == "gone":
             if then is not None:
                 then()

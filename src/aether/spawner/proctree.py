@@ -27,6 +27,8 @@ class Process:
     parent: int
     session: int
     start: int
+    ticks: int = 0
+    """CPU of its own and of the children that it waited for, in clock ticks."""
 
     @property
     def identity(self) -> Identity:
@@ -104,4 +106,5 @@ def _read(pid: int) -> Process | None:
     except OSError:
         return None
     fields = text[text.rindex(b")") + 2 :].split()  # the name before may hold anything
-    return Process(pid, int(fields[1]), int(fields[3]), int(fields[19]))
+    ticks = sum(int(field) for field in fields[11:15])  # utime, stime, cutime, cstime
+    return Process(pid, int(fields[1]), int(fields[3]), int(fields[19]), ticks)

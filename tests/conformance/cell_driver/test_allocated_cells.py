@@ -232,6 +232,36 @@ def test_guest_usage_is_its_own_for_cpu_and_the_cells_for_memory(harness: Any) -
     check(harness, step)
 
 
+def test_cpu_that_nobody_waited_for_is_charged_to_who_ends_next(harness: Any) -> None:
+    """A daemon that lost its parent, and children of one that ignores their ends: wait4(2) tells of neither."""
+    native_only(harness)
+    burn = "i=0; while [ $i -lt 250000 ]; do i=$((i+1)); done"
+
+    async def step(driver: Any, guests: Guests) -> None:
+        if (await driver.usage(guests.cell)).cpu_user_us is None:
+            pytest.skip("no cgroup counts here")
+        keeps = await guests.start(("sh", "-c", f"{burn}; sleep 30"))
+        left = await guests.start(("sh", "-c", f"(setsid sh -c '{burn}; touch done' &)"))
+        assert ((await driver.wait(guests.cell, left)).usage.cpu_user_us or 0) < 100_000
+        ends = await driver.wait(
+            guests.cell, await guests.start(("sh", "-c", "while [ ! -e done ]; do sleep 0.01; done"))
+        )
+        assert (ends.usage.cpu_user_us or 0) > 100_000 and ends.usage.basis["cpu_user_us"] == "apportioned"
+        code = "import os, signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        code += f"try: os.waitpid(os.spawnv(os.P_NOWAIT, '/bin/sh', ['sh', '-c', '{burn}']), 0)\n"
+        code += "except ChildProcessError: pass"
+        hidden = await driver.wait(guests.cell, await guests.start(("python3", "-IS", "-c", code)))
+        assert (hidden.usage.cpu_user_us or 0) > 100_000 and hidden.usage.basis["cpu_user_us"] == "apportioned"
+        await driver.stop_exec(guests.cell, keeps, 0)
+        own = await driver.wait(guests.cell, keeps)
+        assert own.usage.basis["cpu_user_us"] == "measured" and (own.usage.cpu_user_us or 0) > 100_000
+        whole = (await driver.usage(guests.cell)).cpu_user_us or 0
+        told = sum(each.usage.cpu_user_us or 0 for each in (ends, hidden, own))
+        assert told <= whole + 100_000, "nothing is charged twice"
+
+    check(harness, step)
+
+
 def test_a_cell_killed_from_outside_is_told(harness: Any) -> None:
     native_only(harness)
 
