@@ -343,6 +343,7 @@ KINDS: dict[str, Callable[[Json], bool]] = {
 }
 # fmt: off
 TYPES = ("|node.started|node.stopped|ticket.minted|ticket.revoked|ticket.key-rotated|policy.loaded|access.denied"
+         "|key.created|pki.created|pki.rotated|pki.issued|issuers.loaded"
          "|document.stored"
          "|audit.pruned|audit.key-rotated|audit.epoch"
          "|job.intent|job.started|job.stop|job.outcome|job.signal|job.attach|job.trace"

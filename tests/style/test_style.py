@@ -23,7 +23,7 @@ ROLE = {"aether.telemetry", "aether.backends"}
 LAYERS: dict[str, set[str]] = {
     "contract": {"msgspec", "uuid_utils", "rfc8785"},
     "api": {"msgspec", "uvicorn", "httptools", "uvloop"},
-    "substrate": ROLE | {"msgspec", "cryptography", "cedarpy", "rfc8785", "uuid_utils"},
+    "substrate": ROLE | {"msgspec", "cryptography", "cedarpy", "rfc8785", "uuid_utils", "jwt"},
     "spawner": set(),
     "egress": ROLE | {"msgspec", "cryptography", "h11", "pyrage"},
     "orchestrator": ROLE | {"msgspec", "prometheus_client"},
@@ -32,7 +32,7 @@ LAYERS: dict[str, set[str]] = {
     | {"aether.runtime"},
     "telemetry": {"prometheus_client", "structlog"},
     "backends": {"msgspec", "apsw"},
-    "client": {"msgspec", "aether.api"},
+    "client": {"msgspec", "cryptography", "aether.api"},
     "cli": {"msgspec", "typer", "click", "rich", "aether.api", "aether.client"},
     "daemons": {"*"},
 }

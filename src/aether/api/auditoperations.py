@@ -13,7 +13,7 @@ from aether.contract.errors import AetherError
 from aether.contract.records import RecordType
 
 _TYPES: Final[tuple[str, ...]] = get_args(RecordType)
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9:/._@+=-]{0,254}", re.ASCII)
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9:/._@+=#%|~-]{0,254}", re.ASCII)
 _LINK: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _DATE: Final = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
 _TIME: Final = re.compile(rf"({_DATE}T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9])(\.([0-9]{{1,6}}))?Z", re.ASCII)

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from aether.contract import ids, limits
+from aether.contract import apikeys, ids, limits, tickets
+from aether.contract.calls import PeerCertificate
 from aether.contract.errors import AetherError
 
-CREDENTIAL_PREFIX: Final = "aetk1_"
-CREDENTIAL_CHARS_MAX: Final = 16 * 1024
+_TOKEN: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*", re.ASCII)
 _TRACEPARENT: Final = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 _IDEMPOTENCY_KEY: Final = re.compile(rf"[\x21-\x7e]{{1,{limits.IDEMPOTENCY_KEY_CHARS_MAX}}}", re.ASCII)
 _MEDIA_TYPE: Final = re.compile(
@@ -31,11 +31,12 @@ _TAKEN: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """SO_PEERCRED of the connection (unix(7), struct ucred)."""
+    """SO_PEERCRED of the connection (unix(7), struct ucred), and its client certificate where it speaks TLS."""
 
     uid: int
     gid: int
     pid: int
+    certificate: PeerCertificate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +76,24 @@ def read_head(headers: Iterable[tuple[bytes, bytes]]) -> tuple[Head, AetherError
 
 
 def credential(head: Head) -> str | None:
-    """The ticket's text, unverified; raises UNAUTHENTICATED or BAD_TICKET for what is no ticket at all."""
+    """The ticket, API key or token as sent, unverified; raises UNAUTHENTICATED, BAD_TICKET or BAD_CREDENTIAL for what
+    is none of them."""
     raw = head.values.get(b"authorization")
     if raw is None:
         return None
     scheme, _, token = raw.decode("latin-1").partition(" ")
     token = token.strip()
     if scheme.lower() != "bearer":
-        raise AetherError("UNAUTHENTICATED", "cannot read Authorization: only `Bearer aetk1_...` is understood")
-    if not token.startswith(CREDENTIAL_PREFIX) or len(token) > CREDENTIAL_CHARS_MAX or not token.isascii():
-        raise AetherError("BAD_TICKET", "cannot read the ticket: it is not of the form aetk1_...")
+        raise AetherError("UNAUTHENTICATED", "cannot read Authorization: only `Bearer ...` is understood")
+    if token.startswith(tickets.PREFIX):
+        if len(token) > tickets.TICKET_CHARS_MAX or not token.isascii():
+            raise AetherError("BAD_TICKET", "cannot read the ticket: it is not of the form aetk1_...")
+    elif not token.startswith(apikeys.PREFIX) and (
+        len(token) > limits.TOKEN_CHARS_MAX or _TOKEN.fullmatch(token) is None
+    ):
+        raise AetherError(
+            "BAD_CREDENTIAL", "cannot read Authorization: it holds no ticket (aetk1_...), API key (aek1_...) or token"
+        )
     return token
 
 

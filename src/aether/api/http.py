@@ -287,6 +287,7 @@ def _caller(head: Head, peer: Peer) -> Caller:
         head.request_id,
         heads.traceparent(head),
         heads.idempotency_key(head),
+        peer.certificate,
     )
 
 

@@ -25,6 +25,9 @@ Body = Literal["none", "json", "optional_json", "raw"]
 COMMON_ERRORS: Final = (
     "BAD_REQUEST",
     "UNAUTHENTICATED",
+    "BAD_CREDENTIAL",
+    "CREDENTIAL_EXPIRED",
+    "CREDENTIAL_REVOKED",
     "BAD_TICKET",
     "TICKET_EXPIRED",
     "TICKET_REVOKED",

@@ -23,6 +23,7 @@ from aether.api.auditoperations import AUDIT_OPERATIONS
 from aether.api.budgetoperations import BUDGET_OPERATIONS
 from aether.api.celloperations import CELL_OPERATIONS
 from aether.api.egressoperations import EGRESS_OPERATIONS
+from aether.api.identityoperations import IDENTITY_OPERATIONS
 from aether.api.imageoperations import IMAGE_OPERATIONS
 from aether.api.operation import (
     CELL_ERRORS,
@@ -318,6 +319,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     *TICKET_OPERATIONS,
     *APPROVAL_OPERATIONS,
     *BUDGET_OPERATIONS,
+    *IDENTITY_OPERATIONS,
 )
 
 BY_NAME: Final[Mapping[str, Operation]] = {operation.name: operation for operation in OPERATIONS}

@@ -4,7 +4,8 @@ What uvicorn's `Server` adds (signal handlers, a 100 ms tick, a Date header) is 
 its own life cycle, so connections are accepted here and only the protocol is uvicorn's.
 
 Invariants
-- Who calls is SO_PEERCRED at accept (unix(7)): later changes of the peer's uid do not matter.
+- Who calls is SO_PEERCRED at accept (unix(7)): later changes of the peer's uid do not matter. With `tls` the client's
+  certificate is told besides (`api.tls`).
 - A connection is bounded in time: HTTP_HEADER_TIMEOUT_S for a request's head (and for its first byte),
   HTTP_BODY_IDLE_TIMEOUT_S without body bytes and BODY_BYTES_PER_S_MIN on average after that,
   HTTP_WRITE_IDLE_TIMEOUT_S without the reader taking anything of an answer that is not a stream of its own pace.
@@ -19,11 +20,10 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import struct
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,10 +33,12 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from aether.api import tls
 from aether.api.head import Peer
 from aether.api.http import CONNECTION_EXTENSION
 from aether.api.listener import BACKLOG, listen
 from aether.api.operation import ErrorReply
+from aether.api.tls import Acceptor, Tls
 from aether.contract import ids, limits
 from aether.contract.errors import AetherError
 
@@ -44,7 +46,6 @@ BODY_BYTES_PER_S_MIN: Final = 1024
 PIPELINE_MAX: Final = 16
 KEEP_ALIVE_S: Final = 60
 SWEEP_INTERVAL_S: Final = 1.0
-_UCRED: Final = struct.Struct("3i")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +87,11 @@ class PeerProtocol(HttpToolsProtocol):
     """One connection. `stage` says whose turn it is: `head`, `body` (the client's) or `answer` (ours)."""
 
     shared: _Shared
+    foreign: bool
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.info = ConnectionInfo(_peer(transport))
+        self.info = ConnectionInfo(_peer(transport, self.foreign))
         self._extensions = {CONNECTION_EXTENSION: self.info}
         self._counted = False
         self.stage = "head"
@@ -259,8 +261,11 @@ class PeerProtocol(HttpToolsProtocol):
 class HttpServer:
     """A listening server; make one with `start`."""
 
-    def __init__(self, listener: socket.socket, path: Path, config: Config, deadlines: Deadlines) -> None:
+    def __init__(
+        self, listener: socket.socket, path: Path, config: Config, deadlines: Deadlines, secured: Tls | None
+    ) -> None:
         self._listener = listener
+        self._secured = secured
         self._path = path
         self._inode = path.stat().st_ino
         self._config = config
@@ -268,6 +273,7 @@ class HttpServer:
         self._shared = _Shared()
         self._deadlines = deadlines
         self._server: asyncio.AbstractServer | None = None
+        self._acceptor: asyncio.Task[None] | None = None
         self._sweeper: asyncio.Task[None] | None = None
 
     def statistics(self) -> dict[str, int]:
@@ -290,8 +296,9 @@ class HttpServer:
         mode: int = 0o660,
         gid: int | None = None,
         deadlines: Deadlines | None = None,
+        secured: Tls | None = None,
     ) -> HttpServer:
-        """Listens on `socket_path`; raises ALREADY_RUNNING or STATE_UNUSABLE."""
+        """Listens on `socket_path`, over TLS with `secured`; raises ALREADY_RUNNING or STATE_UNUSABLE."""
         listener = listen(socket_path, mode=mode, gid=gid)
         config = Config(
             app,
@@ -308,18 +315,23 @@ class HttpServer:
             timeout_keep_alive=KEEP_ALIVE_S,
         )
         config.load()
-        server = cls(listener, socket_path, config, deadlines or Deadlines())
+        server = cls(listener, socket_path, config, deadlines or Deadlines(), secured)
         await server._open()
         return server
 
     async def _open(self) -> None:
         loop = asyncio.get_running_loop()
-        protocol = type("Connection", (PeerProtocol,), {"shared": self._shared})
-        self._server = await loop.create_unix_server(
-            lambda: protocol(config=self._config, server_state=self._state, app_state={}, _loop=loop),
-            sock=self._listener,
-            backlog=BACKLOG,
-        )
+        foreign = self._secured is not None and self._secured.foreign
+        protocol = type("Connection", (PeerProtocol,), {"shared": self._shared, "foreign": foreign})
+
+        def make() -> asyncio.Protocol:
+            made: PeerProtocol = protocol(config=self._config, server_state=self._state, app_state={}, _loop=loop)
+            return made
+
+        if self._secured is not None:
+            self._acceptor = loop.create_task(Acceptor(self._listener, make, self._secured).run())
+        else:
+            self._server = await loop.create_unix_server(make, sock=self._listener, backlog=BACKLOG)
         self._sweeper = loop.create_task(self._sweep())
 
     async def _sweep(self) -> None:
@@ -338,6 +350,11 @@ class HttpServer:
                 self._path.unlink()
         if self._server is not None:
             self._server.close()
+        if self._acceptor is not None:
+            self._acceptor.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._acceptor
+            self._listener.close()
         for connection in list(self._state.connections):
             connection.shutdown()
         if self._state.tasks:
@@ -377,10 +394,9 @@ async def serve(
         await server.close(grace_s)
 
 
-def _peer(transport: asyncio.Transport) -> Peer:
-    credentials = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid, uid, gid = _UCRED.unpack(credentials)
-    return Peer(uid=uid, gid=gid, pid=pid)
+def _peer(transport: asyncio.Transport, foreign: bool) -> Peer:
+    peer, secured = tls.peer_of(transport.get_extra_info("socket")), transport.get_extra_info("ssl_object")
+    return peer if secured is None else replace(peer, certificate=tls.certificate_of(secured, foreign))
 
 
 def _head_too_large() -> AetherError:

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 
 def ensure_instance(session: Session, client: Client) -> None:
-    """Starts the instance of the state directory when nobody listens; a socket given by name is left alone."""
-    if session.socket is not None or client.reachable():
+    """Starts the instance of the state directory when nobody listens; one named by its socket or asked for with a
+    certificate is left alone."""
+    if session.socket is not None or session.identity is not None or client.reachable():
         return
     from aether.cli.output import progress
     from aether.daemons.control import ensure_running

@@ -7,7 +7,21 @@ from typing import Final
 
 import typer
 
-from aether.cli import approvals, artifacts, audit, budgets, images, jobs, models, network, node, run, tickets
+from aether.cli import (
+    approvals,
+    artifacts,
+    audit,
+    budgets,
+    images,
+    jobs,
+    keys,
+    models,
+    network,
+    node,
+    pki,
+    run,
+    tickets,
+)
 
 _HELP: Final = """AetherOS: run jobs in auditable, sandboxed cells.
 
@@ -34,7 +48,7 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
-    for part in (run, jobs, models, images, artifacts, audit, network, tickets, budgets, approvals, node):
+    for part in (run, jobs, models, images, artifacts, audit, network, tickets, keys, pki, budgets, approvals, node):
         part.register(app)
     return app
 

@@ -1,4 +1,5 @@
-"""What every command shares: `--json`, `--ticket`, `--state`, `--socket`, `--idempotency-key`; the client; errors.
+"""What every command shares: `--json`, `--ticket`, `--identity`, `--state`, `--socket`, `--idempotency-key`; the
+client; errors.
 
 `@command(app, name)` adds these options to a function whose first parameter is a Session.
 """
@@ -22,7 +23,16 @@ if TYPE_CHECKING:
 _OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "as_json": (Annotated[bool, typer.Option("--json", help="Print JSON.")], False),
     "ticket": (
-        Annotated[str | None, typer.Option(envvar="AETHER_TICKET", metavar="TICKET", help="A ticket, aetk1_...")],
+        Annotated[
+            str | None,
+            typer.Option(envvar="AETHER_TICKET", metavar="TICKET", help="A ticket, an API key or a token."),
+        ],
+        None,
+    ),
+    "identity": (
+        Annotated[
+            Path | None, typer.Option(envvar="AETHER_IDENTITY", metavar="DIR", help="A certificate, from pki issue.")
+        ],
         None,
     ),
     "state": (
@@ -54,6 +64,7 @@ class Session:
     state: Path | None
     socket: Path | None
     idempotency_key: str | None = None
+    identity: Path | None = None
 
     @property
     def state_dir(self) -> Path:
@@ -65,7 +76,13 @@ class Session:
         """A client of the chosen instance; nothing is connected yet."""
         from aether.client import Client
 
-        return Client(self.socket, state=self.state_dir, ticket=self.ticket, idempotency_key=self.idempotency_key)
+        return Client(
+            self.socket,
+            state=self.state_dir,
+            ticket=self.ticket,
+            identity=self.identity,
+            idempotency_key=self.idempotency_key,
+        )
 
 
 def command(app: typer.Typer, name: str, **settings: Any) -> Callable[[Callable[..., int | None]], Callable[..., None]]:

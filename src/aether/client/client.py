@@ -32,9 +32,10 @@ from aether.client.approvals import Approvals, approval_query
 from aether.client.audit import Audit
 from aether.client.budgets import Budgets
 from aether.client.cells import Cells, Session
+from aether.client.identity import Identity, Keys, Pki
 from aether.client.inputs import gather
 from aether.client.tickets import Tickets
-from aether.client.transport import Call, Transport, UnixConnection
+from aether.client.transport import Call, Transport
 from aether.client.upgrade import open_stream
 from aether.contract import calls, ids, limits, wire
 from aether.contract.activity import ActivityEvent, Trace
@@ -75,16 +76,21 @@ class Client:
         *,
         state: str | os.PathLike[str] | None = None,
         ticket: str | None = None,
+        identity: Identity | str | os.PathLike[str] | None = None,
         idempotency_key: str | None = None,
         timeout_s: float = TIMEOUT_S_DEFAULT,
         environment: Mapping[str, str] | None = None,
     ) -> None:
+        """`ticket` is a ticket, an API key or a token; `identity` the directory of a certificate, which is shown on the
+        second socket. Raises AetherError BAD_CREDENTIAL."""
         env = os.environ if environment is None else environment
+        shown = Identity.chosen(identity, env)
         self.state = Path(state).absolute() if state is not None else state_dir(env, os.geteuid(), Path.home())
-        path = Path(socket_path) if socket_path is not None else Layout(self.state).api_socket
+        named = Layout(self.state).tls_socket if shown is not None else Layout(self.state).api_socket
+        path = Path(socket_path) if socket_path is not None else named
         self._ticket = ticket if ticket is not None else env.get("AETHER_TICKET") or None
         self._key, self._keyed = idempotency_key, Counter[str]()
-        self._transport = Transport(path, timeout_s)
+        self._transport = Transport(path, timeout_s, secured=shown.context() if shown is not None else None)
 
     def __enter__(self) -> Client:
         return self
@@ -312,7 +318,7 @@ class Client:
     def attach(self, job_id: str) -> socket.socket:
         """A connection to the terminal or the standard input of an executable: raw bytes, the caller's to close."""
         call = self._call("job.attach", job_id, extra_s=WAIT_S_STEP)
-        connection = UnixConnection(self._transport.socket_path, call.timeout_s or TIMEOUT_S_DEFAULT)
+        connection = self._transport.connection(call.timeout_s or TIMEOUT_S_DEFAULT)
         return open_stream(connection, call, STREAM_PROTOCOL)
 
     # ---- allocated cells
@@ -326,6 +332,16 @@ class Client:
         """A session in the cell of that name: the one that is there, or a new one. With `fields` (those of
         `Cells.allocate`) always a new one; raises NAME_TAKEN."""
         return Session(self, self.cells, name, fields)
+
+    @property
+    def keys(self) -> Keys:
+        """The operations on API keys."""
+        return Keys(self)
+
+    @property
+    def pki(self) -> Pki:
+        """The operations on certificates."""
+        return Pki(self)
 
     @property
     def tickets(self) -> Tickets:

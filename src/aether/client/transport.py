@@ -1,4 +1,5 @@
-"""HTTP/1.1 over a Unix socket with the standard library; connections are kept and shared between threads.
+"""HTTP/1.1 over a Unix socket, in TLS where asked, with the standard library; connections are kept and shared between
+threads.
 
 Invariants
 - A connection is used by one call at a time and goes back only after its answer was read to the end.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import http.client
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -23,6 +25,7 @@ import msgspec
 
 from aether.api.address import bind_address
 from aether.api.operation import ErrorReply
+from aether.client.identity import SERVER_NAME
 from aether.contract.errors import AetherError
 
 RETRIES_MAX: Final = 4
@@ -35,9 +38,10 @@ _RETRIED: Final = frozenset({"BUSY", "UNAVAILABLE", "DRAINING", "UNREACHABLE"})
 class UnixConnection(http.client.HTTPConnection):
     """`http.client` over AF_UNIX. `used` says whether an answer came over it before."""
 
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
+    def __init__(self, path: Path, timeout_s: float, secured: ssl.SSLContext | None = None) -> None:
+        super().__init__(SERVER_NAME, timeout=timeout_s)
         self.path = path
+        self.secured = secured
         self.used = False
 
     def connect(self) -> None:
@@ -46,6 +50,8 @@ class UnixConnection(http.client.HTTPConnection):
             connection.settimeout(self.timeout)
             with bind_address(self.path) as address:
                 connection.connect(address)
+            if self.secured is not None:
+                connection = self.secured.wrap_socket(connection, server_hostname=SERVER_NAME)
         except OSError:
             connection.close()
             raise
@@ -67,16 +73,27 @@ class Call:
 class Transport:
     """Sends calls to one socket. Safe to use from several threads."""
 
-    def __init__(self, socket_path: Path, timeout_s: float, retries: int = RETRIES_MAX) -> None:
+    def __init__(
+        self,
+        socket_path: Path,
+        timeout_s: float,
+        retries: int = RETRIES_MAX,
+        secured: ssl.SSLContext | None = None,
+    ) -> None:
         self.socket_path = socket_path
         self.timeout_s = timeout_s
+        self._secured = secured
         self._retries = retries
         self._kept: list[UnixConnection] = []
         self._lock = threading.Lock()
 
+    def connection(self, timeout_s: float) -> UnixConnection:
+        """A connection that is not open yet."""
+        return UnixConnection(self.socket_path, timeout_s, self._secured)
+
     def reachable(self) -> bool:
         """Whether somebody listens."""
-        connection = UnixConnection(self.socket_path, 1.0)
+        connection = self.connection(1.0)
         try:
             connection.connect()
         except OSError:
@@ -136,7 +153,7 @@ class Transport:
                 # RFC 9112, 9.3.1: a kept connection may be closed by the server at any moment.
                 if not connection.used or not isinstance(call.body, bytes | None) or not call.repeatable:
                     raise _unreachable(self.socket_path, error) from error
-                connection = UnixConnection(self.socket_path, call.timeout_s or self.timeout_s)
+                connection = self.connection(call.timeout_s or self.timeout_s)
             except TimeoutError as error:
                 connection.close()
                 raise AetherError(
@@ -173,7 +190,7 @@ class Transport:
         with self._lock:
             connection = self._kept.pop() if self._kept else None
         if connection is None:
-            return UnixConnection(self.socket_path, timeout_s)
+            return self.connection(timeout_s)
         connection.timeout = timeout_s
         connection.sock.settimeout(timeout_s)
         return connection
@@ -210,11 +227,24 @@ def _refusal(response: http.client.HTTPResponse) -> AetherError:
 
 
 def _unreachable(path: Path, error: Exception) -> AetherError:
+    if isinstance(error, ssl.SSLError):
+        return _refused_by_tls(error)
     why = getattr(error, "strerror", None) or str(error) or type(error).__name__
     remedy = ""
     if isinstance(error, PermissionError):
         remedy = "join the group of the socket, or start your own instance with `aether up`"
     return AetherError("UNREACHABLE", f"cannot reach {path}: {why}", remedy)
+
+
+def _refused_by_tls(error: ssl.SSLError) -> AetherError:
+    """Why a handshake failed: our own check of the server, or the alert that it sent (RFC 8446, 6.2)."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        why = f"the instance's certificate does not hold ({error.verify_message})"
+        remedy = "get the bundle of its authorities with `aether pki show --bundle`"
+        return AetherError("BAD_CREDENTIAL", f"cannot trust the instance: {why}", remedy)
+    why = (error.reason or str(error)).lower().replace("_", " ")
+    remedy = "get another certificate with `aether pki issue`"
+    return AetherError("UNAUTHENTICATED", f"cannot get in: the instance refused the certificate ({why})", remedy)
 
 
 def _broken(error: Exception) -> AetherError:

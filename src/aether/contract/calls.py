@@ -19,10 +19,26 @@ from aether.contract.wire import RoleHealth
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
-    """Where a call came from. `uid`, `gid`, `pid` are SO_PEERCRED of the connection, taken at accept.
+class PeerCertificate:
+    """The client certificate of a TLS connection: the handshake proved its chain and key, and did not look at its time.
 
-    `credential` is the ticket text as sent, unverified. `request_id` is the client's own when it was well
+    `fingerprint` is SHA-256 over its DER form in hex, `uris` its URI SANs. `foreign`: the chain ends in another
+    authority than the instance's own.
+    """
+
+    fingerprint: str
+    uris: tuple[str, ...]
+    not_before_ms: int
+    not_after_ms: int
+    foreign: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Where a call came from. `uid`, `gid`, `pid` are SO_PEERCRED of the connection, taken at accept; `certificate` is
+    its client certificate where it speaks TLS, and then names who calls instead of the uid.
+
+    `credential` is the ticket, API key or token as sent, unverified. `request_id` is the client's own when it was well
     formed, else a fresh one.
     """
 
@@ -33,6 +49,7 @@ class Caller:
     request_id: str
     traceparent: str | None = None
     idempotency_key: str | None = None
+    certificate: PeerCertificate | None = None
 
 
 # ---- requests

@@ -54,6 +54,10 @@ KINDS: Final[Mapping[str, ErrorKind]] = {
     "ANSWER_NOT_KEPT": ErrorKind(409, EXIT_FAILED, "the call was done once; read what it left, and use a new key"),
     # authority
     "UNAUTHENTICATED": ErrorKind(401, EXIT_REFUSED, "connect over the Unix socket or send a ticket"),
+    "BAD_CREDENTIAL": ErrorKind(401, EXIT_REFUSED, "send a ticket, an API key or a token of an issuer known here"),
+    "CREDENTIAL_EXPIRED": ErrorKind(401, EXIT_REFUSED, "get a new key, certificate or token"),
+    "CREDENTIAL_REVOKED": ErrorKind(401, EXIT_REFUSED, "ask the operator for a new key or certificate"),
+    "NO_PKI": ErrorKind(409, EXIT_FAILED, "make a certificate authority with `aether pki init`"),
     "BAD_TICKET": ErrorKind(401, EXIT_REFUSED, "mint a new ticket"),
     "TICKET_EXPIRED": ErrorKind(401, EXIT_REFUSED, "mint a new ticket"),
     "TICKET_REVOKED": ErrorKind(401, EXIT_REFUSED, "ask the operator for a new ticket"),

@@ -208,6 +208,22 @@ POLICY_CASES_MAX: Final = 1_000
 POLICY_CHANGES_MAX: Final = 1_000
 """Changed decisions that one `policy.diff` or `policy.counterfactual` names; the rest is counted."""
 
+# Identity
+KEY_MS_DEFAULT: Final = 90 * 24 * 3600 * 1000
+"""How long an API key holds unless asked otherwise; at most as long as a ticket."""
+CERTIFICATE_MS_DEFAULT: Final = 24 * 3600 * 1000
+CERTIFICATE_MS_MAX: Final = 30 * 24 * 3600 * 1000
+"""The longest life of a certificate, and so of a replaced authority."""
+TRUST_DOMAIN_DEFAULT: Final = "aether.internal"
+CSR_BYTES_MAX: Final = 8 * KIB
+TOKEN_CHARS_MAX: Final = 8 * KIB
+TOKEN_S_MAX: Final = 24 * 3600
+"""The longest life of a token (JWT) that any issuer may be allowed; the default is an hour."""
+TOKEN_LEEWAY_S: Final = 30
+"""How far the clock of an issuer may be off."""
+TLS_HANDSHAKES_MAX: Final = 128
+"""TLS handshakes in progress, of all callers; above it connections wait in the backlog."""
+
 # Audit
 RECORD_BYTES_MAX: Final = 65_535
 """C2SP tlog-tiles: an entry bundle holds entries with a 16-bit length."""

@@ -33,6 +33,11 @@ class Layout:
         return self.run / "aetherd.sock"
 
     @property
+    def tls_socket(self) -> Path:
+        """The same over TLS, for clients with a certificate."""
+        return self.run / "aetherd-mtls.sock"
+
+    @property
     def authority_socket(self) -> Path:
         """Framed link for aurorad."""
         return self.run / "authority.sock"
@@ -103,6 +108,16 @@ class Layout:
     @property
     def keys(self) -> Path:
         return self.root / "keys"
+
+    @property
+    def pki(self) -> Path:
+        """The embedded certificate authority: its certificates and private keys; aetherd's alone."""
+        return self.root / "keys/pki"
+
+    @property
+    def issuers(self) -> Path:
+        """Whose tokens and foreign certificates are accepted, and what their holders may do; the operator writes it."""
+        return self.root / "policy/issuers.json"
 
     @property
     def audit_public_key(self) -> Path:

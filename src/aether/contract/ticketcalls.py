@@ -82,7 +82,8 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TicketView(msgspec.Struct, frozen=True, kw_only=True):
-    """A minted ticket. `revoked_links` are links that its holders derived from it and that were revoked."""
+    """A minted ticket. `revoked_links` are links that its holders derived from it and that were revoked. `credential`
+    is the API key (`key:<id>`) or certificate (`certificate:<fingerprint>`) that stands for it, if one does."""
 
     link_id: str
     role: str
@@ -95,6 +96,7 @@ class TicketView(msgspec.Struct, frozen=True, kw_only=True):
     budget: tuple[Budget, ...]
     revoked_at: str | None = None
     revoked_links: tuple[str, ...] = ()
+    credential: str | None = None
 
 
 class MintedTicket(TicketView, frozen=True, kw_only=True):

@@ -21,9 +21,11 @@ from aether.api.server import serve as serve_http
 from aether.backends import link as links
 from aether.contract.paths import Layout
 from aether.contract.records import PolicyRef, Record, RecordType
+from aether.daemons import identity as identities
 from aether.daemons import process
 from aether.daemons.accounts import accounts
 from aether.daemons.auditlog import open_log, rotation
+from aether.daemons.identity import Identity, SecuredSocket
 from aether.daemons.node import open_node
 from aether.substrate.access.access import Access, Minted
 from aether.substrate.access.budget import Accounts
@@ -51,9 +53,11 @@ from aether.substrate.execution import Execution
 from aether.substrate.fence import Fence
 from aether.substrate.gate import Gate
 from aether.substrate.images import ImageDesk
+from aether.substrate.keydesk import KeyDesk
 from aether.substrate.labels import LabelDesk
 from aether.substrate.meter import Meter
 from aether.substrate.orchestra import Orchestra
+from aether.substrate.pkidesk import PkiDesk
 from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
 from aether.substrate.repeats import Keyed, Repeats
@@ -81,6 +85,7 @@ class Authority:
 
     service: Service
     parts: Parts
+    identity: Identity
 
 
 def compose(
@@ -94,12 +99,17 @@ def compose(
     book = Book(audit, Accounts(), layout.keys / "ledger.snapshot", time.time_ns)
     log.info("audit log open", records=audit.size, replayed=book.load())
     policy = Policy.load(layout.policy.read_text()) if layout.policy.exists() else Policy.default()
-    access = Access.create(_keys(layout, book), policy, operators, _minting(node, book), book.ledger.tickets.revoked)
+    keys = _keys(layout, book)
+    identity = identities.compose(layout, node, book, keys.implicit)
+    minting, revoked = _minting(node, book), book.ledger.tickets.revoked
+    access = Access.create(keys, policy, operators, minting, revoked, identity.proofs)
     audit.store_document(policy.text.encode())
     loaded = PolicyRef(digest=policy.digest, decision="allow", determining=())
     record_node(node, book, "node.started", None)
     record_node(node, book, "policy.loaded", loaded)
-    return _assemble(layout, node, book, access, Receipts(audit, signer), rotation(layout, node_file, restart))
+    identities.read_issuers(identity, book.now_ns(), log)
+    rotating = rotation(layout, node_file, restart)
+    return _assemble(layout, node, book, access, identity, Receipts(audit, signer), rotating)
 
 
 def _keys(layout: Layout, book: Book) -> Keys:
@@ -109,7 +119,13 @@ def _keys(layout: Layout, book: Book) -> Keys:
 
 
 def _assemble(
-    layout: Layout, node: Node, book: Book, access: Access, receipts: Receipts, rotating: Rotation
+    layout: Layout,
+    node: Node,
+    book: Book,
+    access: Access,
+    identity: Identity,
+    receipts: Receipts,
+    rotating: Rotation,
 ) -> Authority:
     gate = Gate(node, access, book)
     orchestra = Orchestra()
@@ -120,7 +136,10 @@ def _assemble(
     asking = Asking(gate, book, execution, orchestra)
     house = CellHouse(gate, book, cells, egress, asking)
     reading = Reading(gate, book, orchestra, receipts, JobLogs(layout.job_logs))
-    fence = Fence(book, execution, cells, house, egress, orchestra, lambda text: access.read(text).link_ids)
+    fence = Fence(book, execution, cells, house, egress, orchestra, access.links_of)
+    tickets = TicketDesk(gate, book, access, house, fence)
+    keys = KeyDesk(gate, book, house, tickets, identity.hashing)
+    pki = PkiDesk(gate, book, house, tickets, identity.store, str(layout.tls_socket))
     meter = Meter(book, cells, fence, egress)
     book.on_record(meter.heard)
     egress.on_reached(meter.passed)
@@ -156,14 +175,16 @@ def _assemble(
         audit_keeping=AuditKeeping(gate, book, house, layout.witnesses, rotating),
         images=ImageDesk(gate, book, orchestra, execution, cells, house),
         tickets=tickets,
-        repeats=Repeats(book, access.bearer, KEYED, ways(reading, house, tickets)),
+        keys=keys,
+        pki=pki,
+        repeats=Repeats(book, access.bearer, KEYED, ways(reading, house, tickets, keys, pki)),
         ticket_keys=TicketKeys(gate, book, access, house, functools.partial(_keys, layout, book)),
         fence=fence,
         meter=meter,
         budgets=BudgetDesk(gate, book, house),
         metrics=Metrics("aetherd"),
     )
-    return Authority(Service(parts), parts)
+    return Authority(Service(parts), parts, identity)
 
 
 def _minting(node: Node, book: Book) -> Callable[[Minted], None]:
@@ -260,9 +281,14 @@ async def serve(layout: Layout, log: Any, stop: asyncio.Event) -> None:
         await listen_for_aurorad(authority, layout, who.aurorad, log),
         await listen_for_egressd(authority, layout, who.egressd, log),
     ]
+    app = HttpApp(authority.service.handlers, layout.spool)
+    secured = SecuredSocket(app, layout, authority.identity, parts.gate, parts.book)
+    parts.pki.on_created = secured.open
     try:
-        await serve_http(HttpApp(authority.service.handlers, layout.spool), layout.api_socket, stop=stop)
+        await secured.open()
+        await serve_http(app, layout.api_socket, stop=stop)
     finally:
+        await secured.close()
         for stop_link in stop_links:
             stop_link()
         await parts.asking.drain()

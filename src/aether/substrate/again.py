@@ -11,7 +11,9 @@ from aether.contract.allocations import CellView
 from aether.contract.calls import Caller, JobCall
 from aether.contract.jobs import JobView
 from aether.substrate.cellhouse import CellHouse
+from aether.substrate.keydesk import KeyDesk
 from aether.substrate.ledger import KeyEntry
+from aether.substrate.pkidesk import PkiDesk
 from aether.substrate.reading import Reading
 from aether.substrate.repeats import Again
 from aether.substrate.ticketdesk import TicketDesk
@@ -20,11 +22,17 @@ _JOBS: Final = ("job.stop", "job.signal", "job.window")
 _CELLS: Final = ("cell.allocate", "cell.free", "cell.freeze", "cell.thaw", "cell.resize")
 
 
-def ways(reading: Reading, house: CellHouse, tickets: TicketDesk) -> Mapping[str, Again]:
+def ways(reading: Reading, house: CellHouse, tickets: TicketDesk, keys: KeyDesk, pki: PkiDesk) -> Mapping[str, Again]:
     """By operation."""
     jobs: dict[str, Again] = {name: partial(_job, reading, name) for name in _JOBS}
     cells: dict[str, Again] = {name: partial(_cell, house, name) for name in _CELLS}
-    return {**jobs, **cells, "ticket.mint": tickets.again}
+    return {
+        **jobs,
+        **cells,
+        "ticket.mint": tickets.again,
+        "key.create": keys.again,
+        "pki.issue": pki.again,
+    }
 
 
 async def _job(reading: Reading, name: str, caller: Caller, call: Any, known: KeyEntry, key_hash: str) -> JobView:

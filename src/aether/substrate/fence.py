@@ -47,7 +47,7 @@ class Fenced:
 
 
 class Fence:
-    """See the module head. `links_of` reads the link ids of a ticket that was verified before."""
+    """See the module head. `links_of` tells the links that a caller was admitted by."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Fence:
         house: CellHouse,
         egress: EgressDesk,
         orchestra: Orchestra,
-        links_of: Callable[[str], tuple[str, ...]],
+        links_of: Callable[[Caller], tuple[str, ...]],
     ) -> None:
         self._book = book
         self._execution = execution
@@ -113,12 +113,12 @@ class Fence:
 
     def guard(self, caller: Caller, reply: Reply | UpgradeReply) -> Reply | UpgradeReply:
         """The reply; one that goes on is cut off when the caller's ticket is revoked."""
-        if caller.credential is None:
+        if not isinstance(reply, StreamReply | UpgradeReply) or not (links := self._links_of(caller)):
             return reply
         if isinstance(reply, StreamReply):
-            return replace(reply, chunks=self._chunks(self._links_of(caller.credential), reply.chunks))
+            return replace(reply, chunks=self._chunks(links, reply.chunks))
         if isinstance(reply, UpgradeReply):
-            links, run = self._links_of(caller.credential), reply.run
+            run = reply.run
             return replace(reply, run=lambda connection: self._run(links, run(connection)))
         return reply
 

@@ -1,8 +1,8 @@
 """The gate every operation passes: identity -> ticket -> policy, and the record of a refusal.
 
-`admit` is synchronous and pure but for the clock. A refused operation that is not a read is recorded; reads
-are neither recorded nor charged. One uid may cause REFUSALS_PER_S records a second, with a burst; what is left
-out is counted in its next record, so that nobody fills the log by being refused.
+`admit` is synchronous and pure but for the clock. A refused operation that is not a read is recorded, and so
+is whoever is not let in at all; reads are neither recorded nor charged. One uid may cause REFUSALS_PER_S records a
+second, with a burst; what is left out is counted in its next record, so that nobody fills the log by being refused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from aether.contract.calls import Caller
 from aether.contract.errors import AetherError
 from aether.contract.records import Record
 from aether.substrate.access.access import Access, Admission, PolicyDeniedError, Resource
+from aether.substrate.access.credentials import Shown
 from aether.substrate.book import Book
 from aether.substrate.entries import Node, masked
 from aether.substrate.known import Known
@@ -27,8 +28,8 @@ _READS: Final = frozenset(
         "artifact.get", "artifact.list", "image.list", "image.show", "model.list", "audit.checkpoint", "cell.explain",
         "node.doctor", "audit.growth", "audit.witnesses", "audit.query", "audit.tail", "audit.export", "audit.inspect",
         "cell.list", "cell.show", "cell.stats", "cell.events", "cell.get", "cell.files",
-        "ticket.list", "ticket.show", "ticket.verify",
         "approval.list", "approval.show", "approval.oversee",
+        "ticket.list", "ticket.show", "ticket.verify", "key.list", "pki.show",
         "job.activity", "cell.activity", "job.egress", "cell.egress", "budget.show", "usage", "quota.show",
     }
 )  # fmt: skip
@@ -64,18 +65,24 @@ class Gate:
 
     def admit(self, caller: Caller, operation: str, resource: Resource) -> Admission:
         """Who the caller is and on what authority; raises the AetherError of the stage that refused."""
+        now_ns, shown = self._book.now_ns(), None
         try:
-            admission = self._access.admit(caller, operation, resource, self._book.now_ns())
+            shown = self._access.identify(caller, operation, now_ns)
+            admission = self._access.admit_shown(shown, operation, resource, now_ns)
             self._book.quotas.admitted(caller, admission.principal.tenant_id, admission.principal.name)
             return admission
         except AetherError as error:
-            if operation not in _READS:
-                self._record_refusal(caller, operation, resource, error)
+            if operation not in _READS or shown is None:
+                self._record_refusal(caller, shown, operation, resource, error)
             raise
 
     def looks_at(self, operation: str, kind: str) -> bool:
         """Whether the policy may look at whose a resource is: then it has to be found before `admit`."""
         return self._access.policy.describes(operation, kind)
+
+    def refused(self, caller: Caller, operation: str, error: AetherError) -> None:
+        """Records a refusal that came before any operation: a TLS handshake that failed."""
+        self._record_refusal(caller, None, operation, Resource(kind="node"), error)
 
     def admit_node(self, operation: str, resource: Resource) -> Admission:
         """Leave for the node's own work, which waits for nobody; raises like `admit`."""
@@ -85,7 +92,9 @@ class Gate:
             raise AetherError("POLICY_DENIED", f"cannot {operation}: the node's own work waits for nobody ({by})")
         return admission
 
-    def _record_refusal(self, caller: Caller, operation: str, resource: Resource, error: AetherError) -> None:
+    def _record_refusal(
+        self, caller: Caller, shown: Shown | None, operation: str, resource: Resource, error: AetherError
+    ) -> None:
         now_ns = self._book.now_ns()
         bucket = self._buckets.setdefault(caller.uid, _Bucket(now_ns))
         if len(self._buckets) > _UIDS_MAX:
@@ -101,7 +110,7 @@ class Gate:
                 log_index=index,
                 time=time,
                 node_id=self.node.node_id,
-                principal=denied.principal.name if denied else f"uid:{caller.uid}",
+                principal=shown.principal.name if shown is not None else f"uid:{caller.uid}",
                 request_id=caller.request_id,
                 traceparent=caller.traceparent,
                 operation=operation,

@@ -24,7 +24,7 @@ from aether.substrate.allocations import Allocations
 from aether.substrate.approvalbook import TYPES as APPROVAL_TYPES
 from aether.substrate.approvalbook import Approval, ApprovalBook
 from aether.substrate.keymark import request_hash
-from aether.substrate.ticketbook import TicketBook
+from aether.substrate.ticketbook import MINTING, TicketBook
 
 EGRESS_TYPES: Final = frozenset({"egress.opened", "egress.connection", "egress.closed"})
 _WINDOW_NS: Final = IDEMPOTENCY_WINDOW_S * 1_000_000_000
@@ -108,7 +108,7 @@ def grant_of(intent: Record) -> Grant:
 
 
 def _link_of(minted: Record) -> str | None:
-    return minted.ticket.link_ids[0] if minted.type == "ticket.minted" and minted.ticket is not None else None
+    return minted.ticket.link_ids[0] if minted.type in MINTING and minted.ticket is not None else None
 
 
 def _subject_of(order: Record) -> str | None:

@@ -68,8 +68,10 @@ from aether.substrate.execution import Execution
 from aether.substrate.fence import Fence
 from aether.substrate.gate import Gate
 from aether.substrate.images import ImageDesk
+from aether.substrate.keydesk import KeyDesk
 from aether.substrate.meter import Meter
 from aether.substrate.orchestra import Orchestra
+from aether.substrate.pkidesk import PkiDesk
 from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
 from aether.substrate.repeats import Repeats
@@ -110,6 +112,8 @@ class Parts:
     images: ImageDesk
     tickets: TicketDesk
     ticket_keys: TicketKeys
+    keys: KeyDesk
+    pki: PkiDesk
     fence: Fence
     meter: Meter
     budgets: BudgetDesk
@@ -186,6 +190,8 @@ class Service:
             "ticket.show": parts.tickets.show,
             "ticket.verify": parts.tickets.verify,
             "ticket.revoke": parts.tickets.revoke,
+            **parts.keys.handlers,
+            **parts.pki.handlers,
             "ticket.rotate-key": parts.ticket_keys.rotate,
         }
         self.handlers: Mapping[str, Handler] = {name: self._counted(name, run) for name, run in plain.items()}

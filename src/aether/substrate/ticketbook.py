@@ -25,7 +25,9 @@ from aether.contract.records import Record, TicketRef
 from aether.substrate.access.tickets import Limit
 
 PRUNED_MS: Final = TIMEOUT_MS_MAX + STOP_GRACE_MS_MAX
-_UNCHECKED: Final = frozenset({"ticket.minted", "access.denied"})
+MINTING: Final = frozenset({"ticket.minted", "key.created", "pki.issued"})
+"""Records after which there is one more ticket."""
+_UNCHECKED: Final = MINTING | {"access.denied"}
 
 
 @dataclass(slots=True)
@@ -49,6 +51,11 @@ class Ticket:
     def expires_at_ms(self) -> int:
         return min(caveat.number for caveat in self.said if caveat.type == "expires")
 
+    @property
+    def credential(self) -> str | None:
+        """What stands for it, where nobody has its text: `key:<id>` or `certificate:<fingerprint>`."""
+        return self.minted.detail.get("credential")
+
 
 class TicketBook:
     """See the module head."""
@@ -57,6 +64,7 @@ class TicketBook:
         self.revoked: set[str] = set()
         self.epoch = 1
         self._live: dict[str, Ticket] = {}
+        self._credentials: dict[str, Ticket] = {}
         self._expiring: list[tuple[int, str]] = []
         self._forgotten: list[str] = []
 
@@ -67,7 +75,7 @@ class TicketBook:
 
     def apply(self, record: Record) -> None:
         """Folds one record; those of other types change nothing."""
-        if record.type == "ticket.minted" and record.ticket is not None and not record.ticket.implicit:
+        if record.type in MINTING and record.ticket is not None and not record.ticket.implicit:
             self._prune(epoch_ns(record.time) // 1_000_000)
             self._add(record)
         elif record.type == "ticket.revoked":
@@ -80,6 +88,8 @@ class TicketBook:
             return None
         ticket = Ticket(minted, caveats.decode(unpacked(minted.detail["block"])))
         self._live[ticket.link_id] = ticket
+        if ticket.credential is not None:
+            self._credentials[ticket.credential] = ticket
         heapq.heappush(self._expiring, (ticket.expires_at_ms, ticket.link_id))
         return ticket
 
@@ -94,6 +104,8 @@ class TicketBook:
             ticket = self._live.pop(heapq.heappop(self._expiring)[1])
             self.revoked.difference_update(ticket.revoked)
             self._forgotten.append(ticket.link_id)
+            if ticket.credential is not None:
+                del self._credentials[ticket.credential]
 
     def forgotten(self) -> list[str]:
         """The first links of tickets that were forgotten since it was last asked."""
@@ -104,11 +116,16 @@ class TicketBook:
 
     def kids(self) -> set[str]:
         """The keys of the tickets that are held."""
-        return {ticket.minted.ticket.kid for ticket in self._live.values() if ticket.minted.ticket is not None}
+        written = (ticket.minted.ticket for ticket in self._live.values() if ticket.credential is None)
+        return {reference.kid for reference in written if reference is not None}
 
     def find(self, link_id: str) -> Ticket | None:
         """The ticket whose first link it is."""
         return self._live.get(link_id)
+
+    def behind(self, credential: str) -> Ticket | None:
+        """The ticket that an API key or a certificate stands for (`Ticket.credential`)."""
+        return self._credentials.get(credential)
 
     def of_tenant(self, tenant_id: str, now_ms: int) -> list[Ticket]:
         """The tenant's tickets that are not expired, newest first."""

@@ -2,8 +2,9 @@
 
 Who may
 - mint: whom the policy permits `ticket.mint`, in the tenant and with the role of the ticket that its uid has by
-  itself; another role only with `ticket.grant` (context.id is the role). Whoever shows a ticket cannot mint: that
-  would shed what narrows it. Narrowing it further needs no authority.
+  itself; another role only with `ticket.grant` (context.id is the role). Whoever shows a ticket, a key, a certificate
+  or a token cannot mint: that would shed what narrows it, or outlive it. Narrowing a ticket needs no authority. API
+  keys (`keydesk`) and certificates (`pkidesk`) are made by the same rules.
 - list and show: the tenant's; whoever shows a ticket sees that one alone.
 - revoke: a link of a ticket of the tenant that was minted, or that an open job or a cell was admitted with; whoever
   shows a ticket only its own last link and what was derived from that. And whoever has a ticket's text, its last link.
@@ -54,21 +55,9 @@ class TicketDesk:
 
     async def mint(self, caller: Caller, call: wire.MintCall) -> wire.MintedTicket:
         """`ticket.mint`: answers when the record is durable; repeated under its Idempotency-Key with the same text."""
-        admission = self._gate.admit(caller, "ticket.mint", Resource(kind="ticket"))
-        if not admission.ticket.implicit:
-            raise AetherError(
-                "TICKET_DENIED",
-                "cannot mint with a ticket: what narrows it would be shed",
-                "narrow it with `aether ticket attenuate`, which needs no authority",
-            )
         request = call.request
-        role = request.role or admission.ticket.role
-        if role != admission.ticket.role:
-            self._gate.admit(caller, "ticket.grant", Resource(kind="ticket", id=role))
-        said = self._caveats(request, role)
-        now_ms = self._now_ms()
-        if len(self._book.ledger.tickets.of_tenant(admission.principal.tenant_id, now_ms)) >= limits.TICKETS_MAX:
-            raise AetherError("TICKET_LIMIT", f"cannot mint a ticket: {limits.TICKETS_MAX} are not expired")
+        admission, role = self.asked(caller, "ticket.mint", request)
+        said = self.said(admission, request, role, limits.TICKET_MS_MAX)
         mark = MARK.get()
         nonce = _nonce(mark.key_hash) if mark is not None else os.urandom(_NONCE_BYTES)
         _, minted = self._access.mint(admission.principal.tenant_id, nonce, said, admission.principal)
@@ -91,14 +80,14 @@ class TicketDesk:
     async def listing(self, caller: Caller, call: Nothing) -> wire.TicketList:
         admission = self._gate.admit(caller, "ticket.list", Resource(kind="ticket"))
         tickets = self._book.ledger.tickets.of_tenant(admission.principal.tenant_id, self._now_ms())
-        return wire.TicketList(tickets=tuple(self._view(each) for each in tickets if _sees(admission, each)))
+        return wire.TicketList(tickets=tuple(self.view(each) for each in tickets if _sees(admission, each)))
 
     async def show(self, caller: Caller, call: wire.LinkCall) -> wire.TicketView:
         admission = self._gate.admit(caller, "ticket.show", Resource(kind="ticket", id=call.link_id))
         ticket = self._book.ledger.tickets.find(call.link_id)
         if ticket is None or ticket.minted.tenant_id != admission.principal.tenant_id or not _sees(admission, ticket):
             raise _unknown(call.link_id)
-        return self._view(ticket)
+        return self.view(ticket)
 
     async def verify(self, caller: Caller, call: wire.VerifyCall) -> wire.VerifiedTicket:
         """`ticket.verify`: raises BAD_TICKET, TICKET_REVOKED, TICKET_EXPIRED."""
@@ -122,12 +111,15 @@ class TicketDesk:
             raise AetherError("BAD_FIELD", "cannot revoke: name either a ticket or the id of a link")
         admission = self._gate.admit(caller, "ticket.revoke", Resource(kind="ticket", id=call.link_id))
         ticket, link = self._by_text(call.ticket) if call.ticket is not None else self._by_link(admission, call)
+        return await self.end(Order(caller, admission, "ticket.revoke"), ticket, link)
+
+    async def end(self, order: Order, ticket: Ticket, link: str) -> wire.Revoked:
+        """Revokes a link of a ticket, on leave that was given; raises TICKET_LIMIT."""
         record = ticket.revoked.get(link)
         if record is None:
             if link != ticket.link_id and len(ticket.revoked) >= limits.TICKET_LINKS_REVOKED_MAX:
                 why = f"{limits.TICKET_LINKS_REVOKED_MAX} links of its ticket are already"
                 raise AetherError("TICKET_LIMIT", f"cannot revoke the link: {why}", "revoke the ticket itself")
-            order = Order(caller, admission, "ticket.revoke")
             record = self._book.write(lambda index, now: entries.revoked(ticket, link, order, index, now))
         await self._book.durable(record)
         fenced = await self._fence.apply((link,))
@@ -139,22 +131,45 @@ class TicketDesk:
             cells=fenced.cells,
         )
 
+    # ---- making a ticket, also for a key or a certificate
+
+    def asked(self, caller: Caller, operation: str, request: wire.MintRequest) -> tuple[Admission, str]:
+        """Leave to make a ticket, or what stands for one, and its role; raises AetherError."""
+        admission = self._gate.admit(caller, operation, Resource(kind="ticket"))
+        if not admission.ticket.implicit or admission.principal.kind != "user":
+            raise AetherError(
+                "TICKET_DENIED",
+                f"cannot {operation} by a ticket, key, certificate or token: what narrows it would be shed",
+                "narrow a ticket with `aether ticket attenuate`, which needs no authority",
+            )
+        role = request.role or admission.ticket.role
+        if role != admission.ticket.role:
+            self._gate.admit(caller, "ticket.grant", Resource(kind="ticket", id=role))
+        return admission, role
+
+    def said(
+        self, admission: Admission, request: wire.MintRequest, role: str, expires_ms_max: int
+    ) -> tuple[Caveat, ...]:
+        """The caveats that were asked for; raises AetherError BAD_FIELD, TICKET_LIMIT."""
+        if not EXPIRES_MS_MIN <= request.expires_ms <= expires_ms_max:
+            bounds = f"{EXPIRES_MS_MIN}..{expires_ms_max}"
+            raise AetherError("BAD_FIELD", f"cannot mint a ticket: expires_ms must be within {bounds}")
+        now_ms = self._now_ms()
+        said = wire.caveats_of(msgspec.structs.replace(request, role=role), now_ms + request.expires_ms)
+        if len(self._book.ledger.tickets.of_tenant(admission.principal.tenant_id, now_ms)) >= limits.TICKETS_MAX:
+            raise AetherError("TICKET_LIMIT", f"cannot mint a ticket: {limits.TICKETS_MAX} are not expired")
+        return said
+
     # ---- inside
 
     def _now_ms(self) -> int:
         return self._book.now_ns() // 1_000_000
 
-    def _caveats(self, request: wire.MintRequest, role: str) -> tuple[Caveat, ...]:
-        if not EXPIRES_MS_MIN <= request.expires_ms <= limits.TICKET_MS_MAX:
-            bounds = f"{EXPIRES_MS_MIN}..{limits.TICKET_MS_MAX}"
-            raise AetherError("BAD_FIELD", f"cannot mint a ticket: expires_ms must be within {bounds}")
-        return wire.caveats_of(msgspec.structs.replace(request, role=role), self._now_ms() + request.expires_ms)
-
     def _told(self, ticket: Ticket, nonce: bytes) -> wire.MintedTicket:
         minted = ticket.minted
         assert minted.ticket is not None
         text = self._access.text(minted.ticket.kid, minted.tenant_id or "", nonce, ticket.said)
-        return wire.MintedTicket(**msgspec.structs.asdict(self._view(ticket)), ticket=text)
+        return wire.MintedTicket(**msgspec.structs.asdict(self.view(ticket)), ticket=text)
 
     def _by_text(self, text: str | None) -> tuple[Ticket, str]:
         verified: Verified = self._access.read(text or "")
@@ -184,7 +199,8 @@ class TicketDesk:
                 return record.ticket.link_ids[: record.ticket.link_ids.index(link) + 1]
         return ()
 
-    def _view(self, ticket: Ticket) -> wire.TicketView:
+    def view(self, ticket: Ticket) -> wire.TicketView:
+        """What is told of a ticket."""
         minted, link = ticket.minted, ticket.link_id
         assert minted.ticket is not None
         own = ticket.revoked.get(link)
@@ -200,6 +216,7 @@ class TicketDesk:
             budget=self._budget(link, ticket.said),
             revoked_at=own.time if own is not None else None,
             revoked_links=tuple(each for each in ticket.revoked if each != link),
+            credential=ticket.credential,
         )
 
     def _budget(self, link: str, said: tuple[Caveat, ...]) -> tuple[wire.Budget, ...]:

@@ -191,6 +191,7 @@ def added_records() -> list[Record]:
         key_rotated(),
         *budget_records(talk),
         *approval_records(),
+        *identity_records(),
     ]
 
 
@@ -223,6 +224,26 @@ def audit_records() -> list[Record]:
         base("audit.pruned", 321, operation="audit.retain", detail=pruned, **shared),
         base("audit.key-rotated", 323, operation="audit.rotate-key", detail={"key": key}, **shared),
         base("audit.epoch", 324, detail=before),
+    ]
+
+
+def identity_records() -> list[Record]:
+    """An API key, an authority and its successor, a certificate, the file of issuers."""
+    by: dict[str, Any] = {"tenant_id": "default", "principal": "uid:0", "effect": "control"}
+    asked = TicketRef(kid="e1", role="queen", link_ids=LINKS[1:], implicit=True)
+    kept = TicketRef(kid="kept", role="user", link_ids=LINKS[:1], implicit=False)
+    said = {"block": "CgA", "by": LINKS[1], "caveats": "role=user; expires=1790000000000"}
+    key = said | {"credential": "key:0123456789abcdef", "holder": "key:0123456789abcdef", "hash": "ab" * 32, "name": ""}
+    authority = {"authority": "00112233445566aa", "trust_domain": "aether.internal", "certificate": "PEM"}
+    leaf = {"authority": "00112233445566aa", "serial": "7f" * 16, "certificate": "MIIB"}
+    leaf |= {"credential": "certificate:" + "cd" * 32, "holder": "spiffe://aether.internal/default/agent"}
+    until = {"replaces": "00112233445566bb", "retires_at": time_of(340)}
+    return [
+        base("key.created", 340, operation="key.create", ticket=kept, detail=key, **by),
+        base("pki.created", 341, operation="pki.init", ticket=asked, detail=authority, **by),
+        base("pki.rotated", 342, operation="pki.rotate", ticket=asked, detail=authority | until, **by),
+        base("pki.issued", 343, operation="pki.issue", ticket=kept, detail=said | leaf, **by),
+        base("issuers.loaded", 344, detail={"digest": digest_bytes(b"{}")}),
     ]
 
 

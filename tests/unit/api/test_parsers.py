@@ -186,7 +186,7 @@ def test_doubled_header_is_refused() -> None:
 def test_head_values() -> None:
     assert heads.credential(_head(authorization=b"bearer aetk1_x")) == "aetk1_x"
     assert heads.credential(_head()) is None
-    with pytest.raises(AetherError, match="BAD_TICKET"):
+    with pytest.raises(AetherError, match="BAD_CREDENTIAL"):
         heads.credential(_head(authorization=b"Bearer eyJhbGciOi"))
     with pytest.raises(AetherError, match="UNAUTHENTICATED"):
         heads.credential(_head(authorization=b"Basic eDp5"))

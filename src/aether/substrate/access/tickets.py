@@ -122,17 +122,7 @@ class Tickets:
             links = parts.links()
         except ValueError as error:
             raise AetherError("BAD_TICKET", f"cannot use the ticket: {error}") from error
-        roles = tuple(dict.fromkeys(caveat.items[0] for link in links for caveat in link if caveat.type == "role"))
-        if not roles or not any(caveat.type == "role" for caveat in links[0]):
-            raise AetherError("BAD_TICKET", "cannot use the ticket: it names no role")
-        limits = tuple(
-            Limit(identity, caveat.items[0], caveat.number)
-            for identity, link in zip(link_ids, links, strict=True)
-            for caveat in link
-            if caveat.type == "budget"
-        )
-        times = [caveat.number for link in links for caveat in link if caveat.type == "expires"]
-        return Verified(parts.kid, parts.tenant, tuple(link_ids), links, roles, limits, min(times, default=None))
+        return said_by(parts.kid, parts.tenant, tuple(link_ids), links)
 
     def _key(self, kid: str, tenant: str) -> bytes:
         key = self._keys.get((kid, tenant))
@@ -153,6 +143,21 @@ def _check(secrets: Mapping[str, bytes], kid: str) -> None:
 
 def _unknown_key() -> AetherError:
     return AetherError("BAD_TICKET", "cannot use the ticket: its key is not known here")
+
+
+def said_by(kid: str, tenant: str, link_ids: tuple[str, ...], links: tuple[tuple[Caveat, ...], ...]) -> Verified:
+    """What links that are known to be the authority's say together; raises AetherError BAD_TICKET without a role."""
+    roles = tuple(dict.fromkeys(caveat.items[0] for link in links for caveat in link if caveat.type == "role"))
+    if not roles or not any(caveat.type == "role" for caveat in links[0]):
+        raise AetherError("BAD_TICKET", "cannot use the ticket: it names no role")
+    limits = tuple(
+        Limit(identity, caveat.items[0], caveat.number)
+        for identity, link in zip(link_ids, links, strict=True)
+        for caveat in link
+        if caveat.type == "budget"
+    )
+    times = [caveat.number for link in links for caveat in link if caveat.type == "expires"]
+    return Verified(kid, tenant, link_ids, links, roles, limits, min(times, default=None))
 
 
 def check_expiry(verified: Verified, now_ms: int) -> None:

@@ -1,0 +1,209 @@
+"""`policy/issuers.json`: whose tokens and foreign certificates are accepted, and what their holders may do. Pure.
+
+    {
+      "tokens": [{
+        "issuer": "https://id.example.org", "audience": "aether", "jwks_file": "id.jwks.json",
+        "grants": [{"claims": {"groups": "ops"}, "tenant": "acme", "role": "queen"},
+                   {"tenant_claim": "org", "role": "user"}]
+      }],
+      "spire": {"socket": "/run/spire/sockets/agent.sock",
+                "grants": [{"id": "spiffe://example.org/agent/*", "tenant": "acme", "role": "user"}]}
+    }
+
+The first grant that fits decides; where none does, the caller is nobody here. Keys come as `jwks` in the file or as
+`jwks_file` beside it: aetherd never fetches anything from a network. A key pins its algorithm (EdDSA for Ed25519, ES256
+for P-256, RS256 for RSA from 2,048 bits), so that no token chooses one; secret keys (`oct`) are refused.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import quote
+
+import jwt
+import msgspec
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from aether.contract import limits, ticketcalls
+from aether.contract.errors import AetherError
+
+NAME_CHARS_MAX: Final = 255
+"""Of a principal's name."""
+_TENANT: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
+_RSA_BITS_MIN: Final = 2_048
+_ALGORITHMS: Final = {("OKP", "Ed25519"): "EdDSA", ("EC", "P-256"): "ES256", ("RSA", None): "RS256"}
+
+
+class TokenGrant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the holder of a token may do when each of `claims` has that value, or holds it in its list."""
+
+    role: str
+    claims: dict[str, str] = {}
+    tenant: str | None = None
+    tenant_claim: str | None = None
+
+
+class TokenIssuer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Who signs tokens, and for what `audience` they must be made."""
+
+    issuer: str
+    audience: str
+    grants: tuple[TokenGrant, ...]
+    jwks: dict[str, Any] | None = None
+    jwks_file: str | None = None
+    lifetime_s_max: int = 3_600
+
+
+class SpireGrant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a workload may do whose SPIFFE ID fits the pattern (`*` stands for anything)."""
+
+    id: str
+    tenant: str
+    role: str
+
+
+class Spire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where the SPIRE agent listens."""
+
+    socket: str
+    grants: tuple[SpireGrant, ...]
+
+
+class Issuers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The file."""
+
+    tokens: tuple[TokenIssuer, ...] = ()
+    spire: Spire | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """Who somebody is here, by a grant."""
+
+    name: str
+    tenant: str
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of an issuer, with the one algorithm that it may be used with."""
+
+    algorithm: str
+    key: Any
+
+
+def parse(raw: bytes) -> Issuers:
+    """The file's content; raises AetherError STATE_UNUSABLE."""
+    try:
+        found = msgspec.json.decode(raw, type=Issuers)
+        for issuer in found.tokens:
+            _check_issuer(issuer)
+        if len({issuer.issuer for issuer in found.tokens}) != len(found.tokens):
+            raise ValueError("an issuer is named twice")
+        for spire in found.spire.grants if found.spire else ():
+            _check_grant(spire.tenant, spire.role)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise AetherError("STATE_UNUSABLE", f"cannot use the file of issuers: {error}") from error
+    return found
+
+
+def parse_jwks(document: Mapping[str, Any]) -> dict[str, Key]:
+    """The keys of a JWK set (RFC 7517) by `kid`; raises ValueError. Keys for encryption are passed over."""
+    found: dict[str, Key] = {}
+    entries = document.get("keys")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError("a JWK set has no keys")
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(kid := entry.get("kid"), str) or kid in found:
+            raise ValueError("each key of a JWK set needs a `kid` of its own")
+        if entry.get("use", "sig") != "sig":
+            continue
+        kind = entry.get("kty")
+        algorithm = _ALGORITHMS.get((kind, None if kind == "RSA" else entry.get("crv")))  # type: ignore[arg-type]
+        if algorithm is None or entry.get("alg", algorithm) != algorithm:
+            raise ValueError(f"the key {kid[:40]!r} is none of Ed25519, P-256, RSA with EdDSA, ES256, RS256")
+        public = {name: value for name, value in entry.items() if name not in ("d", "p", "q", "dp", "dq", "qi")}
+        try:
+            key = jwt.PyJWK.from_dict(public, algorithm=algorithm).key
+        except (jwt.PyJWTError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"the key {kid[:40]!r} is malformed: {error}") from error
+        if isinstance(key, rsa.RSAPublicKey) and key.key_size < _RSA_BITS_MIN:
+            raise ValueError(f"the key {kid[:40]!r} is shorter than {_RSA_BITS_MIN} bits")
+        found[kid] = Key(algorithm, key)
+    return found
+
+
+def granted_token(issuer: TokenIssuer, claims: Mapping[str, Any]) -> Granted:
+    """Who the holder of a token with these proven claims is; raises AetherError BAD_CREDENTIAL."""
+    subject = claims.get("sub")
+    if not isinstance(subject, str) or not subject:
+        raise _nobody("it names no subject")
+    name = f"jwt:{quote(issuer.issuer, safe=_SAFE)}#{quote(subject, safe=_SAFE)}"
+    if len(name) > NAME_CHARS_MAX:
+        raise _nobody("the name of its subject is too long")
+    for grant in issuer.grants:
+        if all(_holds(claims.get(claim), value) for claim, value in grant.claims.items()):
+            tenant = grant.tenant if grant.tenant is not None else claims.get(grant.tenant_claim or "")
+            if not isinstance(tenant, str) or _TENANT.fullmatch(tenant) is None:
+                raise _nobody(f"its claim {grant.tenant_claim} names no tenant")
+            return Granted(name, tenant, grant.role)
+    raise _nobody("no grant fits its claims")
+
+
+_SAFE: Final = ":/._@+=|~-"
+
+
+def granted_workload(spire: Spire, spiffe_id: str) -> Granted:
+    """Who the workload is; raises AetherError BAD_CREDENTIAL."""
+    for grant in spire.grants:
+        if fnmatch.fnmatchcase(spiffe_id, grant.id):
+            return Granted(spiffe_id, grant.tenant, grant.role)
+    raise AetherError("BAD_CREDENTIAL", "cannot use the certificate: no grant fits its SPIFFE ID")
+
+
+def keys_of(issuer: TokenIssuer, read: Callable[[str], bytes]) -> dict[str, Key]:
+    """The issuer's keys; `read` gives the content of a file beside the file of issuers. Raises AetherError."""
+    try:
+        document = issuer.jwks if issuer.jwks is not None else json.loads(read(issuer.jwks_file or ""))
+        if not isinstance(document, dict):
+            raise ValueError("a JWK set is a JSON object")
+        return parse_jwks(document)
+    except (OSError, ValueError) as error:
+        why = f"the keys of {issuer.issuer[:80]!r} cannot be read: {error}"
+        raise AetherError("STATE_UNUSABLE", f"cannot use the file of issuers: {why}") from error
+
+
+def _check_issuer(issuer: TokenIssuer) -> None:
+    if not issuer.issuer or not issuer.audience:
+        raise ValueError("an issuer needs a name and an audience")
+    if (issuer.jwks is None) == (issuer.jwks_file is None):
+        raise ValueError(f"the issuer {issuer.issuer!r} needs either jwks or jwks_file")
+    if issuer.jwks_file is not None and ("/" in issuer.jwks_file or issuer.jwks_file.startswith(".")):
+        raise ValueError("jwks_file is the name of a file beside the file of issuers")
+    if not 1 <= issuer.lifetime_s_max <= limits.TOKEN_S_MAX:
+        raise ValueError(f"lifetime_s_max must be within 1..{limits.TOKEN_S_MAX}")
+    for grant in issuer.grants:
+        if (grant.tenant is None) == (grant.tenant_claim is None):
+            raise ValueError("a grant needs either tenant or tenant_claim")
+        _check_grant(grant.tenant, grant.role)
+
+
+def _check_grant(tenant: str | None, role: str) -> None:
+    if re.fullmatch(ticketcalls.ROLE_PATTERN, role) is None:
+        raise ValueError(f"the role {role[:40]!r} is no name such as user")
+    if tenant is not None and _TENANT.fullmatch(tenant) is None:
+        raise ValueError(f"the tenant {tenant[:40]!r} is no name such as acme")
+
+
+def _holds(claim: Any, value: str) -> bool:
+    return claim == value or (isinstance(claim, list) and value in claim)
+
+
+def _nobody(why: str) -> AetherError:
+    return AetherError("BAD_CREDENTIAL", f"cannot use the token: {why}")
