@@ -5,16 +5,19 @@ The rest of what such cells are is tested with those of root and of the user alo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from aether.contract.cells import Images
 from aether.substrate.cells.drivers.native import NativeDriver
 from aether.substrate.cells.logs import ExecLog
 from tests.support import subids
 from tests.support.spawnerprocess import ORDINARY, SYSTEM_PYTHON, Spawner, launch, with_driver
 
+DIGEST = "ab" * 32
 WHO = "cat /proc/self/uid_map /proc/1/status | grep -E '^ |^Uid'; kill -9 1; touch /work/f"
 
 
@@ -47,6 +50,29 @@ def test_every_cell_has_ids_of_its_own(spawner: Spawner) -> None:
         assert {path.stat().st_uid for path in files} == uids
         for each in started:
             await driver.free(each.handle)
+
+    with_driver(spawner, step)
+
+
+def test_an_image_is_shown_with_the_users_own_id(spawner: Spawner) -> None:
+    """Its files are the user's, and the job may change what lies over them."""
+    tree = spawner.state / "cache/images" / DIGEST / "root"
+    tree.mkdir(parents=True)
+    (tree / "given").write_text("given")
+    for path in (tree, tree / "given"):
+        os.chown(path, ORDINARY, ORDINARY)
+
+    async def step(driver: NativeDriver) -> None:
+        if "cell" in driver.facts.missing:
+            pytest.skip(driver.facts.missing["cell"].reason)
+        script = "echo more >> given && echo new > made && cat given made && id -u"
+        started = await launch(driver, script, images=Images(work=f"sha256:{DIGEST}"))
+        end = await driver.wait(started.handle, started.exec_id)
+        log = ExecLog(spawner.state / "logs/jobs" / started.handle, started.exec_id)
+        assert (end.exit.code, log.read("stdout", 0).data) == (0, b"givenmore\nnew\n1000\n")
+        assert started.report.uid == ORDINARY and "shows an image" in started.report.missing["own-uids"]
+        await driver.free(started.handle)
+        assert (tree / "given").read_text() == "given"
 
     with_driver(spawner, step)
 

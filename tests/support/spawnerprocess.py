@@ -52,6 +52,7 @@ class Spawner:
 
     def start(self) -> subprocess.Popen[bytes]:
         command = [self._python, "-m", "aether.spawner.main", "--state", str(self.state), "--executor", self._executor]
+        command += ["--root", str(self.state / "cache/images")]
         ids_of: dict[str, Any] = {} if self.uid is None else {"user": self.uid, "group": self.uid, "extra_groups": []}
         if self._lent and self.uid is not None:
             command, ids_of = [*subids.lending(self.uid, self.directory), *command], {}
