@@ -81,6 +81,7 @@ class BudgetDesk:
         """`budget.top-up`; raises NOT_FOUND, and BAD_FIELD for a unit that the account does not limit."""
         request = call.request
         wire.check_top_up(request)
+        self._gate.admit(caller, "budget.top-up", Resource(kind=_KIND, id=request.account))  # before anything is told
         root, stated = self._root_of(request.account), self._stated(request.account)
         if root is not None and (missing := sorted(request.amounts.keys() - stated.keys())):
             raise AetherError("BAD_FIELD", f"cannot top up: {request.account} has no budget in {', '.join(missing)}")
