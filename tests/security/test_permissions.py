@@ -43,7 +43,7 @@ _SAMPLES: Final[dict[str, Any]] = {
     "signal": 15, "rows": 24, "columns": 80, "path": "f.txt", "media_type": "text/plain", "size_bytes": 0,
     "image": "none:1", "digest": "sha256:" + "0" * 64,
     "old_size": 1, "size": 1, "keep_ms": 366 * 24 * 3_600_000, "account": "0" * 32, "by": "kind",
-    "subject": "tenant:default",
+    "subject": "tenant:default", "key_id": "0" * 16, "fingerprint": "0" * 64,
 }  # fmt: skip
 
 
