@@ -139,6 +139,13 @@ static void *send_exec_failed(const struct cell *cell, const char *id, uint32_t 
     return NULL;
 }
 
+/* Nothing is copied: until exec the child only reads our memory and writes its own frames, and we wait for it. */
+static pid_t spawn(const struct cell *cell, const struct exec_request *r, const int *fds, int pipe) {
+    pid_t pid = vfork();
+    if (pid == 0) become(cell, r, fds, pipe);
+    return pid;
+}
+
 static struct executable *start(const struct cell *cell, const struct exec_request *r, const int *fds, int fd_count) {
     struct executable *slot = table;
     int ends[2];
@@ -146,8 +153,7 @@ static struct executable *start(const struct cell *cell, const struct exec_reque
     if (fd_count != r->fd_count) return send_exec_failed(cell, r->id, EXEC_DESCRIPTORS, EINVAL);
     if (slot == table + EXECUTABLES_MAX) return send_exec_failed(cell, r->id, EXEC_FORK, EAGAIN);
     if (pipe2(ends, O_CLOEXEC) < 0) return send_exec_failed(cell, r->id, EXEC_FORK, errno);
-    pid_t pid = fork();
-    if (pid == 0) become(cell, r, fds, ends[1]);
+    pid_t pid = spawn(cell, r, fds, ends[1]);
     int error = close_after(ends[1], errno);
     if (pid < 0) return send_exec_failed(cell, r->id, EXEC_FORK, close_after(ends[0], error));
     *slot = (struct executable){.pid = pid, .pipe = ends[0]};
