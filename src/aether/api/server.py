@@ -87,11 +87,10 @@ class PeerProtocol(HttpToolsProtocol):
     """One connection. `stage` says whose turn it is: `head`, `body` (the client's) or `answer` (ours)."""
 
     shared: _Shared
-    foreign: bool
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.info = ConnectionInfo(_peer(transport, self.foreign))
+        self.info = ConnectionInfo(_peer(transport))
         self._extensions = {CONNECTION_EXTENSION: self.info}
         self._counted = False
         self.stage = "head"
@@ -321,8 +320,7 @@ class HttpServer:
 
     async def _open(self) -> None:
         loop = asyncio.get_running_loop()
-        foreign = self._secured is not None and self._secured.foreign
-        protocol = type("Connection", (PeerProtocol,), {"shared": self._shared, "foreign": foreign})
+        protocol = type("Connection", (PeerProtocol,), {"shared": self._shared})
 
         def make() -> asyncio.Protocol:
             made: PeerProtocol = protocol(config=self._config, server_state=self._state, app_state={}, _loop=loop)
@@ -394,9 +392,9 @@ async def serve(
         await server.close(grace_s)
 
 
-def _peer(transport: asyncio.Transport, foreign: bool) -> Peer:
+def _peer(transport: asyncio.Transport) -> Peer:
     peer, secured = tls.peer_of(transport.get_extra_info("socket")), transport.get_extra_info("ssl_object")
-    return peer if secured is None else replace(peer, certificate=tls.certificate_of(secured, foreign))
+    return peer if secured is None else replace(peer, certificate=tls.certificate_of(secured))
 
 
 def _head_too_large() -> AetherError:

@@ -75,8 +75,6 @@ class Tls:
 
     context: Callable[[], AlertingContext]
     refused: Callable[[Peer, str], None]
-    foreign: bool = False
-    """Whether clients are of another authority than the instance's own."""
 
 
 def peer_of(connection: socket.socket) -> Peer:
@@ -85,18 +83,15 @@ def peer_of(connection: socket.socket) -> Peer:
     return Peer(uid=uid, gid=gid, pid=pid)
 
 
-def certificate_of(connection: ssl.SSLObject, foreign: bool) -> PeerCertificate:
+def certificate_of(connection: ssl.SSLObject) -> PeerCertificate:
     """The certificate that the handshake proved; raises ValueError when there is none or its times cannot be read."""
     der, said = connection.getpeercert(True), connection.getpeercert()
     if not der or not said:
         raise ValueError("the client has no certificate")
-    names: Any = said.get("subjectAltName", ())
     return PeerCertificate(
         fingerprint=hashlib.sha256(der).hexdigest(),
-        uris=tuple(value for kind, value in names if kind == "URI"),
         not_before_ms=ssl.cert_time_to_seconds(str(said["notBefore"])) * 1_000,
         not_after_ms=ssl.cert_time_to_seconds(str(said["notAfter"])) * 1_000,
-        foreign=foreign,
     )
 
 

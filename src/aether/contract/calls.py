@@ -22,15 +22,12 @@ from aether.contract.wire import RoleHealth
 class PeerCertificate:
     """The client certificate of a TLS connection: the handshake proved its chain and key, and did not look at its time.
 
-    `fingerprint` is SHA-256 over its DER form in hex, `uris` its URI SANs. `foreign`: the chain ends in another
-    authority than the instance's own.
+    `fingerprint` is SHA-256 over its DER form in hex: what it stands for is on record under that.
     """
 
     fingerprint: str
-    uris: tuple[str, ...]
     not_before_ms: int
     not_after_ms: int
-    foreign: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,7 @@ class Layout:
 
     @property
     def issuers(self) -> Path:
-        """Whose tokens and foreign certificates are accepted, and what their holders may do; the operator writes it."""
+        """Whose tokens are accepted, and what their holders may do; the operator writes it."""
         return self.root / "policy/issuers.json"
 
     @property

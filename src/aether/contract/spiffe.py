@@ -9,7 +9,6 @@ certificate of a workload carries exactly one URI SAN.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,13 +38,6 @@ def parse(text: str) -> SpiffeId:
     if found is None or any(part in (".", "..") for part in found[2].split("/")):
         raise AetherError("BAD_CREDENTIAL", "cannot read the certificate: its URI is no SPIFFE ID")
     return SpiffeId(found[1], found[2])
-
-
-def of_uris(uris: Sequence[str]) -> SpiffeId:
-    """The id of a certificate with these URI SANs; raises AetherError BAD_CREDENTIAL."""
-    if len(uris) != 1:
-        raise AetherError("BAD_CREDENTIAL", f"cannot read the certificate: it carries {len(uris)} URIs instead of one")
-    return parse(uris[0])
 
 
 def check_name(text: str) -> str:

@@ -10,14 +10,13 @@ from aether.api.head import Peer
 from aether.api.server import HttpServer
 from aether.api.tls import AlertingContext, Tls
 from aether.contract import ids
-from aether.contract.calls import Caller, PeerCertificate
+from aether.contract.calls import Caller
 from aether.contract.canonical import digest_bytes
 from aether.contract.errors import AetherError
 from aether.contract.paths import Layout
 from aether.contract.records import Record
 from aether.substrate.access.access import Proofs
 from aether.substrate.access.credentials import Credentials, hashing_key
-from aether.substrate.access.issuers import Granted
 from aether.substrate.access.tokens import IssuerFiles, Tokens
 from aether.substrate.book import Book
 from aether.substrate.entries import Node
@@ -42,7 +41,7 @@ def compose(layout: Layout, node: Node, book: Book, secret: bytes) -> Identity:
     files = IssuerFiles(layout.issuers, lambda raw: _loaded(node, book, raw))
     hashing = hashing_key(secret)
     credentials = Credentials(book.ledger.tickets, hashing, lambda name: store.trusts(name, book.now_ns() // 1_000_000))
-    return Identity(store, files, Proofs(credentials, Tokens(files), _nobody), hashing)
+    return Identity(store, files, Proofs(credentials, Tokens(files)), hashing)
 
 
 def read_issuers(identity: Identity, now_ns: int, log: Any) -> None:
@@ -51,10 +50,6 @@ def read_issuers(identity: Identity, now_ns: int, log: Any) -> None:
         identity.files.refresh(now_ns)
     except AetherError:
         log.error("tokens are refused", reason=str(identity.files.error))
-
-
-def _nobody(certificate: PeerCertificate, now_ns: int) -> Granted:
-    raise AetherError("BAD_CREDENTIAL", "cannot use the certificate: no foreign authority is trusted here")
 
 
 def _loaded(node: Node, book: Book, raw: bytes) -> None:

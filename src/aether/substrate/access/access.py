@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from aether.contract import apikeys, caveats
-from aether.contract.calls import Caller, PeerCertificate
+from aether.contract.calls import Caller
 from aether.contract.caveats import Request
 from aether.contract.errors import AetherError
 from aether.contract.records import PolicyRef, TicketRef
@@ -43,7 +43,6 @@ from aether.substrate.access.identity import (
     node_principal,
     principal_of,
 )
-from aether.substrate.access.issuers import Granted
 from aether.substrate.access.keyfile import IMPLICIT, Keys
 from aether.substrate.access.policy import Decides
 from aether.substrate.access.questions import Answer, ask, callers_own, questions
@@ -111,12 +110,10 @@ class PolicyDeniedError(AetherError):
 
 @dataclass(frozen=True, slots=True)
 class Proofs:
-    """What there is beside uids and tickets: kept credentials, tokens, and certificates of a foreign authority."""
+    """What there is beside uids and tickets: kept credentials, and tokens."""
 
     credentials: Credentials
     tokens: Tokens
-    foreign: Callable[[PeerCertificate, int], Granted]
-    """Who the holder is, at a time in ns; raises AetherError BAD_CREDENTIAL, CREDENTIAL_EXPIRED."""
 
 
 class ImplicitTickets:
@@ -213,12 +210,13 @@ class Access:
         """Who the caller is and the ticket in force: the first rules of the module head."""
         if caller.uid < 0:
             raise AetherError("UNAUTHENTICATED", f"cannot {operation}: the peer's identity is not known")
-        own = self._of_certificate(caller, now_ns) if caller.certificate is not None else None
-        text = caller.credential
+        text, now_ms, own = caller.credential, now_ns // 1_000_000, None
+        if caller.certificate is not None:
+            own = self._proven().credentials.of_certificate(caller.certificate, now_ms)
         if text is None:
             return own if own is not None else self._implicit.of(caller.uid)
         if text.startswith(apikeys.PREFIX):
-            return self._proven().credentials.of_key(text, now_ns // 1_000_000)
+            return self._proven().credentials.of_key(text, now_ms)
         if "." in text:
             granted = self._proven().tokens.verify(text, now_ns)
             return self._implicit.named(Principal(granted.name, granted.tenant, "token", None, (granted.role,)))
@@ -236,14 +234,6 @@ class Access:
         if text.startswith(apikeys.PREFIX):
             return links + (proofs.credentials.links(f"key:{apikeys.parse(text).key_id}") if proofs else ())
         return links + self._authority.read(text).link_ids
-
-    def _of_certificate(self, caller: Caller, now_ns: int) -> Shown:
-        assert caller.certificate is not None
-        proofs = self._proven()
-        if not caller.certificate.foreign:
-            return proofs.credentials.of_certificate(caller.certificate, now_ns // 1_000_000)
-        granted = proofs.foreign(caller.certificate, now_ns)
-        return self._implicit.named(Principal(granted.name, granted.tenant, "workload", None, (granted.role,)))
 
     def _proven(self) -> Proofs:
         if self._proofs is None:

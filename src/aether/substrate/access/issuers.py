@@ -1,13 +1,11 @@
-"""`policy/issuers.json`: whose tokens and foreign certificates are accepted, and what their holders may do. Pure.
+"""`policy/issuers.json`: whose tokens are accepted, and what their holders may do. Pure.
 
     {
       "tokens": [{
         "issuer": "https://id.example.org", "audience": "aether", "jwks_file": "id.jwks.json",
         "grants": [{"claims": {"groups": "ops"}, "tenant": "acme", "role": "queen"},
                    {"tenant_claim": "org", "role": "user"}]
-      }],
-      "spire": {"socket": "/run/spire/sockets/agent.sock",
-                "grants": [{"id": "spiffe://example.org/agent/*", "tenant": "acme", "role": "user"}]}
+      }]
     }
 
 The first grant that fits decides; where none does, the caller is nobody here. Keys come as `jwks` in the file or as
@@ -17,7 +15,6 @@ for P-256, RS256 for RSA from 2,048 bits), so that no token chooses one; secret 
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -59,26 +56,10 @@ class TokenIssuer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     lifetime_s_max: int = 3_600
 
 
-class SpireGrant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a workload may do whose SPIFFE ID fits the pattern (`*` stands for anything)."""
-
-    id: str
-    tenant: str
-    role: str
-
-
-class Spire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where the SPIRE agent listens."""
-
-    socket: str
-    grants: tuple[SpireGrant, ...]
-
-
 class Issuers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The file."""
 
     tokens: tuple[TokenIssuer, ...] = ()
-    spire: Spire | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +87,6 @@ def parse(raw: bytes) -> Issuers:
             _check_issuer(issuer)
         if len({issuer.issuer for issuer in found.tokens}) != len(found.tokens):
             raise ValueError("an issuer is named twice")
-        for spire in found.spire.grants if found.spire else ():
-            _check_grant(spire.tenant, spire.role)
     except (msgspec.MsgspecError, ValueError) as error:
         raise AetherError("STATE_UNUSABLE", f"cannot use the file of issuers: {error}") from error
     return found
@@ -157,14 +136,6 @@ def granted_token(issuer: TokenIssuer, claims: Mapping[str, Any]) -> Granted:
 
 
 _SAFE: Final = ":/._@+=|~-"
-
-
-def granted_workload(spire: Spire, spiffe_id: str) -> Granted:
-    """Who the workload is; raises AetherError BAD_CREDENTIAL."""
-    for grant in spire.grants:
-        if fnmatch.fnmatchcase(spiffe_id, grant.id):
-            return Granted(spiffe_id, grant.tenant, grant.role)
-    raise AetherError("BAD_CREDENTIAL", "cannot use the certificate: no grant fits its SPIFFE ID")
 
 
 def keys_of(issuer: TokenIssuer, read: Callable[[str], bytes]) -> dict[str, Key]:
