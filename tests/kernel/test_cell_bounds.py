@@ -79,8 +79,12 @@ async def tell(driver: NativeDriver, state: Path, limits: Limits) -> tuple[dict[
     started = await driver.launch(Order(cell_id, "exec" + cell_id[4:], spec))
     end = await driver.wait(started.handle, started.exec_id)
     assert end.exit.code == 0, end
-    read = JobLogs(state / "logs/jobs").read(str(started.handle), started.exec_id, "stdout", 0, True)
-    text = b"".join([chunk async for chunk in read])
+    text = b""
+    for _ in range(100 * SLOW):  # an end is told without its output where the keeper has not started in two seconds
+        read = JobLogs(state / "logs/jobs").read(str(started.handle), started.exec_id, "stdout", 0, True)
+        if text := b"".join([chunk async for chunk in read]):
+            break
+        await asyncio.sleep(0.02)
     seen = json.loads(text)
     await driver.free(started.handle)
     return seen, started.report.enforced | {"missing": started.report.missing}
