@@ -6,7 +6,7 @@ import argparse
 import subprocess
 import sys
 
-ALL = ("footprint", "cells", "launch", "oci", "egress", "revoke", "audit", "jobs")
+ALL = ("footprint", "access", "cells", "launch", "oci", "egress", "revoke", "audit", "jobs")
 
 
 def main() -> None:

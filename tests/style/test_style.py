@@ -40,6 +40,7 @@ LAYERS: dict[str, set[str]] = {
 EXCEPTIONS = {
     ("aether.cli", "aether.daemons.control"): "up, down and `run` start an instance",
     ("aether.cli", "aether.substrate.audit"): "verification works without an instance",
+    ("aether.cli", "aether.substrate.access"): "a policy is checked and tested without an instance",
     ("aether.cli", "aether.spawner.linux.probe"): "`doctor` works without an instance",
     ("aether.cli", "aether.worldmodel.data"): "sample trajectories need no instance",
 }

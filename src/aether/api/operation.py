@@ -12,12 +12,13 @@ from aether.api import params
 from aether.contract.errors import ErrorBody
 from aether.contract.jobs import Effect
 
-Access = Literal["open", "read", "submit", "control"]
+Access = Literal["open", "read", "submit", "control", "admin"]
 ACCESS: Final[Mapping[str, str]] = {
     "open": "any principal that can connect",
     "read": "a principal whose ticket and the policy allow reading its tenant's objects",
     "submit": "a principal whose ticket and the policy allow this job; spends one `ops` of the budget",
     "control": "a principal whose ticket and the policy allow changing the tenant's objects; spends one `ops`",
+    "admin": "a principal whom ticket and policy let administer the node, by default the operator",
 }
 Streaming = Literal["none", "server", "upload", "both"]
 Body = Literal["none", "json", "optional_json", "raw"]

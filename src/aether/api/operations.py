@@ -34,6 +34,7 @@ from aether.api.operation import (
     WRITE_ERRORS,
     Operation,
 )
+from aether.api.policyoperations import POLICY_OPERATIONS
 from aether.api.ticketoperations import TICKET_OPERATIONS
 from aether.api.watchoperations import CELL_WATCH_OPERATIONS, JOB_WATCH_OPERATIONS
 from aether.contract import calls, limits, wire
@@ -317,6 +318,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     *CELL_OPERATIONS,
     *IMAGE_OPERATIONS,
     *TICKET_OPERATIONS,
+    *POLICY_OPERATIONS,
     *APPROVAL_OPERATIONS,
     *BUDGET_OPERATIONS,
     *IDENTITY_OPERATIONS,

@@ -199,14 +199,14 @@ def _wanted(
         job_id=job_id,
         cell=cell,
         ticket=link,
-        since=_time(since),
-        until=_time(until),
+        since=moment(since),
+        until=moment(until),
         start=start,
         end=end,
     )
 
 
-def _time(text: str | None) -> str | None:
+def moment(text: str | None) -> str | None:
     """A time as it stands, or how long ago it is (`10m`)."""
     import time
 

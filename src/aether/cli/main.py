@@ -19,6 +19,7 @@ from aether.cli import (
     network,
     node,
     pki,
+    policy,
     run,
     tickets,
 )
@@ -48,7 +49,22 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
-    for part in (run, jobs, models, images, artifacts, audit, network, tickets, keys, pki, budgets, approvals, node):
+    for part in (
+        run,
+        jobs,
+        models,
+        images,
+        artifacts,
+        audit,
+        network,
+        tickets,
+        keys,
+        pki,
+        policy,
+        budgets,
+        approvals,
+        node,
+    ):
         part.register(app)
     return app
 

@@ -34,6 +34,7 @@ from aether.client.budgets import Budgets
 from aether.client.cells import Cells, Session
 from aether.client.identity import Identity, Keys, Pki
 from aether.client.inputs import gather
+from aether.client.policy import PolicyClient
 from aether.client.tickets import Tickets
 from aether.client.transport import Call, Transport
 from aether.client.upgrade import open_stream
@@ -347,6 +348,11 @@ class Client:
     def tickets(self) -> Tickets:
         """The operations on tickets."""
         return Tickets(self)
+
+    @property
+    def policy(self) -> PolicyClient:
+        """The policy: its versions, its decisions, and another one in its place."""
+        return PolicyClient(self)
 
     @property
     def approvals(self) -> Approvals:

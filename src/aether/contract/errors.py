@@ -64,7 +64,7 @@ KINDS: Final[Mapping[str, ErrorKind]] = {
     "TICKET_DENIED": ErrorKind(403, EXIT_REFUSED, "use a ticket whose caveats allow this operation"),
     "TICKET_LIMIT": ErrorKind(429, EXIT_FAILED, "wait until tickets expire, or revoke a ticket instead of its links"),
     "POLICY_DENIED": ErrorKind(403, EXIT_REFUSED, "ask the operator; the answer names the deciding policies"),
-    "BAD_POLICY": ErrorKind(422, EXIT_USAGE, "mend the policy where the message says"),
+    "BAD_POLICY": ErrorKind(422, EXIT_USAGE, "mend it where the message says; `aether policy check FILE` shows where"),
     "POLICY_LOCKOUT": ErrorKind(409, EXIT_REFUSED, "permit somebody to load another policy, or give --force"),
     "BUDGET_EXHAUSTED": ErrorKind(402, EXIT_REFUSED, "ask for a larger budget"),
     "APPROVAL_NEEDED": ErrorKind(

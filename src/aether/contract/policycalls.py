@@ -44,9 +44,9 @@ class LoadCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class RollbackCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`policy.rollback`: to the version of that digest (6 or more of its hex digits), or to the one before."""
+    """`policy.rollback`: to the version of that digest (6 or more of its hex digits)."""
 
-    digest: str | None = None
+    digest: str
     force: bool = False
 
 

@@ -11,8 +11,9 @@ import functools
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 from aether.api.http import HttpApp
@@ -31,7 +32,6 @@ from aether.substrate.access.access import Access, Minted
 from aether.substrate.access.budget import Accounts
 from aether.substrate.access.keyfile import Keys
 from aether.substrate.access.keyfile import settle as settle_keys
-from aether.substrate.access.policy import Policy
 from aether.substrate.again import ways
 from aether.substrate.approvals import ApprovalDesk
 from aether.substrate.asking import Asking
@@ -58,6 +58,7 @@ from aether.substrate.labels import LabelDesk
 from aether.substrate.meter import Meter
 from aether.substrate.orchestra import Orchestra
 from aether.substrate.pkidesk import PkiDesk
+from aether.substrate.policydesk import PolicyDesk, documents_of, state_of, taken_up
 from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
 from aether.substrate.repeats import Keyed, Repeats
@@ -98,18 +99,18 @@ def compose(
     audit, signer = open_log(layout, node_file, log)
     book = Book(audit, Accounts(), layout.keys / "ledger.snapshot", time.time_ns)
     log.info("audit log open", records=audit.size, replayed=book.load())
-    policy = Policy.load(layout.policy.read_text()) if layout.policy.exists() else Policy.default()
+    policy, taken = taken_up(book, layout.policy.read_text() if layout.policy.exists() else None)
     keys = _keys(layout, book)
     identity = identities.compose(layout, node, book, keys.implicit)
     minting, revoked = _minting(node, book), book.ledger.tickets.revoked
     access = Access.create(keys, policy, operators, minting, revoked, identity.proofs)
-    audit.store_document(policy.text.encode())
-    loaded = PolicyRef(digest=policy.digest, decision="allow", determining=())
+    for document in documents_of(policy):
+        audit.store_document(document)
     record_node(node, book, "node.started", None)
-    record_node(node, book, "policy.loaded", loaded)
+    record_node(node, book, "policy.loaded", state_of(policy)[0], taken)
     identities.read_issuers(identity, book.now_ns(), log)
-    rotating = rotation(layout, node_file, restart)
-    return _assemble(layout, node, book, access, identity, Receipts(audit, signer), rotating)
+    receipts, rotating = Receipts(audit, signer), rotation(layout, node_file, restart)
+    return _assemble(layout, node, book, access, identity, receipts, rotating, operators)
 
 
 def _keys(layout: Layout, book: Book) -> Keys:
@@ -126,6 +127,7 @@ def _assemble(
     identity: Identity,
     receipts: Receipts,
     rotating: Rotation,
+    operators: frozenset[int],
 ) -> Authority:
     gate = Gate(node, access, book)
     orchestra = Orchestra()
@@ -155,6 +157,7 @@ def _assemble(
     parts = Parts(
         gate=gate,
         book=book,
+        policy=PolicyDesk(gate, book, access, house, reading, operators),
         cells=cells,
         orchestra=orchestra,
         egress=egress,
@@ -205,7 +208,9 @@ def _minting(node: Node, book: Book) -> Callable[[Minted], None]:
     return minted
 
 
-def record_node(node: Node, book: Book, kind: RecordType, policy: PolicyRef | None) -> Record:
+def record_node(
+    node: Node, book: Book, kind: RecordType, policy: PolicyRef | None, detail: Mapping[str, str] = MappingProxyType({})
+) -> Record:
     """Records something about the node itself."""
     return book.write(
         lambda index, now: Record(
@@ -214,7 +219,7 @@ def record_node(node: Node, book: Book, kind: RecordType, policy: PolicyRef | No
             time=now,
             node_id=node.node_id,
             policy=policy,
-            detail={"version": node.version},
+            detail={"version": node.version, **detail},
         )
     )
 

@@ -51,6 +51,7 @@ class _Snapshot(msgspec.Struct):
     cells: list[tuple[Record, str, Record | None, bool]] = []
     egress: dict[str, int] = {}
     tickets: list[tuple[Record, list[Record]]] = []
+    policies: tuple[list[Record], int, Record | None, Record | None] = ([], 0, None, None)
     epoch: int = 1
     exhausted: dict[str, Record] = {}
     metered: dict[str, tuple[int, Memory]] = {}
@@ -181,6 +182,7 @@ class Book:
             accounts=self.accounts.snapshot(),
             cells=ledger.cells.snapshot(),
             tickets=ledger.tickets.snapshot(),
+            policies=ledger.policies.snapshot(),
             epoch=ledger.tickets.epoch,
             exhausted={name: job.exhausted for name, job in ledger.open.items() if job.exhausted is not None},
             metered=ledger.cells.metered(),
@@ -210,6 +212,7 @@ class Book:
         self.ledger.cells.restore(state.cells)
         self.ledger.cells.restore_marks(state.marks)
         self.ledger.tickets.restore(state.tickets)
+        self.ledger.policies.restore(state.policies)
         self.ledger.tickets.epoch = state.epoch
         self.ledger.approvals.restore(state.approvals)
         self.ledger.restore(state.applied, jobs, state.keys)

@@ -30,6 +30,8 @@ _READS: Final = frozenset(
         "cell.list", "cell.show", "cell.stats", "cell.events", "cell.get", "cell.files",
         "approval.list", "approval.show", "approval.oversee",
         "ticket.list", "ticket.show", "ticket.verify", "key.list", "pki.show",
+        "policy.show", "policy.list", "policy.explain", "policy.check", "policy.test", "policy.diff",
+        "policy.counterfactual",
         "job.activity", "cell.activity", "job.egress", "cell.egress", "budget.show", "usage", "quota.show",
     }
 )  # fmt: skip

@@ -24,6 +24,7 @@ from aether.substrate.allocations import Allocations
 from aether.substrate.approvalbook import TYPES as APPROVAL_TYPES
 from aether.substrate.approvalbook import Approval, ApprovalBook
 from aether.substrate.keymark import request_hash
+from aether.substrate.policybook import PolicyBook
 from aether.substrate.ticketbook import MINTING, TicketBook
 
 EGRESS_TYPES: Final = frozenset({"egress.opened", "egress.connection", "egress.closed"})
@@ -123,6 +124,7 @@ class Ledger:
         self.open: dict[str, OpenJob] = {}
         self.cells = Allocations()
         self.tickets = TicketBook()
+        self.policies = PolicyBook()
         self.approvals = ApprovalBook()
         self.applied = 0
         self._keys: OrderedDict[str, KeyEntry] = OrderedDict()
@@ -137,6 +139,7 @@ class Ledger:
         self.applied += 1
         self.cells.apply(record)
         self.tickets.apply(record)
+        self.policies.apply(record)
         self.approvals.apply(record)
         job_id = record.job_id
         self._remember(record, job_id or record.cell_id or _link_of(record) or _subject_of(record) or "")

@@ -72,6 +72,7 @@ from aether.substrate.keydesk import KeyDesk
 from aether.substrate.meter import Meter
 from aether.substrate.orchestra import Orchestra
 from aether.substrate.pkidesk import PkiDesk
+from aether.substrate.policydesk import PolicyDesk
 from aether.substrate.reading import Reading
 from aether.substrate.reconcile import Reconciler
 from aether.substrate.repeats import Repeats
@@ -93,6 +94,7 @@ class Parts:
 
     gate: Gate
     book: Book
+    policy: PolicyDesk
     cells: CellSupervisor
     orchestra: Orchestra
     egress: EgressDesk
@@ -137,6 +139,7 @@ class Service:
             "node.doctor": self._doctor,
             "cell.explain": self._explain,
             **parts.images.handlers(),
+            **parts.policy.handlers(),
             **parts.budgets.handlers(),
             "job.submit": parts.submitter.submit,
             "job.replay": parts.replayer.replay,

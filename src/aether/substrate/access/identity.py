@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 DEFAULT_TENANT: Final = "default"
 NODE_PRINCIPAL: Final = "node"
 QUEEN: Final = "queen"
 USER: Final = "user"
 NODE: Final = "node"
+Kind = Literal["user", "workload", "key", "token", "node"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Principal:
 
     name: str
     tenant_id: str
-    kind: Literal["user", "workload", "key", "token", "node"]
+    kind: Kind
     uid: int | None
     roles: tuple[str, ...] = ()
 
@@ -52,3 +53,9 @@ def node_principal(tenant_id: str = DEFAULT_TENANT) -> Principal:
 def implicit_tenant(uid: int, operators: Collection[int]) -> str:
     """The tenant in which a uid acts without a ticket."""
     return DEFAULT_TENANT if uid in operators else f"uid-{uid}"
+
+
+def asker(name: str, tenant_id: str, kind: str) -> Principal:
+    """Somebody whom a policy is asked about, as records name them: nobody who connected."""
+    known: Kind | None = next((each for each in get_args(Kind) if each == kind), None)
+    return Principal(name, tenant_id, known or "user", None)

@@ -16,8 +16,9 @@ from typing import Final
 import cedarpy
 
 from aether.contract import limits
+from aether.contract.canonical import digest_bytes
 from aether.contract.errors import AetherError
-from aether.contract.policycalls import Problem
+from aether.contract.policycalls import Checked, Problem
 from aether.substrate.access.rules import Rule, rules_of
 from aether.substrate.access.schema import schema
 
@@ -27,6 +28,7 @@ _SPACE: Final = re.compile(r"//|\s")
 _OPEN: Final = frozenset("([{")
 _CLOSE: Final = frozenset(")]}")
 _PROBLEMS_MAX: Final = 50
+_TOKEN_FAULTS: Final = ("unexpected token", "invalid token")
 _INCOMPLETE: Final = "unexpected end of input"
 
 
@@ -54,6 +56,17 @@ def parse(text: str) -> tuple[Rule, ...]:
             details={"line": first.line, "column": first.column},
         )
     return rules
+
+
+def checked(text: str) -> Checked:
+    """What is wrong with a policy's text, or the names of what it holds. Pure."""
+    rules, problems = examine(text)
+    return Checked(
+        ok=not problems,
+        digest=digest_bytes(text.encode(errors="replace")),
+        policies=() if problems else tuple(rule.name for rule in rules),
+        problems=problems,
+    )
 
 
 def examine(text: str) -> tuple[tuple[Rule, ...], tuple[Problem, ...]]:
@@ -133,8 +146,15 @@ def _fault_at(text: str, statement: _Statement, why: str) -> int:
             low = middle + 1
         else:
             high = middle
-    # a fault of the whole policy (an effect of that name, too many negations) shows at its end only
-    return statement.start if low == len(ends) - 1 and text[statement.end - 1] == ";" else statement.tokens[low]
+    if not why.startswith(_TOKEN_FAULTS):
+        return statement.start  # of the policy as a whole: an effect of that name, too many negations
+    # the parser may look one token ahead before it says so
+    begin = statement.tokens[low - 1] if low else 0
+    return (
+        begin
+        if low and why == f"unexpected token `{text[begin : statement.tokens[low]].strip()}`"
+        else statement.tokens[low]
+    )
 
 
 def _names(
