@@ -18,7 +18,6 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +29,7 @@ import msgspec
 from aether.api.operations import BY_NAME
 from aether.client.approvals import Approvals, approval_query
 from aether.client.audit import Audit
+from aether.client.bodies import opened
 from aether.client.budgets import Budgets
 from aether.client.cells import Cells, Session
 from aether.client.identity import Identity, Keys, Pki
@@ -393,7 +393,7 @@ class Client:
 
     def upload_to(self, name: str, reply: type[T], argument: str, query: Sequence[tuple[str, str]], source: Any) -> T:
         """Any operation that takes bytes: of a path, a seekable binary file, or as they are."""
-        with _opened(source) as (body, size):
+        with opened(source) as (body, size):
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
             return self._json(name, reply, argument, query=query, body=body, headers=headers)
 
@@ -407,7 +407,7 @@ class Client:
         labels: Sequence[str] = (),
     ) -> wire.ArtifactInfo:
         """Uploads a file (path or seekable binary file) or bytes; `labels` go where it goes from now on."""
-        with _opened(source) as (body, size):
+        with opened(source) as (body, size):
             headers = {"Content-Type": media_type, "Content-Length": str(size)}
             query = [("label", label) for label in labels]
             return self._json("artifact.put", wire.ArtifactInfo, query=query, body=body, headers=headers)
@@ -445,7 +445,7 @@ class Client:
         """Sends an OCI layout (its tar, or its directory) or any directory, and has it unpacked."""
         from aether.client.imagefile import opened_image
 
-        with opened_image(source) as archive, _opened(archive) as (body, size):
+        with opened_image(source) as archive, opened(archive) as (body, size):
             headers = {"Content-Type": "application/x-tar", "Content-Length": str(size)}
             query = [("name", name)]
             extra_s = float(limits.IMAGE_UNPACK_S_MAX)
@@ -586,21 +586,3 @@ def _finish(response: HTTPResponse) -> None:
         raise AetherError("PROTOCOL", f"cannot read on: the connection ended early ({error})") from error
     if rest:
         raise AetherError("PROTOCOL", "cannot read on: the connection ended early")
-
-
-@contextmanager
-def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[tuple[bytes | BinaryIO, int]]:
-    """The body to send and its size from the current position."""
-    if isinstance(source, bytes):
-        yield source, len(source)
-    elif isinstance(source, str | os.PathLike):
-        try:
-            with Path(source).open("rb") as file:
-                yield file, os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise AetherError("BAD_FIELD", f"cannot send {str(source)!r}: {error.strerror}", "name a file") from error
-    else:
-        at = source.tell()
-        size = source.seek(0, os.SEEK_END) - at
-        source.seek(at)
-        yield source, size

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aether.api.operations import OPERATIONS
-from aether.client import Client, approvals, audit, budgets, cells, identity, tickets
+from aether.client import Client, approvals, audit, budgets, cells, identity, policy, tickets
 from aether.client.inputs import gather
 from aether.contract.cells import Limits
 from aether.contract.errors import AetherError
@@ -47,7 +47,7 @@ def test_every_operation_has_its_method(client: Client) -> None:
     assert client.signal(job.job_id, 15).job_id == client.window(job.job_id, 24, 80).job_id == job.job_id
     source = inspect.getsource(Client) + inspect.getsource(cells) + inspect.getsource(tickets)
     source += inspect.getsource(audit) + inspect.getsource(budgets) + inspect.getsource(approvals)
-    source += inspect.getsource(identity)
+    source += inspect.getsource(identity) + inspect.getsource(policy)
     assert all(f'"{operation.name}"' in source for operation in OPERATIONS)
 
 
