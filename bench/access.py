@@ -74,7 +74,7 @@ def main() -> None:
     policy, read = rules(10), Question("job.get", "job", id="job_1")
     row("decision, 10 rules, remembered", 3, lambda n: policy.decide(user, "user", read, NOW_NS))
 
-    access = Access(authority, None, policy)  # type: ignore[arg-type]
+    access = Access(authority, None, policy, None)  # type: ignore[arg-type]
     submit = Resource(kind="command", op="run", labels=("a",))
 
     def admit(number: int) -> None:

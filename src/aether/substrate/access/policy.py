@@ -225,7 +225,7 @@ def _slice_of(rules: tuple[Rule, ...]) -> _Slice:
     return _Slice(
         set=cedarpy.PolicySet.from_json_str(_ENCODE(joined).decode()),
         names={rule.key: rule.name for rule in rules},
-        contexts=schema().contexts if WHOLE in contexts else contexts & schema().contexts,
+        contexts=_told(contexts),
         describes=not of_resource <= {IDENTITY},
         by_id=bool(of_resource & {IDENTITY, ANCESTORS}),
         cacheable=not any(
@@ -235,12 +235,23 @@ def _slice_of(rules: tuple[Rule, ...]) -> _Slice:
     )
 
 
+def _told(read: frozenset[str]) -> frozenset[str]:
+    """The attributes of `context` that are told: those that are read, of the time only the parts that are."""
+    if WHOLE in read:
+        return schema().contexts
+    if "time" in read:
+        read = frozenset(name for name in read if not name.startswith("time."))
+    return frozenset(name for name in read if name.partition(".")[0] in schema().contexts)
+
+
 def _context(contexts: frozenset[str], principal: Principal, question: Question, now_ns: int) -> dict[str, Any]:
     """The attributes of `contexts`; what does not apply is empty."""
     told: dict[str, Any] = {}
     for name in contexts:
-        if name == "time":
-            told[name] = calendar(now_ns)
+        whole, _, part = name.partition(".")
+        if whole == "time":
+            parts = calendar(now_ns)
+            told[whole] = parts if not part else told.get(whole, {}) | {part: parts[part]}
         elif name == "tenant":
             told[name] = principal.tenant_id
         elif name in ("labels", "hosts"):

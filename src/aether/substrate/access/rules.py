@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 
 _LITERALS: Final = frozenset({"Value", "Slot", "Unknown"})
 _PARTS: Final = ("left", "right", "arg", "if", "then", "else", "in")
+_TIME: Final = {".": {"left": {"Var": "context"}, "attr": "time"}}
 WHOLE: Final = "*"
 """The attribute that stands for all."""
 ANCESTORS: Final = "in"
@@ -110,7 +111,9 @@ def _expression_reads(expressions: Iterable[Any]) -> Iterator[Read]:
             yield (argument, IDENTITY if argument == "resource" else WHOLE)
         elif operator in (".", "has"):
             left = argument["left"]
-            if _variable(left):
+            if left == _TIME:
+                yield "context", f"time.{argument['attr']}"
+            elif _variable(left):
                 yield _variable(left), argument["attr"]
             else:
                 stack.append(left)
