@@ -246,7 +246,7 @@ def session(layout: Layout) -> requests.Session:
     return found
 
 
-@SCHEMA.parametrize()
+@SCHEMA.exclude(operation_id="audit.rotate-key").parametrize()  # the authority begins again under its new key
 @settings(
     max_examples=12,
     deadline=None,
@@ -257,15 +257,18 @@ def session(layout: Layout) -> requests.Session:
 def test_schemathesis_finds_nothing(case: schemathesis.Case, session: requests.Session) -> None:
     """Some requests are judged by more than a document can say, so that neither what it allows nor what it does not
     tells whether they are taken: a model's inputs (the runtime's to check, after the job was accepted), an image (its
-    archive), an upgrade, days and cursors of the log, what the lists of a ticket may hold."""
+    archive), an upgrade, days and cursors of the log, what the lists of a ticket may hold, what a secret of a cell
+    names, the text of a policy and its cases, which witnesses there are."""
     assume(not says_a_name_twice(case.body))
     if case.query:
         case.query.pop("follow", None)  # the log's tail has no end
-    judged = ("/jobs", "/tasks", "/images", "/attach", "/audit/records", "/audit/tail", "/audit/export", "/tickets")
-    writes = case.operation.method.upper() in ("POST", "PUT") or "/audit/" in case.operation.path
+    judged = ("/jobs", "/tasks", "/images", "/attach", "/audit/records", "/audit/tail", "/audit/export", "/tickets",
+              "/cells", "/cosignatures")  # fmt: skip
+    path = case.operation.path
+    writes = case.operation.method.upper() in ("POST", "PUT") or "/audit/" in path
     excluded = [positive_data_acceptance, negative_data_rejection]
     case.call_and_validate(
         session=session,
         base_url="http://localhost",
-        excluded_checks=excluded if writes and case.operation.path.endswith(judged) else [],
+        excluded_checks=excluded if writes and (path.endswith(judged) or "/policy/" in path) else [],
     )

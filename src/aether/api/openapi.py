@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from aether.api import budgetschema, commandschema, limitschema, networkschema, params, ticketschema
+from aether.api import auditschema, budgetschema, commandschema, limitschema, networkschema, params, ticketschema
 from aether.api.operation import ErrorReply, Operation
 from aether.api.operations import OPERATIONS
 from aether.api.schemas import refine_optional
@@ -209,6 +209,8 @@ def _schemas() -> JsonObject:
         schemas["DecisionBody"]["properties"]["reason"], "string", maxLength=limits.APPROVAL_REASON_CHARS_MAX
     )
     budgetschema.refine(schemas)
+    auditschema.refine(schemas)
+    refine_optional(schemas["ExplainPolicyCall"]["properties"]["job_id"], "string", **params.JOB_ID_SCHEMA)
     schemas["JobRequest"] = _job_request()
     schemas["StopBody"]["properties"]["grace_ms"].update(minimum=0, maximum=limits.STOP_GRACE_MS_MAX)
     schemas["ErrorBody"]["properties"]["code"]["enum"] = sorted(KINDS)

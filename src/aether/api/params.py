@@ -269,7 +269,7 @@ APPROVAL: Final = Param(
 LABEL: Final = Param(
     "label",
     "labels",
-    {"type": "array", "items": {"type": "string", "pattern": limits.LABEL_PATTERN}},
+    {"type": "array", "items": {"type": "string", "pattern": limits.LABEL_PATTERN}, "maxItems": limits.LABELS_MAX},
     parse_label,
     f"A label that it carries from now on; may be repeated, at most {limits.LABELS_MAX} times.",
     repeats=True,

@@ -321,12 +321,13 @@ def _check_sched(asked: Sched) -> None:
     """What does not go together, as far as a JSON Schema can say it; the spawner checks it again, and that the times
     of a deadline rise."""
     times = (asked.runtime_us, asked.deadline_us, asked.period_us)
+    priorities = range(1, 100) if asked.policy in ("fifo", "rr") else range(1)
     wrong = (
         (not -20 <= asked.nice <= 19, "nice goes from -20 to 19"),
         (not 0 <= asked.io_priority <= 7, "io_priority goes from 0 to 7"),
         (asked.nice != 0 and asked.policy not in ("other", "batch"), "nice goes with other and batch"),
         (
-            (asked.policy in ("fifo", "rr")) != (1 <= asked.priority <= 99),
+            asked.priority not in priorities,
             "a priority from 1 to 99 goes with fifo and rr, and with them alone",
         ),
         (

@@ -234,6 +234,10 @@ CHECKPOINT_INTERVAL_S: Final = 1.0
 TILE_WIDTH: Final = 256
 AUDIT_SEARCH_RECORDS_MAX: Final = 50_000
 """Records that one page of a search looks at; the next page goes on from there."""
+AUDIT_KEEP_MS_MIN: Final = 1_000
+AUDIT_KEEP_MS_MAX: Final = 100 * 366 * 24 * 3600 * 1000
+WITNESSES_MAX: Final = 32
+"""Of one log."""
 AUDIT_PAGE_BYTES_MAX: Final = 1 * MIB
 DISK_FREE_BYTES_MIN: Final = 64 * MIB
 """Admission stops (507) below this plus the room of every open outcome."""

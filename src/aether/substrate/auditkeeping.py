@@ -21,6 +21,7 @@ from aether.contract import auditcalls as wire
 from aether.contract.calls import Caller, Nothing
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
+from aether.contract.limits import AUDIT_KEEP_MS_MAX, AUDIT_KEEP_MS_MIN, WITNESSES_MAX
 from aether.substrate import auditentries as entries
 from aether.substrate.access.access import Resource
 from aether.substrate.audit import entry as codec
@@ -28,14 +29,11 @@ from aether.substrate.audit.cosign import signature_line
 from aether.substrate.audit.log import AuditLog
 from aether.substrate.audit.note import NoteError, Signer, decode_base64, split_note
 from aether.substrate.audit.submit import WitnessAt, read_witnesses
-from aether.substrate.audit.witnessed import WITNESSES_MAX
 from aether.substrate.book import Book
 from aether.substrate.cellhouse import CellHouse
 from aether.substrate.gate import Gate
 from aether.substrate.workers import WORKER_OP
 
-KEEP_MS_MIN: Final = 1_000
-KEEP_MS_MAX: Final = 100 * 366 * 24 * 3600 * 1000
 _SNAPSHOT_TRIES: Final = 100
 _WITNESS_FILE_BYTES_MAX: Final = 64 * 1024
 
@@ -123,8 +121,10 @@ class AuditKeeping:
     async def retain(self, caller: Caller, call: wire.RetainCall) -> wire.Retained:
         """`audit.retain`: raises BAD_FIELD, LOG_CORRUPT (the tree lacks the hash of something old: nothing goes)."""
         admission = self._gate.admit(caller, "audit.retain", Resource(kind="audit"))
-        if not KEEP_MS_MIN <= call.keep_ms <= KEEP_MS_MAX:
-            raise AetherError("BAD_FIELD", f"cannot retain: keep_ms must be within {KEEP_MS_MIN}..{KEEP_MS_MAX}")
+        if not AUDIT_KEEP_MS_MIN <= call.keep_ms <= AUDIT_KEEP_MS_MAX:
+            raise AetherError(
+                "BAD_FIELD", f"cannot retain: keep_ms must be within {AUDIT_KEEP_MS_MIN}..{AUDIT_KEEP_MS_MAX}"
+            )
         async with self._turn:
             before = rfc3339(self._book.now_ns() - call.keep_ms * 1_000_000)
             await self._seal(before)

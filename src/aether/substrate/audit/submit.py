@@ -18,11 +18,11 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from aether.contract.errors import AetherError
+from aether.contract.limits import WITNESSES_MAX
 from aether.substrate.audit.cosign import WitnessKey
 from aether.substrate.audit.note import SIZE_MAX, NoteError, parse_checkpoint, split_note
 from aether.substrate.audit.unixhttp import UnixConnection
 from aether.substrate.audit.witness import SIZE_TYPE, AddCheckpoint
-from aether.substrate.audit.witnessed import WITNESSES_MAX
 
 ANSWER_BYTES_MAX: Final = 16 * 1024
 TIMEOUT_S: Final = 10.0

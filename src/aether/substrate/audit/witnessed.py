@@ -12,11 +12,11 @@ import re
 from pathlib import Path
 from typing import Final
 
+from aether.contract.limits import WITNESSES_MAX
 from aether.substrate.audit.files import write_file
 from aether.substrate.audit.note import NOTE_BYTES_MAX, NoteError, parse_checkpoint, split_note
 
 FOLDER: Final = "witnessed"
-WITNESSES_MAX: Final = 32
 _FILE: Final = re.compile(r"[0-9a-f]{8}", re.ASCII)
 
 
