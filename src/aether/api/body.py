@@ -31,6 +31,10 @@ _NOT_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
 _INLINE_WRITE_BYTES_MAX: Final = 64 * limits.KIB
 
 
+_WHY_CHARS_MAX: Final = 400
+"""A refusal names the field, and a client may have chosen a name as long as a body."""
+
+
 class ClientGoneError(Exception):
     """The connection closed before the request was complete; there is nobody to answer."""
 
@@ -110,7 +114,7 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise AetherError("BAD_FIELD", f"cannot read the body: {error}") from error
+        raise AetherError("BAD_FIELD", f"cannot read the body: {str(error)[:_WHY_CHARS_MAX]}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise AetherError("BAD_JSON", f"cannot read the body: {error}") from error
 

@@ -24,7 +24,7 @@ from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
-from aether.contract.codec import FrameBuffer, encode_frame
+from aether.contract.codec import UNREADABLE, FrameBuffer, encode_frame
 from aether.contract.errors import AetherError, ErrorBody
 from aether.contract.limits import LINK_CALLS_IN_FLIGHT_MAX, LINK_WRITE_BUFFER_BYTES_MAX
 from aether.contract.ports import EventHandler, Handler
@@ -125,7 +125,7 @@ class UnixLink(asyncio.Protocol):
         try:
             for payload in self._frames.feed(data):
                 self._dispatch(_ENVELOPE.decode(payload))
-        except (AetherError, msgspec.DecodeError) as error:
+        except (AetherError, *UNREADABLE) as error:
             self._report("frame", error)
             assert self._transport is not None
             self._transport.abort()
@@ -163,7 +163,10 @@ class UnixLink(asyncio.Protocol):
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         elif envelope.type == EVENT:
-            decoder, run = self._events[envelope.verb or ""]
+            verb = envelope.verb or ""
+            if verb not in self._events:
+                raise AetherError("PROTOCOL", f"cannot take event {verb!r}: unknown")
+            decoder, run = self._events[verb]
             run(decoder.decode(envelope.body))
         elif envelope.type in (REPLY, ERROR):
             self._resolve(envelope)

@@ -16,6 +16,9 @@ from aether.contract.limits import FRAME_BYTES_MAX
 
 _LENGTH: Final = struct.Struct(">I")
 _ENCODER: Final = msgspec.msgpack.Encoder()
+UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are no value of a type: text that is not UTF-8 and deep nesting have errors of
+their own."""
 
 
 def encode_frame(value: Any) -> bytes:

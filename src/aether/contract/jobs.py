@@ -237,7 +237,7 @@ def _convert(value: Any, to: type[T], what: str) -> T:
     try:
         return msgspec.convert(value, to)
     except msgspec.ValidationError as error:
-        raise AetherError("BAD_FIELD", f"cannot read {what}: {error}") from error
+        raise AetherError("BAD_FIELD", f"cannot read {what}: {str(error)[:400]}") from error
 
 
 def _check_argv(params: CommandParams) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Coroutine
@@ -12,9 +13,13 @@ from typing import Any
 import msgspec
 import pytest
 import uvloop
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aether.backends.link import UnixLink, connect, pair, peer_uid, serve
+from aether.contract.codec import encode_frame
 from aether.contract.errors import AetherError
+from tests.support.hostile import changed_bytes
 
 
 @pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
@@ -167,3 +172,41 @@ def test_listen_connect_and_refusal(run: Run, tmp_path: Path) -> None:
         stop()
 
     run(main())
+
+
+GOOD_FRAMES = [encode_frame((kind, 1, verb, {"text": "a", "token": 1})) for kind, verb in ((0, "echo"), (3, "note"))]
+PAYLOADS = st.binary(max_size=30) | st.sampled_from(
+    [b"\x94\x03\x00\xa1\xff\x80", b"\x94\x00\x01\xa1a" + b"\x91" * 50_000]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        PAYLOADS.map(lambda raw: len(raw).to_bytes(4, "big") + raw)
+        | st.sampled_from(GOOD_FRAMES).flatmap(changed_bytes),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_any_bytes_are_served_or_close_the_link(frames: list[bytes]) -> None:
+    """Text that is not UTF-8, deep nesting, unknown verbs: no exception leaves the link of who hears them."""
+
+    async def main() -> None:
+        escaped: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: escaped.append(context))
+        ours, _, desk = await make_pair()
+        assert ours._transport is not None
+        ours._transport.write(b"".join(frames))
+        assert desk.link is not None
+        with contextlib.suppress(AetherError, TimeoutError):
+            async with asyncio.timeout(0.02):
+                await ours.call("echo", Text("a"), Text)
+        ours.close()
+        for _ in range(1_000):
+            await asyncio.sleep(0)
+            if desk.link.closed:
+                break
+        assert desk.link.closed and not escaped
+
+    asyncio.run(main())

@@ -12,7 +12,7 @@ from typing import Final, TypeVar, cast
 
 import msgspec
 
-from aether.contract.codec import FrameBuffer, encode_frame
+from aether.contract.codec import UNREADABLE, FrameBuffer, encode_frame
 from aether.contract.errors import AetherError
 from aether.contract.modelwire import PROTOCOL_VERSION, Hello, InferReply, InferRequest
 
@@ -103,7 +103,7 @@ class Channel(asyncio.Protocol):
                     self._answer(_REPLY.decode(payload))
                 else:
                     self.hello.set_result(_HELLO.decode(payload))
-        except (AetherError, msgspec.DecodeError) as error:
+        except (AetherError, *UNREADABLE) as error:
             self._end(AetherError("ENGINE_DIED", f"cannot understand the model runtime: {error}"))
             self.close()
 

@@ -87,8 +87,8 @@ def parse(raw: bytes) -> Issuers:
             _check_issuer(issuer)
         if len({issuer.issuer for issuer in found.tokens}) != len(found.tokens):
             raise ValueError("an issuer is named twice")
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise AetherError("STATE_UNUSABLE", f"cannot use the file of issuers: {error}") from error
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise AetherError("STATE_UNUSABLE", f"cannot use the file of issuers: {str(error)[:400]}") from error
     return found
 
 
@@ -104,7 +104,8 @@ def parse_jwks(document: Mapping[str, Any]) -> dict[str, Key]:
         if entry.get("use", "sig") != "sig":
             continue
         kind = entry.get("kty")
-        algorithm = _ALGORITHMS.get((kind, None if kind == "RSA" else entry.get("crv")))  # type: ignore[arg-type]
+        curve = None if kind == "RSA" else entry.get("crv")
+        algorithm = next((name for named, name in _ALGORITHMS.items() if named == (kind, curve)), None)
         if algorithm is None or entry.get("alg", algorithm) != algorithm:
             raise ValueError(f"the key {kid[:40]!r} is none of Ed25519, P-256, RSA with EdDSA, ES256, RS256")
         public = {name: value for name, value in entry.items() if name not in ("d", "p", "q", "dp", "dq", "qi")}
@@ -123,7 +124,10 @@ def granted_token(issuer: TokenIssuer, claims: Mapping[str, Any]) -> Granted:
     subject = claims.get("sub")
     if not isinstance(subject, str) or not subject:
         raise _nobody("it names no subject")
-    name = f"jwt:{quote(issuer.issuer, safe=_SAFE)}#{quote(subject, safe=_SAFE)}"
+    try:
+        name = f"jwt:{quote(issuer.issuer, safe=_SAFE)}#{quote(subject, safe=_SAFE)}"
+    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
+        raise _nobody("its subject is no Unicode text") from error
     if len(name) > NAME_CHARS_MAX:
         raise _nobody("the name of its subject is too long")
     for grant in issuer.grants:
@@ -145,7 +149,7 @@ def keys_of(issuer: TokenIssuer, read: Callable[[str], bytes]) -> dict[str, Key]
         if not isinstance(document, dict):
             raise ValueError("a JWK set is a JSON object")
         return parse_jwks(document)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         why = f"the keys of {issuer.issuer[:80]!r} cannot be read: {error}"
         raise AetherError("STATE_UNUSABLE", f"cannot use the file of issuers: {why}") from error
 

@@ -18,6 +18,7 @@ from typing import Final
 import msgspec
 
 from aether.contract.activity import ActivityEvent, Trace
+from aether.contract.codec import UNREADABLE
 from aether.contract.errors import AetherError
 from aether.contract.limits import EVENTS_READ_BYTES_MAX
 
@@ -88,7 +89,7 @@ class ActivityLogs:
                 return msgspec.json.decode(os.read(fd, TRACE_BYTES_MAX), type=Trace)
             finally:
                 os.close(fd)
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, *UNREADABLE) as error:
             raise AetherError("GONE", f"cannot read the trace of {cell_id}: it was not kept", "trace again") from error
 
 

@@ -34,6 +34,8 @@ POLL_S_MIN: Final = 0.02
 POLL_S_MAX: Final = 0.25
 UNWRITTEN_S_MAX: Final = 2.0
 """A log that nobody writes for this long is over; a keeper that died is back much sooner."""
+_OFFSET_MAX: Final = (1 << 53) - 1
+"""An index that names more was not written by a keeper, and pread(2) could not take it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ class ExecLog:
                 dropped += record.position - cursor
                 cursor = record.position
             skip = cursor - record.position
-            want = min(record.length - skip, left)
+            want = max(0, min(record.length - skip, left))
             start = record.offset + skip
             data, lost = self._kept(header, record.stream, start, want)
             if data:
@@ -241,6 +243,8 @@ def _read_header(index: int) -> _Header | None:
     if zlib.crc32(body) != crc:
         return None
     flags, _, t0, s0, e0, t1, s1, e1, first, end = HEADER.unpack(body)
+    if max(t0, s0, e0, t1, s1, e1, first, end) > _OFFSET_MAX:
+        return None
     records = (os.fstat(index).st_size - HEADER_BYTES) // RECORD.size
     return _Header(flags, (t0, t1), ((s0, e0), (s1, e1)), (first, end), max(0, records))
 
@@ -250,7 +254,9 @@ def _read_record(index: int, number: int) -> _Record | None:
     if len(raw) < RECORD.size:
         return None
     _, wall_us, position, offset, length, stream = RECORD.unpack(raw)
-    return _Record(wall_us, position, offset, length, stream) if stream < len(STREAMS) else None
+    if stream >= len(STREAMS) or max(position, offset) > _OFFSET_MAX:
+        return None
+    return _Record(wall_us, position, offset, length, stream)
 
 
 def _find(index: int, header: _Header, position: int) -> int:

@@ -110,7 +110,7 @@ def requested_key(csr: str) -> PublicKey:
         key = request.public_key()
         if not request.is_signature_valid:
             raise ValueError("its signature does not match its key")
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise _refused(f"it is no PKCS#10 request in PEM ({error})") from error
     if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1 | ec.SECP384R1):
         return key
