@@ -111,7 +111,7 @@ class Helper:
         """A helper reads bytes of cells and could be taken over: what it says wrongly ends it and nothing else."""
         try:
             self._on_message(self._read(message), message.fds)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             raise ChannelClosedError("a helper broke the protocol") from None
@@ -119,7 +119,7 @@ class Helper:
     def _read(self, message: Message) -> Any:
         try:
             return json.loads(message.data)
-        except ValueError:
+        except (ValueError, RecursionError):
             message.close()
             raise
 

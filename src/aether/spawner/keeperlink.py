@@ -21,6 +21,7 @@ from aether.spawner.loop import Loop, Timer
 HAND_OVER_S: Final = 0.01
 """Most commands of agents that are short at all are over by then; a pipe holds 64 KiB meanwhile (pipe(7))."""
 
+_COUNT_MAX: Final = (1 << 53) - 1
 EndHandler = Callable[[str, dict[str, Any], bool], None]
 """Called with the executable, `{stream: {bytes, dropped}}` and whether every writer is gone."""
 
@@ -86,10 +87,10 @@ class KeeperLink:
     def _on_message(self, event: dict[str, Any], fds: tuple[int, ...]) -> None:
         for fd in fds:
             os.close(fd)
-        ended = event["ev"] == "ended"
+        exec_id, totals, ended = event["exec"], read_totals(event["output"]), event["ev"] == "ended"
         if ended:
-            self.forget(event["exec"])
-        self._on_output(event["exec"], event["output"], ended)
+            self.forget(exec_id)
+        self._on_output(exec_id, totals, ended)
 
     def close(self, wait_s: float = 1.0) -> None:
         """Let it take the rest and end; it is killed when it does not within `wait_s`."""
@@ -98,6 +99,16 @@ class KeeperLink:
         for exec_id in list(self._watched):
             self.forget(exec_id)
         self._helper.close(wait_s)
+
+
+def read_totals(output: Any) -> dict[str, dict[str, int]]:
+    """`{stream: {bytes, dropped}}` as a keeper may say it, which others are told; raises ValueError, LookupError or
+    TypeError for anything else."""
+    totals = {name: {what: output[name][what] for what in ("bytes", "dropped")} for name in STREAMS}
+    for count in (count for stream in totals.values() for count in stream.values()):
+        if type(count) is not int or not 0 <= count <= _COUNT_MAX:
+            raise ValueError(f"{count!r:.80} is no number of bytes")
+    return totals
 
 
 def _silent(fds: tuple[int, ...]) -> bool:

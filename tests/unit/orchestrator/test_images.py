@@ -9,6 +9,7 @@ import os
 import tarfile
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from aether.orchestrator.images.layout import Archive, Bounded, ImageError, read
 from aether.orchestrator.images.store import ImageStore
 from aether.orchestrator.images.tree import Tree, apply_layer, finish, split_name
 from tests.support import ocilayout as oci
+from tests.support.hostile import JSON, changed_bytes
 
 TENANT = "tenant_a"
 
@@ -342,3 +344,24 @@ def test_split_names_never_climb(name: str) -> None:
 def nothing_left(tmp_path: Path) -> Iterator[None]:
     yield
     assert not list(tmp_path.glob("images/tmp/*"))
+
+
+@settings(max_examples=80, deadline=None)
+@given(changed_bytes(oci.archive([oci.layer([oci.entry("a", b"a")])])))
+def test_a_changed_archive_is_an_image_or_refused(data: bytes) -> None:
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        with suppress(ImageError):
+            read_image(Archive(file.fileno()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.sampled_from(["config", "layers", "schemaVersion", "mediaType", "extra"]), JSON, max_size=3))
+def test_any_manifest_is_an_image_or_refused(manifest: dict[str, Any]) -> None:
+    """Its digest and size hold, so that it is read to its end."""
+    with tempfile.TemporaryFile() as file:
+        file.write(oci.archive([oci.layer([oci.entry("a", b"a")])], change={"manifest": manifest}))
+        file.flush()
+        with suppress(ImageError):
+            read_image(Archive(file.fileno()))

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
 
 from aether.spawner.helper import Helper, HelperOptions
+from aether.spawner.keeperlink import read_totals
 from aether.spawner.loop import Loop
 from tests.support import machine
+from tests.support.hostile import JSON, changed_json
 
 # Answers {"say": text} with that text as it stands, closes on {"end": 1}, and ends when its owner is gone.
 MODULE = """
@@ -71,9 +74,26 @@ def test_one_that_ends_is_started_again(owner: Owner) -> None:
     owner.until(lambda: owner.heard == ["here"])
 
 
-@pytest.mark.parametrize("said", ["not JSON", "[1]", "{}", "7", '{"ev"', "\u00ff"])
+@pytest.mark.parametrize(
+    "said", ["not JSON", "[1]", "{}", "7", '{"ev"', "\u00ff", "[" * 2_000], ids=lambda said: said[:9]
+)
 def test_one_that_breaks_the_protocol_is_replaced(owner: Owner, said: str) -> None:
     owner.helper.put({"say": said})
     owner.until(lambda: owner.starts == 2)
     owner.helper.put({"say": '{"ev": "here"}'})
     owner.until(lambda: owner.heard == ["here"])
+
+
+TOTALS = {name: {"bytes": 7, "dropped": 0} for name in ("stdout", "stderr")}
+
+
+@settings(max_examples=150, deadline=None)
+@given(changed_json(TOTALS) | JSON)
+def test_what_a_keeper_counts_are_numbers_or_refused(said: Any) -> None:
+    """It is passed on to the authority: a keeper that was taken over says nothing there but numbers."""
+    try:
+        totals = read_totals(said)
+    except (ValueError, LookupError, TypeError):
+        return
+    assert totals.keys() == TOTALS.keys()
+    assert all(0 <= count < 1 << 53 and type(count) is int for one in totals.values() for count in one.values())
