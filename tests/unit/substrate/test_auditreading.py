@@ -243,7 +243,7 @@ def test_refusals_are_seen_by_who_caused_them_but_not_through_a_ticket(tmp_path:
         await node.records()
         denied = await every(node, ALICE, type=("access.denied",))
         assert [record.principal for record in denied] == [f"uid:{STRANGER}"]
-        principal = access._implicit.of(STRANGER)[0]
+        principal = access._implicit.of(STRANGER).principal
         text, _ = access.mint(principal.tenant_id, b"n" * 16, (caveats.role("user"),), principal)
         assert await every(node, caller(STRANGER, ticket=text), type=("access.denied",)) == []
         assert await every(node, caller(STRANGER, ticket=text)) != []
@@ -256,7 +256,7 @@ def test_a_narrow_ticket_sees_less(tmp_path: Path) -> None:
 
     async def main(node: OneNode) -> None:
         access = node.parts.gate._access
-        principal = access._implicit.of(OWNER)[0]
+        principal = access._implicit.of(OWNER).principal
         await node.submit(command("write"), ALICE, 5_000)
         job = await node.submit(command("write"), caller(), 5_000)
 
@@ -287,7 +287,7 @@ def test_a_narrow_ticket_sees_less(tmp_path: Path) -> None:
 def test_tail_follows_filters_and_ends_with_the_ticket(tmp_path: Path) -> None:
     async def main(node: OneNode) -> None:
         access = node.parts.gate._access
-        principal = access._implicit.of(STRANGER)[0]
+        principal = access._implicit.of(STRANGER).principal
         text, minted = access.mint(principal.tenant_id, b"n" * 16, (caveats.role("user"),), principal)
         held = caller(STRANGER, ticket=text)
         reply = await node.call("audit.tail", held, AuditTail(type=("job.outcome",), follow=True))

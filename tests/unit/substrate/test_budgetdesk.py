@@ -23,7 +23,7 @@ from aether.contract.cellcalls import AllocateCall
 from aether.contract.errors import AetherError
 from aether.contract.records import BudgetRef
 from aether.contract.ticketcalls import Budget, LinkCall, MintCall, MintedTicket, MintRequest
-from aether.daemons import aetherd
+from aether.daemons import aetherd, identity
 from aether.substrate import quotas
 from aether.substrate.cells.drivers.memory import Run
 from tests.support.onenode import OWNER, STRANGER, OneNode, caller, command, running
@@ -336,7 +336,8 @@ def test_what_is_remembered_is_the_fold_of_the_log(tmp_path: Path, seed: int) ->
 
 async def _loaded(node: OneNode, size: int) -> dict[str, Any]:
     """What a new process knows once it has read the log, before it does anything."""
-    with mock.patch.object(aetherd, "record_node", lambda *_: None):
+    quiet = mock.patch.object(aetherd, "record_node", lambda *_: None)
+    with quiet, mock.patch.object(identity, "_loaded", lambda *_: None):
         await node.start_aetherd(spawner=False)
     assert node.parts.book.log.size == size
     state = _state(node)
