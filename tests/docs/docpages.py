@@ -99,3 +99,16 @@ def missing_test(named: str) -> str | None:
             return f"{file} has no {part}"
         scope = found[0].body
     return None
+
+
+def decorators(named: str) -> set[str]:
+    """The names of what decorates a named test function: `given`, `parametrize`."""
+    file, _, function = named.partition("::")
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    calls = [each.func if isinstance(each, ast.Call) else each for node in found for each in node.decorator_list]
+    return {
+        call.attr if isinstance(call, ast.Attribute) else call.id
+        for call in calls
+        if isinstance(call, ast.Name | ast.Attribute)
+    }

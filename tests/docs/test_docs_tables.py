@@ -92,7 +92,18 @@ def test_every_threat_names_a_test_or_says_that_there_is_none() -> None:
     assert len(found) >= 30
     for row in found:
         assert len(row) == 3, row
-        assert docpages.named_tests(row[2]) or row[2] in {"none yet", "measured, not promised"}, row[0]
+        named = docpages.named_tests(row[2])
+        assert named or row[2] in {"none yet", "measured, not promised"}, row[0]
+        assert all("::test_" in test for test in named), f"{row[0]}: a file is no test"
+
+
+def test_every_parser_of_foreign_bytes_has_a_property_test() -> None:
+    rows = docpages.table_with(docpages.page("docs/threat-model.md"), "parser", "of whom")
+    assert len(rows) >= 30
+    for row in rows:
+        named = docpages.named_tests(row[2])
+        assert named and not any(map(docpages.missing_test, named)), row[0]
+        assert any("given" in docpages.decorators(test) for test in named), f"{row[0]}: none is a property test"
 
 
 @pytest.mark.parametrize("path", docpages.pages(), ids=lambda p: str(p.relative_to(docpages.ROOT)))
