@@ -7,6 +7,7 @@ import base64
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -14,8 +15,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aether.contract.policycalls import Case
 from aether.substrate.access import issuers, policytext
 from aether.substrate.access.issuers import TokenGrant, TokenIssuer
+from aether.substrate.access.policy import Policy
+from aether.substrate.access.review import run_cases
 from aether.substrate.pki.certificates import requested_key
 from tests.support.hostile import JSON, changed_bytes, changed_json, changed_text, outcome, refusal
 
@@ -102,3 +106,30 @@ def test_a_request_of_another_version_is_refused() -> None:
 def pem_of(der: bytes) -> str:
     name = "CERTIFICATE REQUEST"
     return f"-----BEGIN {name}-----\n{base64.encodebytes(der).decode()}-----END {name}-----\n"
+
+
+CASE = {
+    "operation": "job.submit", "principal": "uid:1000", "principal_kind": "user", "role": "user", "kind": "command",
+    "id": "a", "op": "run", "labels": ["a"], "hosts": ["a.example.org:443"], "owner": "uid:0", "tenant_id": "acme",
+    "time": "2026-09-21T13:33:20Z", "expect": "allow", "policies": ["user-submit"], "name": "it",
+}  # fmt: skip
+DEFAULT = Policy.default()
+TIMES = changed_text("2026-09-21T13:33:20Z") | st.sampled_from(["9999-12-31T23:59:59Z", "0001-01-01T00:00:00Z", "1"])
+
+
+@settings(max_examples=120, deadline=None)
+@given(changed_json(CASE), st.none() | TIMES)
+def test_any_case_of_a_policy_test_has_a_result_or_is_refused(value: Any, time: str | None) -> None:
+    for said in (value, {**CASE, "time": time}):
+        try:
+            case = msgspec.json.decode(json.dumps(said), type=Case)
+        except msgspec.DecodeError:
+            continue
+        with refusal("BAD_FIELD"):
+            tested = run_cases(DEFAULT, [case], 1_800_000_000_000_000_000)
+            assert tested.passed + tested.failed == 1
+
+
+def test_the_case_is_a_good_one() -> None:
+    case = msgspec.convert(CASE | {"tenant_id": None, "owner": None}, Case)
+    assert run_cases(DEFAULT, [case], 1_800_000_000_000_000_000).passed == 1
