@@ -18,7 +18,7 @@ from aether.contract.jobs import JobState
 from aether.contract.paths import Layout
 from tests.docs import docpages
 
-VARIABLE = re.compile(r"\bAETHER_[A-Z][A-Z0-9_]*\b")
+VARIABLE = re.compile(r"\b(?:AETHER|SPIFFE)_[A-Z][A-Z0-9_]*\b")
 # Set by the tests and the build, and no setting of the product.
 NOT_SETTINGS = {"AETHER_LIBFUZZER"}
 OPERATIONS_PAGE = "docs/operations.md"
@@ -140,8 +140,8 @@ def test_owners_and_modes_are_as_prepared(tmp_path: Path, monkeypatch: pytest.Mo
 
     owners: dict[str, int] = {}
     monkeypatch.setattr(accounts.os, "chown", lambda path, uid, gid: owners.__setitem__(str(path), uid))
-    who = accounts.Accounts(spawner=0, aetherd=1, aurorad=2, keeper=3, egressd=4, gid=9, split=True)
-    names = {0: "root", 1: "aetherd", 2: "aurorad", 3: "keeper", 4: "egressd"}
+    who = accounts.Accounts(spawner=0, aetherd=1, aurorad=2, keeper=3, egressd=4, spired=5, gid=9, split=True)
+    names = {0: "root", 1: "aetherd", 2: "aurorad", 3: "keeper", 4: "egressd", 5: "spired"}
     layout = Layout(tmp_path / "state")
     accounts.prepare(layout, who)
     rows = docpages.table_with(docpages.page(OPERATIONS_PAGE), "path", "owner", "mode")

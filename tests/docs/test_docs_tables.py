@@ -44,6 +44,7 @@ def unquoted(cell: str) -> str:
     [
         ("Base", lambda p: p["project"]["dependencies"]),
         ("Extra `age`", lambda p: p["project"]["optional-dependencies"]["age"]),
+        ("Extra `spire`", lambda p: p["project"]["optional-dependencies"]["spire"]),
         ("Extra `train`", lambda p: p["project"]["optional-dependencies"]["train"]),
         ("Extra `dev`", lambda p: p["project"]["optional-dependencies"]["dev"]),
     ],
@@ -63,7 +64,7 @@ def test_build_requirements_are_explained() -> None:
 
 
 def test_no_extra_is_unknown() -> None:
-    assert set(project()["project"]["optional-dependencies"]) == {"age", "train", "dev"}
+    assert set(project()["project"]["optional-dependencies"]) == {"age", "spire", "train", "dev"}
 
 
 def test_limits_are_as_in_the_code() -> None:

@@ -73,7 +73,7 @@ class OneNode:
 
     def __init__(self, directory: Path, programs: dict[str, Program], *, models: bool = False) -> None:
         self.layout = Layout(directory / "state")
-        who = Accounts(OWNER, OWNER, OWNER, OWNER, OWNER, os.getgid(), False)
+        who = Accounts(OWNER, OWNER, OWNER, OWNER, OWNER, OWNER, os.getgid(), False)
         prepare(self.layout, who)
         if models:
             samples.install(self.layout, who)

@@ -33,6 +33,8 @@ from aether.contract.errors import AetherError
 HANDSHAKES_PER_UID_MAX: Final = 32
 LINGER_S: Final = 1.0
 _ACCEPT_AGAIN_S: Final = 0.1
+_DER: Final = 2
+"""X509_FILETYPE_ASN1 (openssl/x509.h)."""
 _UCRED: Final = struct.Struct("3i")
 _LOG: Final = logging.getLogger("aether.api")
 
@@ -92,7 +94,14 @@ def certificate_of(connection: ssl.SSLObject) -> PeerCertificate:
         fingerprint=hashlib.sha256(der).hexdigest(),
         not_before_ms=ssl.cert_time_to_seconds(str(said["notBefore"])) * 1_000,
         not_after_ms=ssl.cert_time_to_seconds(str(said["notAfter"])) * 1_000,
+        chain=_proven_chain(connection),
     )
+
+
+def _proven_chain(connection: ssl.SSLObject) -> tuple[bytes, ...]:
+    """In DER, the authority last. Python 3.13 made the method public, and its certificates plain bytes."""
+    told: Any = connection if hasattr(connection, "get_verified_chain") else getattr(connection, "_sslobj")  # noqa: B009
+    return tuple(each if isinstance(each, bytes) else each.public_bytes(_DER) for each in told.get_verified_chain())
 
 
 class Acceptor:

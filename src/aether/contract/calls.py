@@ -8,7 +8,7 @@ aetherd's service implements one handler per operation: `async (caller, request)
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
@@ -22,12 +22,14 @@ from aether.contract.wire import RoleHealth
 class PeerCertificate:
     """The client certificate of a TLS connection: the handshake proved its chain and key, and did not look at its time.
 
-    `fingerprint` is SHA-256 over its DER form in hex: what it stands for is on record under that.
+    `fingerprint` is SHA-256 over its DER form in hex: what it stands for is on record under that. `chain` is what the
+    handshake proved, in DER: the certificate first, the trusted authority last.
     """
 
     fingerprint: str
     not_before_ms: int
     not_after_ms: int
+    chain: tuple[bytes, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)

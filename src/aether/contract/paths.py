@@ -120,6 +120,16 @@ class Layout:
         return self.root / "policy/issuers.json"
 
     @property
+    def spire(self) -> Path:
+        """spired's own: trust bundles as the SPIFFE Workload API tells them; aetherd reads them."""
+        return self.root / "spire"
+
+    @property
+    def trust_bundles(self) -> Path:
+        """JSON: PEM certificates by trust domain; replaced by rename."""
+        return self.spire / "bundles.json"
+
+    @property
     def audit_public_key(self) -> Path:
         """The verifier key (vkey text of the signed-note format) of the audit log."""
         return self.root / "keys/audit.pub"

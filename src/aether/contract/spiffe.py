@@ -14,6 +14,8 @@ from typing import Final
 
 from aether.contract.errors import AetherError
 
+ENDPOINT_VARIABLE: Final = "SPIFFE_ENDPOINT_SOCKET"
+"""Names the socket of the Workload API (SPIFFE Workload Endpoint, section 4): `unix:///path`."""
 ID_BYTES_MAX: Final = 2_048
 TRUST_DOMAIN_PATTERN: Final = r"^[a-z0-9._-]{1,255}$"
 NAME_PATTERN: Final = r"^[A-Za-z0-9._-]{1,64}(/[A-Za-z0-9._-]{1,64}){0,7}$"

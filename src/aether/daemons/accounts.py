@@ -34,6 +34,7 @@ class Accounts:
     aurorad: int
     keeper: int
     egressd: int
+    spired: int
     gid: int
     split: bool
     """Whether the roles really have different uids."""
@@ -42,10 +43,19 @@ class Accounts:
 def accounts(uid: int, gid: int) -> Accounts:
     """The accounts for an instance started by `uid`."""
     if uid != 0:
-        return Accounts(spawner=uid, aetherd=uid, aurorad=uid, keeper=uid, egressd=uid, gid=gid, split=False)
+        return Accounts(
+            spawner=uid, aetherd=uid, aurorad=uid, keeper=uid, egressd=uid, spired=uid, gid=gid, split=False
+        )
     base = DAEMON_UID_BASE
     return Accounts(
-        spawner=0, aetherd=base + 1, aurorad=base + 2, keeper=base + 3, egressd=base + 4, gid=base, split=True
+        spawner=0,
+        aetherd=base + 1,
+        aurorad=base + 2,
+        keeper=base + 3,
+        egressd=base + 4,
+        spired=base + 5,
+        gid=base,
+        split=True,
     )
 
 
@@ -77,6 +87,7 @@ def prepare(layout: Layout, who: Accounts, by_path: bool = False) -> None:
         layout.spool.parent: (who.spawner, 0o750),
         layout.spool: (who.aetherd, 0o700),
         layout.images: (who.aurorad, 0o750),
+        layout.spire: (who.spired, 0o750),
     }
     _check_length(layout)
     for path, (uid, mode) in owned.items():

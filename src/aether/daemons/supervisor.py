@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,7 @@ from typing import Final
 from aether.contract.errors import AetherError
 from aether.contract.paths import Layout, state_dir
 from aether.contract.secrets import SECRET_VARIABLE
+from aether.contract.spiffe import ENDPOINT_VARIABLE
 from aether.daemons import presence, samples
 from aether.daemons.accounts import Accounts, accounts, prepare
 from aether.spawner.linux.probe import probe
@@ -35,6 +37,8 @@ _RESTART_PAUSE_S: Final = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 5.0)
 _STEADY_S: Final = 10.0
 _STOP_GRACE_S: Final = 5.0
 ROLES: Final = ("spawner", "aetherd", "aurorad", "egressd")
+_SPIRED: Final = "spired"
+"""Beside them only where the SPIFFE Workload API is configured."""
 
 
 @dataclass(slots=True)
@@ -56,7 +60,7 @@ class Supervisor:
     def __init__(self, layout: Layout, who: Accounts) -> None:
         self._layout = layout
         self._started_epoch_s = int(time.time())
-        self._roles = {name: Role(name, role_argv(name, layout, who)) for name in ROLES}
+        self._roles = {name: Role(name, role_argv(name, layout, who)) for name in roles(os.environ)}
         self._selector = selectors.DefaultSelector()
         self._wake, wake_writer = socket.socketpair()
         self._wake.setblocking(False)
@@ -109,8 +113,8 @@ class Supervisor:
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _stop_all(self) -> None:
-        for name in reversed(ROLES):
-            process = self._roles[name].process
+        for role in reversed(self._roles.values()):
+            process = role.process
             if process is None:
                 continue
             process.terminate()
@@ -133,6 +137,11 @@ class Supervisor:
             presence.announce(self._layout, facts)
         except OSError as error:  # on a full disk the file is late; the lock says that we are here
             _say("cannot write the instance file", level="warning", reason=str(error))
+
+
+def roles(env: Mapping[str, str]) -> tuple[str, ...]:
+    """The roles to run, in order of their start."""
+    return (*ROLES, _SPIRED) if env.get(ENDPOINT_VARIABLE) else ROLES
 
 
 def environment(name: str) -> dict[str, str]:

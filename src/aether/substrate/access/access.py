@@ -3,7 +3,7 @@
 Rules, in this order; the first that fails is the answer:
 - the peer has a uid (UNAUTHENTICATED);
 - a client certificate, an API key or a token that was shown holds (BAD_CREDENTIAL, CREDENTIAL_EXPIRED,
-  CREDENTIAL_REVOKED; `credentials`, `tokens`): it names the principal instead of the uid;
+  CREDENTIAL_REVOKED; `credentials`, `tokens`, `workloads`): it names the principal instead of the uid;
 - a ticket that was shown verifies (BAD_TICKET) and is not revoked (TICKET_REVOKED); without one, the ticket that a key
   or certificate stands for is in force, or the implicit ticket of the token's holder or of the uid: role `queen` for
   root and the instance's owner, `user` for others;
@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from aether.contract import apikeys, caveats
-from aether.contract.calls import Caller
+from aether.contract.calls import Caller, PeerCertificate
 from aether.contract.caveats import Request
 from aether.contract.errors import AetherError
 from aether.contract.records import PolicyRef, TicketRef
@@ -49,6 +49,7 @@ from aether.substrate.access.questions import Answer, ask, callers_own, question
 from aether.substrate.access.questions import Resource as Resource  # what `admit` is asked about
 from aether.substrate.access.tickets import Limit, Tickets, Verified
 from aether.substrate.access.tokens import Tokens
+from aether.substrate.access.workloads import Workloads
 
 _IMPLICIT_MAX: Final = 4_096
 
@@ -110,10 +111,11 @@ class PolicyDeniedError(AetherError):
 
 @dataclass(frozen=True, slots=True)
 class Proofs:
-    """What there is beside uids and tickets: kept credentials, and tokens."""
+    """What there is beside uids and tickets: kept credentials, tokens, certificates of other trust domains."""
 
     credentials: Credentials
     tokens: Tokens
+    workloads: Workloads
 
 
 class ImplicitTickets:
@@ -212,7 +214,7 @@ class Access:
             raise AetherError("UNAUTHENTICATED", f"cannot {operation}: the peer's identity is not known")
         text, now_ms, own = caller.credential, now_ns // 1_000_000, None
         if caller.certificate is not None:
-            own = self._proven().credentials.of_certificate(caller.certificate, now_ms)
+            own = self._certified(caller.certificate, now_ns)
         if text is None:
             return own if own is not None else self._implicit.of(caller.uid)
         if text.startswith(apikeys.PREFIX):
@@ -223,6 +225,14 @@ class Access:
         verified = self._authority.verify(text)
         holder = own.principal if own is not None else principal_of(caller.uid, verified.tenant)
         return Shown(replace(holder, tenant_id=verified.tenant, roles=verified.roles), verified, False)
+
+    def _certified(self, certificate: PeerCertificate, now_ns: int) -> Shown:
+        proofs = self._proven()
+        if not proofs.credentials.knows(certificate):
+            granted = proofs.workloads.verify(certificate, now_ns)
+            if granted is not None:
+                return self._implicit.named(Principal(granted.name, granted.tenant, "workload", None, (granted.role,)))
+        return proofs.credentials.of_certificate(certificate, now_ns // 1_000_000)
 
     def links_of(self, caller: Caller) -> tuple[str, ...]:
         """The links whose revocation ends what this caller was answered with; it was admitted before."""

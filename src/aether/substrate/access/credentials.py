@@ -70,6 +70,10 @@ class Credentials:
             raise AetherError("BAD_CREDENTIAL", "cannot use the API key: it is not known here")
         return self._held(ticket, name, "key", now_ms)
 
+    def knows(self, certificate: PeerCertificate) -> bool:
+        """Whether the certificate is on record."""
+        return self._tickets.behind(f"certificate:{certificate.fingerprint}") is not None
+
     def of_certificate(self, certificate: PeerCertificate, now_ms: int) -> Shown:
         """Whom a certificate stands for; raises BAD_CREDENTIAL, CREDENTIAL_REVOKED, CREDENTIAL_EXPIRED."""
         check_time(certificate, now_ms)

@@ -1,10 +1,13 @@
-"""`policy/issuers.json`: whose tokens are accepted, and what their holders may do. Pure.
+"""`policy/issuers.json`: whose tokens and certificates are accepted, and what their holders may do. Pure.
 
     {
       "tokens": [{
         "issuer": "https://id.example.org", "audience": "aether", "jwks_file": "id.jwks.json",
         "grants": [{"claims": {"groups": "ops"}, "tenant": "acme", "role": "queen"},
                    {"tenant_claim": "org", "role": "user"}]
+      }],
+      "workloads": [{
+        "trust_domain": "example.org", "grants": [{"path": "/ns/build/*", "tenant": "acme", "role": "user"}]
       }]
     }
 
@@ -26,12 +29,14 @@ import jwt
 import msgspec
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from aether.contract import limits, ticketcalls
+from aether.contract import limits, spiffe, ticketcalls
 from aether.contract.errors import AetherError
+from aether.contract.spiffe import SpiffeId
 
 NAME_CHARS_MAX: Final = 255
 """Of a principal's name."""
 _TENANT: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
+_PATH: Final = re.compile(r"(/[A-Za-z0-9._-]+)+(/\*)?|/\*", re.ASCII)
 _RSA_BITS_MIN: Final = 2_048
 _ALGORITHMS: Final = {("OKP", "Ed25519"): "EdDSA", ("EC", "P-256"): "ES256", ("RSA", None): "RS256"}
 
@@ -56,10 +61,28 @@ class TokenIssuer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     lifetime_s_max: int = 3_600
 
 
+class WorkloadGrant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What workloads may do whose SPIFFE ID has this path, or one below it where it ends in `/*`."""
+
+    path: str
+    tenant: str
+    role: str
+
+
+class WorkloadIssuer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A trust domain whose certificates (X509-SVID) are accepted. Its authorities are those in `bundle_file`, PEM
+    beside the file; without one, those that the Workload API tells."""
+
+    trust_domain: str
+    grants: tuple[WorkloadGrant, ...]
+    bundle_file: str | None = None
+
+
 class Issuers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The file."""
 
     tokens: tuple[TokenIssuer, ...] = ()
+    workloads: tuple[WorkloadIssuer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +110,10 @@ def parse(raw: bytes) -> Issuers:
             _check_issuer(issuer)
         if len({issuer.issuer for issuer in found.tokens}) != len(found.tokens):
             raise ValueError("an issuer is named twice")
+        for domain in found.workloads:
+            _check_domain(domain)
+        if len({domain.trust_domain for domain in found.workloads}) != len(found.workloads):
+            raise ValueError("a trust domain is named twice")
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise AetherError("STATE_UNUSABLE", f"cannot use the file of issuers: {str(error)[:400]}") from error
     return found
@@ -142,6 +169,18 @@ def granted_token(issuer: TokenIssuer, claims: Mapping[str, Any]) -> Granted:
 _SAFE: Final = ":/._@+=|~-"
 
 
+def granted_workload(domain: WorkloadIssuer, workload: SpiffeId) -> Granted:
+    """Who a workload of the trust domain is here; raises AetherError BAD_CREDENTIAL."""
+    name = str(workload)
+    if len(name) > NAME_CHARS_MAX:
+        raise AetherError("BAD_CREDENTIAL", "cannot use the certificate: its SPIFFE ID is too long")
+    for grant in domain.grants:
+        below = grant.path.removesuffix("*") if grant.path.endswith("/*") else None
+        if workload.path == grant.path or (below is not None and workload.path.startswith(below)):
+            return Granted(name, grant.tenant, grant.role)
+    raise AetherError("BAD_CREDENTIAL", f"cannot use the certificate: no grant fits {name}", "ask the operator")
+
+
 def keys_of(issuer: TokenIssuer, read: Callable[[str], bytes]) -> dict[str, Key]:
     """The issuer's keys; `read` gives the content of a file beside the file of issuers. Raises AetherError."""
     try:
@@ -166,6 +205,17 @@ def _check_issuer(issuer: TokenIssuer) -> None:
     for grant in issuer.grants:
         if (grant.tenant is None) == (grant.tenant_claim is None):
             raise ValueError("a grant needs either tenant or tenant_claim")
+        _check_grant(grant.tenant, grant.role)
+
+
+def _check_domain(domain: WorkloadIssuer) -> None:
+    if re.fullmatch(spiffe.TRUST_DOMAIN_PATTERN, domain.trust_domain) is None:
+        raise ValueError(f"the trust domain {domain.trust_domain[:40]!r} is no name such as example.org")
+    if domain.bundle_file is not None and ("/" in domain.bundle_file or domain.bundle_file.startswith(".")):
+        raise ValueError("bundle_file is the name of a file beside the file of issuers")
+    for grant in domain.grants:
+        if _PATH.fullmatch(grant.path) is None:
+            raise ValueError(f"the path {grant.path[:40]!r} is no path such as /ns/ops/agent or /ns/ops/*")
         _check_grant(grant.tenant, grant.role)
 
 

@@ -60,7 +60,7 @@ class IssuerFiles:
         self._looked_ns: int | None = None
         self._seen: tuple[tuple[str, int, int, int], ...] = ()
         self._error: AetherError | None = None
-        self.file = Issuers()
+        self.file, self.raw = Issuers(), b""
         self.tokens: dict[str, tuple[TokenIssuer, dict[str, Key]]] = {}
         self.generation = 0
 
@@ -87,40 +87,51 @@ class IssuerFiles:
 
     def _stamps(self) -> tuple[tuple[str, int, int, int], ...]:
         paths = [self._path, *(self._path.with_name(i.jwks_file) for i in self.file.tokens if i.jwks_file)]
-        stamps = []
-        for path in paths:
-            try:
-                found = path.stat()
-                stamps.append((path.name, found.st_mtime_ns, found.st_size, found.st_ino))
-            except OSError:
-                stamps.append((path.name, 0, 0, 0))
-        return tuple(stamps)
+        return tuple(map(stamp_of, paths))
 
     def _read(self) -> None:
         self.generation += 1
         self.tokens, self._error = {}, None
         try:
-            raw = self._content(self._path.name) if self._path.exists() else b"{}"
+            raw = self.content(self._path.name) if self._path.exists() else b"{}"
             file = issuers.parse(raw)
-            tokens = {each.issuer: (each, issuers.keys_of(each, self._content)) for each in file.tokens}
+            tokens = {each.issuer: (each, issuers.keys_of(each, self.content)) for each in file.tokens}
             self._on_loaded(raw)
         except AetherError as error:
             self._error = error
         except OSError as error:
             self._error = AetherError("STATE_UNUSABLE", f"cannot read {self._path}: {error.strerror}")
         else:
-            self.file, self.tokens = file, tokens
+            self.file, self.raw, self.tokens = file, raw, tokens
             self._seen = self._stamps()
 
-    def _content(self, name: str) -> bytes:
-        path = self._path.with_name(name)
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-            if os.fstat(file.fileno()).st_mode & 0o022:
-                raise OSError(0, f"others can write {name}")
-            raw = file.read(FILE_BYTES_MAX + 1)
-        if len(raw) > FILE_BYTES_MAX:
-            raise OSError(0, f"{name} is longer than {FILE_BYTES_MAX} bytes")
-        return raw
+    def beside(self, name: str) -> Path:
+        """The path of a file beside the file of issuers."""
+        return self._path.with_name(name)
+
+    def content(self, name: str) -> bytes:
+        """What is in that file; raises OSError."""
+        return content_of(self.beside(name))
+
+
+def content_of(path: Path) -> bytes:
+    """What is in a file that others cannot write, at most FILE_BYTES_MAX; raises OSError."""
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        if os.fstat(file.fileno()).st_mode & 0o022:
+            raise OSError(0, f"others can write {path.name}")
+        raw = file.read(FILE_BYTES_MAX + 1)
+    if len(raw) > FILE_BYTES_MAX:
+        raise OSError(0, f"{path.name} is longer than {FILE_BYTES_MAX} bytes")
+    return raw
+
+
+def stamp_of(path: Path) -> tuple[str, int, int, int]:
+    """What changes when the file does; zeros when there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return (path.name, 0, 0, 0)
+    return (path.name, found.st_mtime_ns, found.st_size, found.st_ino)
 
 
 class Tokens:

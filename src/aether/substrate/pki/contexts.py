@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Generic, TypeVar
 
 from aether.contract import limits
@@ -35,10 +35,19 @@ class ServerContexts(Generic[Context]):
     """The context for the next connection; made anew when what is trusted changed or half the life is over. `kind` is
     the server's own type of context."""
 
-    def __init__(self, store: AuthorityStore, now_ns: Callable[[], int], kind: type[Context]) -> None:
+    def __init__(
+        self,
+        store: AuthorityStore,
+        now_ns: Callable[[], int],
+        kind: type[Context],
+        foreign: Callable[[int], Mapping[str, str]] = lambda now_ns: {},
+    ) -> None:
+        """`foreign` gives the authorities of other trust domains that are trusted at a time (ns since the epoch):
+        PEM by a name that changes with the content."""
         self._kind = kind
         self._store = store
         self._now_ns = now_ns
+        self._foreign = foreign
         self._made: tuple[tuple[str, ...], int, Context] | None = None
 
     def current(self) -> Context:
@@ -47,13 +56,14 @@ class ServerContexts(Generic[Context]):
         trusted = self._store.trusted(now_ns // 1_000_000)
         if not trusted:
             raise AetherError("NO_PKI", "cannot speak TLS: this instance has no authority of its own")
-        names = tuple(each.authority.name for each in trusted)
+        foreign = self._foreign(now_ns)
+        names = (*(each.authority.name for each in trusted), *foreign)
         if self._made is None or self._made[0] != names or now_ns - self._made[1] > _RENEW_NS:
             key = certificates.new_key()
             now = utc(now_ns)
             leaf = Leaf(f"spiffe://{self._store.trust_domain}/aetherd", "server", serial(), now, now + SERVER_LIFE)
             chain = certificates.pem_of(certificates.issue(trusted[-1].authority, key.public_key(), leaf))
-            roots = [each.authority.pem for each in trusted]
+            roots = [*(each.authority.pem for each in trusted), *foreign.values()]
             self._made = (names, now_ns, server_context(self._kind, chain, certificates.pem_of_key(key), roots))
         return self._made[2]
 
