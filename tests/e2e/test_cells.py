@@ -51,7 +51,7 @@ def aether(layout: Layout, *words: str, **more: Any) -> subprocess.CompletedProc
     return subprocess.run([AETHER, *words], capture_output=True, text=True, timeout=60, env=environment(layout), **more)
 
 
-def until(true: Callable[[], Any], timeout_s: float = 10.0) -> Any:
+def until(true: Callable[[], Any], timeout_s: float = 30.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := true()):
         assert time.monotonic() < deadline, "it did not come to be"

@@ -148,7 +148,7 @@ def test_interrupt_stops_the_job(cli: Cli, node: HttpNode) -> None:
         time.sleep(0.05)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=30)
     assert (process.returncode, "[CANCELLED]" in errors) == (143, True), errors
     assert all(j.view.state == "cancelled" for j in node.service.jobs.values())
 
