@@ -227,7 +227,7 @@ def test_requests_and_httpx_find_the_proxy(client: Client, server: web.Server, a
 
 NODE = """
 const get = (from, url) => new Promise((done, failed) =>
-  from.get(url, (answer) => answer.on('data', (text) => done(String(text)))).on('error', failed));
+  from.get(url, (answer) => answer.toArray().then((parts) => done(String(Buffer.concat(parts))))).on('error', failed));
 const [closed, named] = process.argv.slice(2);
 (async () => {
   console.log(await get(require('https'), closed + '/https'));

@@ -75,6 +75,16 @@ def test_death_by_signal_is_told_apart_from_exit(host: Host) -> None:
     assert (ended["code"], ended["signal"]) == (None, signal.SIGSEGV)
 
 
+def test_what_the_starter_ignores_a_job_can_catch(host: Host) -> None:
+    """A shell cannot trap what was ignored when it began (sh(1posix), trap): `nohup aether up` does that to SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = host.run(["sh", "-c", "trap 'exit 7' HUP; kill -HUP $$; exit 1"])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert result.of("Exited")["code"] == 7
+
+
 def test_signal_reaches_the_whole_process_group(host: Host) -> None:
     script = "sleep 30 & trap 'kill $!; echo told; exit 3' TERM; echo up; wait"
     actions = [["sleep", 0.3], ["signal", "first", int(signal.SIGTERM)], ["wait", "first"]]

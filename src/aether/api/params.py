@@ -303,6 +303,9 @@ def _parse(query: bytes, params: tuple[Param, ...]) -> dict[str, Any]:
             raise AetherError("BAD_REQUEST", f"cannot accept query parameter {name[:80]!r}: this path takes {known}")
         if param.repeats:
             fields[param.field] = (*fields.get(param.field, ()), param.parse(text))
+            most = param.schema.get("maxItems", QUERY_PARAMETERS_MAX)
+            if len(fields[param.field]) > most:
+                raise AetherError("BAD_REQUEST", f"cannot accept query parameter {name!r} more than {most} times")
         elif param.field in fields:
             raise AetherError("BAD_REQUEST", f"cannot accept query parameter {name!r}: it is given twice")
         else:

@@ -111,7 +111,8 @@ class NativeExecutor:
                     {},
                     file_actions=[*actions, (os.POSIX_SPAWN_DUP2, moved, _SOCKET_FD)],
                     setsigmask=(),
-                    setsigdef=(signal.SIGPIPE, signal.SIGCHLD),
+                    # What whoever started us ignores (nohup, a shell's background) no job could ever catch.
+                    setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
                 )
             finally:
                 os.close(high)

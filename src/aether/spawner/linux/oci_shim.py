@@ -138,7 +138,7 @@ def _own(held: Held) -> Held:
         os._exit(1)
     kernel.prctl(confine.PR_SET_CHILD_SUBREAPER, 1)
     os.setsid()
-    for signo in (signal.SIGTERM, signal.SIGINT):
+    for signo in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(signo, signal.SIG_DFL)
     layers = (held.layers,) if held.layers is not None else ()
     wanted = (held.control, *held.cgroups, *layers)
