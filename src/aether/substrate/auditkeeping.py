@@ -22,7 +22,6 @@ from aether.contract.calls import Caller, Nothing
 from aether.contract.clock import rfc3339
 from aether.contract.errors import AetherError
 from aether.contract.limits import AUDIT_KEEP_MS_MAX, AUDIT_KEEP_MS_MIN, WITNESSES_MAX
-from aether.substrate import auditentries as entries
 from aether.substrate.access.access import Resource
 from aether.substrate.audit import entry as codec
 from aether.substrate.audit.cosign import signature_line
@@ -30,6 +29,7 @@ from aether.substrate.audit.log import AuditLog
 from aether.substrate.audit.note import NoteError, Signer, decode_base64, split_note
 from aether.substrate.audit.submit import WitnessAt, read_witnesses
 from aether.substrate.book import Book
+from aether.substrate.cellentries import ordered
 from aether.substrate.cellhouse import CellHouse
 from aether.substrate.gate import Gate
 from aether.substrate.workers import WORKER_OP
@@ -137,7 +137,7 @@ class AuditKeeping:
             detail = {"before": before, "end": str(end)}
             record = self._house.write(
                 order,
-                lambda index, now: entries.ordered("audit.pruned", self._gate.node, order, detail, index, now),
+                lambda index, now: ordered("audit.pruned", self._gate.node, order, index, now, detail=detail),
             )
             await self._book.durable(record)
             first = self._log.first
@@ -201,7 +201,7 @@ class AuditKeeping:
             detail = {"key": str(signer.verifier)}
             record = self._house.write(
                 order,
-                lambda index, now: entries.ordered("audit.key-rotated", self._gate.node, order, detail, index, now),
+                lambda index, now: ordered("audit.key-rotated", self._gate.node, order, index, now, detail=detail),
             )
             await self._book.durable(record)
             former = self._log.published()[0].partition("\n")[0]

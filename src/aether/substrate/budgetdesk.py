@@ -23,7 +23,7 @@ from aether.substrate.access.access import Admission, Resource
 from aether.substrate.access.budget import TENANT, tenant_account
 from aether.substrate.book import Book
 from aether.substrate.budgetviews import budgets_of
-from aether.substrate.cellentries import Order
+from aether.substrate.cellentries import Order, ordered
 from aether.substrate.cellhouse import CellHouse
 from aether.substrate.gate import Gate
 from aether.substrate.metering.settle import limits_of
@@ -144,25 +144,8 @@ class BudgetDesk:
         await self._book.durable(record)
 
     def _write(self, order: Order, kind: RecordType, detail: dict[str, str]) -> Record:
-        return self._house.write(
-            order,
-            lambda index, now: Record(
-                type=kind,
-                log_index=index,
-                time=now,
-                node_id=self._gate.node.node_id,
-                tenant_id=order.admission.principal.tenant_id,
-                principal=order.admission.principal.name,
-                request_id=order.caller.request_id,
-                traceparent=order.caller.traceparent,
-                operation=order.operation,
-                effect="control",
-                ticket=order.admission.ticket,
-                policy=order.admission.policy,
-                budget=order.budget,
-                detail=detail,
-            ),
-        )
+        node = self._gate.node
+        return self._house.write(order, lambda index, now: ordered(kind, node, order, index, now, detail=detail))
 
     def _own(self, admission: Admission) -> dict[str, dict[str, int]]:
         """The accounts that whoever asks is charged on, and what is stated of each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -30,14 +31,13 @@ class Order:
     budget: BudgetRef | None = None
 
 
-def allocated(
-    node: Node, order: Order, cell_id: str, request: CellRequest, said: Mapping[str, str], index: int, time: str
-) -> Record:
-    """`cell.allocated`: what was asked, before the cell is made. `said` are its name, the digest of its specification
-    and the approval that it uses."""
+def ordered(kind: RecordType, node: Node, order: Order, index: int, time: str, **more: Any) -> Record:
+    """What somebody had done, on what authority; `more` are the fields of a record that say what."""
     principal = order.admission.principal
+    by = {"ticket": order.admission.ticket, "policy": order.admission.policy, "budget": order.budget}
+    fields: dict[str, Any] = {"effect": "control", **by, **more}
     return Record(
-        type="cell.allocated",
+        type=kind,
         log_index=index,
         time=time,
         node_id=node.node_id,
@@ -46,12 +46,24 @@ def allocated(
         request_id=order.caller.request_id,
         traceparent=order.caller.traceparent,
         operation=order.operation,
+        **fields,
+    )
+
+
+def allocated(
+    node: Node, order: Order, cell_id: str, request: CellRequest, said: Mapping[str, str], index: int, time: str
+) -> Record:
+    """`cell.allocated`: what was asked, before the cell is made. `said` are its name, the digest of its specification
+    and the approval that it uses."""
+    return ordered(
+        "cell.allocated",
+        node,
+        order,
+        index,
+        time,
         effect="cell",
         cell_id=cell_id,
         labels=request.labels,
-        ticket=order.admission.ticket,
-        policy=order.admission.policy,
-        budget=order.budget,
         created_at=time,
         detail={**said, "memory_bytes": str(request.limits.memory_bytes)},
     )

@@ -8,7 +8,7 @@ from aether.contract.caveats import Caveat, encode
 from aether.contract.records import Record, RecordType, TicketRef
 from aether.substrate.access.credentials import KEPT_KID
 from aether.substrate.audit.redact import redact
-from aether.substrate.cellentries import Order
+from aether.substrate.cellentries import Order, ordered
 from aether.substrate.entries import Node
 from aether.substrate.ticketbook import packed
 
@@ -37,31 +37,9 @@ def made(kind: RecordType, node: Node, order: Order, kept: Kept, index: int, tim
         "holder": kept.holder,
         **kept.facts,
     }
-    return _asked(kind, node, order, ticket, detail, index, time)
+    return ordered(kind, node, order, index, time, ticket=ticket, detail=detail)
 
 
 def authority(kind: RecordType, node: Node, order: Order, detail: dict[str, str], index: int, time: str) -> Record:
     """`pki.created`, `pki.rotated`: `ticket` is that of who asked."""
-    return _asked(kind, node, order, order.admission.ticket, detail, index, time)
-
-
-def _asked(
-    kind: RecordType, node: Node, order: Order, ticket: TicketRef, detail: dict[str, str], index: int, time: str
-) -> Record:
-    principal = order.admission.principal
-    return Record(
-        type=kind,
-        log_index=index,
-        time=time,
-        node_id=node.node_id,
-        tenant_id=principal.tenant_id,
-        principal=principal.name,
-        request_id=order.caller.request_id,
-        traceparent=order.caller.traceparent,
-        operation=order.operation,
-        effect="control",
-        ticket=ticket,
-        policy=order.admission.policy,
-        budget=order.budget,
-        detail=detail,
-    )
+    return ordered(kind, node, order, index, time, detail=detail)

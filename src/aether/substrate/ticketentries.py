@@ -7,34 +7,19 @@ from aether.contract.records import Record
 from aether.substrate.access.access import Minted
 from aether.substrate.access.keyfile import epoch_name
 from aether.substrate.audit.redact import redact
-from aether.substrate.cellentries import Order
+from aether.substrate.cellentries import Order, ordered
 from aether.substrate.entries import Node
 from aether.substrate.ticketbook import Ticket, packed
 
 
 def minted(node: Node, order: Order, ticket: Minted, said: tuple[Caveat, ...], index: int, time: str) -> Record:
     """`ticket.minted` on request: `ticket` is the new one, `detail.by` the link of who asked."""
-    principal = order.admission.principal
-    return Record(
-        type="ticket.minted",
-        log_index=index,
-        time=time,
-        node_id=node.node_id,
-        tenant_id=principal.tenant_id,
-        principal=principal.name,
-        request_id=order.caller.request_id,
-        traceparent=order.caller.traceparent,
-        operation=order.operation,
-        effect="control",
-        ticket=ticket.ticket,
-        policy=order.admission.policy,
-        budget=order.budget,
-        detail={
-            "block": packed(encode(said)),
-            "by": order.admission.ticket.link_ids[-1],
-            "caveats": redact("; ".join(ticket.caveats)),
-        },
-    )
+    detail = {
+        "block": packed(encode(said)),
+        "by": order.admission.ticket.link_ids[-1],
+        "caveats": redact("; ".join(ticket.caveats)),
+    }
+    return ordered("ticket.minted", node, order, index, time, ticket=ticket.ticket, detail=detail)
 
 
 def revoked(ticket: Ticket, link_id: str, order: Order, index: int, time: str) -> Record:
@@ -58,20 +43,5 @@ def revoked(ticket: Ticket, link_id: str, order: Order, index: int, time: str) -
 
 def key_rotated(node: Node, order: Order, epoch: int, index: int, time: str) -> Record:
     """`ticket.key-rotated`: tickets are minted with the key of this epoch from here on. Nothing of the key is told."""
-    principal = order.admission.principal
-    return Record(
-        type="ticket.key-rotated",
-        log_index=index,
-        time=time,
-        node_id=node.node_id,
-        tenant_id=principal.tenant_id,
-        principal=principal.name,
-        request_id=order.caller.request_id,
-        traceparent=order.caller.traceparent,
-        operation=order.operation,
-        effect="control",
-        ticket=order.admission.ticket,
-        policy=order.admission.policy,
-        budget=order.budget,
-        detail={"epoch": str(epoch), "kid": epoch_name(epoch)},
-    )
+    detail = {"epoch": str(epoch), "kid": epoch_name(epoch)}
+    return ordered("ticket.key-rotated", node, order, index, time, detail=detail)

@@ -12,7 +12,6 @@ refuses the note (NOTE_SIGNATURE), the latest of several good ones counts.
 from __future__ import annotations
 
 import base64
-import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from typing import Final
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from aether.substrate.audit.note import DASH, NoteError, check_name, decode_base64, split_note
+from aether.substrate.audit.note import DASH, NoteError, check_name, key_id, read_key, split_note
 
 ALGORITHM: Final = b"\x04"
 """Ed25519 cosignature/v1 in the signed-note registry."""
@@ -50,22 +49,11 @@ class WitnessKey:
     @classmethod
     def parse(cls, vkey: str) -> WitnessKey:
         """Reads a verifier key line, its newline optional; raises NoteError KEY_FORMAT."""
-        name, _, rest = vkey.removesuffix("\n").partition("+")
-        identity, _, encoded = rest.partition("+")
-        raw = decode_base64(encoded)
-        try:
-            if raw is None or len(raw) != 33 or raw[:1] != ALGORITHM:
-                raise ValueError("it is not the Ed25519 key of a witness (algorithm 0x04)")
-            key = cls(name, raw[1:])
-        except ValueError as error:
-            raise NoteError("KEY_FORMAT", f"cannot read the witness key: {error}") from error
-        if identity != key.key_id.hex():
-            raise NoteError("KEY_FORMAT", "cannot read the witness key: its id does not match its name and key")
-        return key
+        return read_key(vkey, ALGORITHM, "witness", cls)
 
     @property
     def key_id(self) -> bytes:
-        return hashlib.sha256(self.name.encode() + b"\n" + ALGORITHM + self.public_key).digest()[:4]
+        return key_id(self.name, self.public_key, ALGORITHM)
 
     def __str__(self) -> str:
         return f"{self.name}+{self.key_id.hex()}+{base64.b64encode(ALGORITHM + self.public_key).decode()}"

@@ -16,8 +16,9 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -29,6 +30,9 @@ _ALGORITHM: Final = b"\x01"
 DASH: Final = "\u2014 "
 
 
+Key = TypeVar("Key")
+
+
 class NoteError(Exception):
     """A note that does not hold. `code` is a failure name of docs/formats.md."""
 
@@ -38,9 +42,26 @@ class NoteError(Exception):
         self.reason = reason
 
 
-def key_id(name: str, public_key: bytes) -> bytes:
-    """The first 4 bytes of SHA-256(name || 0x0A || 0x01 || public key)."""
-    return hashlib.sha256(name.encode() + b"\n" + _ALGORITHM + public_key).digest()[:4]
+def key_id(name: str, public_key: bytes, algorithm: bytes = _ALGORITHM) -> bytes:
+    """The first 4 bytes of SHA-256(name || 0x0A || algorithm || public key)."""
+    return hashlib.sha256(name.encode() + b"\n" + algorithm + public_key).digest()[:4]
+
+
+def read_key(vkey: str, algorithm: bytes, kind: str, make: Callable[[str, bytes], Key]) -> Key:
+    """A key of `kind` from its line `<name>+<id hex>+<base64(algorithm || key)>`, the newline optional, by `make(name,
+    key)`; raises NoteError KEY_FORMAT."""
+    name, _, rest = vkey.removesuffix("\n").partition("+")
+    identity, _, encoded = rest.partition("+")
+    raw = decode_base64(encoded)
+    try:
+        if raw is None or len(raw) != 33 or raw[:1] != algorithm:
+            raise ValueError(f"it is not an Ed25519 key with algorithm 0x{algorithm.hex()}")
+        key = make(name, raw[1:])
+    except ValueError as error:
+        raise NoteError("KEY_FORMAT", f"cannot read the {kind} key: {error}") from error
+    if identity != key_id(name, raw[1:], algorithm).hex():
+        raise NoteError("KEY_FORMAT", f"cannot read the {kind} key: its id does not match its name and key")
+    return key
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +79,7 @@ class Verifier:
     @classmethod
     def parse(cls, vkey: str) -> Verifier:
         """Reads a verifier key line, its newline optional; raises NoteError KEY_FORMAT."""
-        name, _, rest = vkey.removesuffix("\n").partition("+")
-        identity, _, encoded = rest.partition("+")
-        raw = decode_base64(encoded)
-        try:
-            if raw is None or len(raw) != 33 or raw[:1] != _ALGORITHM:
-                raise ValueError("it is not an Ed25519 key")
-            verifier = cls(name, raw[1:])
-        except ValueError as error:
-            raise NoteError("KEY_FORMAT", f"cannot read the verifier key: {error}") from error
-        if identity != verifier.key_id.hex():
-            raise NoteError("KEY_FORMAT", "cannot read the verifier key: its id does not match its name and key")
-        return verifier
+        return read_key(vkey, _ALGORITHM, "verifier", cls)
 
     @property
     def key_id(self) -> bytes:
