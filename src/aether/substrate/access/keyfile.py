@@ -17,6 +17,7 @@ from typing import Final
 
 from aether.contract.errors import AetherError
 from aether.substrate.access.tickets import SECRET_BYTES
+from aether.substrate.audit.files import fsync_dir, write_file
 
 IMPLICIT: Final = "implicit"
 _EPOCH: Final = re.compile(r"e([1-9][0-9]{0,8})")
@@ -81,17 +82,6 @@ def _read(path: Path) -> Keys:
 
 def _write(path: Path, keys: Keys) -> None:
     path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        lines = [f"{name} {secret.hex()}\n" for name, secret in ((IMPLICIT, keys.implicit), *keys.epochs.items())]
-        os.write(fd, "".join(lines).encode())
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    lines = [f"{name} {secret.hex()}\n" for name, secret in ((IMPLICIT, keys.implicit), *keys.epochs.items())]
+    write_file(path, "".join(lines).encode(), mode=0o600, sync=True)
+    fsync_dir(path.parent)

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from aether.contract.clock import epoch_ns
 from aether.contract.errors import AetherError
+from aether.substrate.audit.files import fsync_dir, write_file
 from aether.substrate.pki import certificates
 from aether.substrate.pki.certificates import Authority
 
@@ -139,18 +140,8 @@ def serial(random: Callable[[int], bytes] = os.urandom) -> int:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(fd)
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    write_file(path, data, mode=0o600, sync=True)
+    fsync_dir(path.parent)
 
 
 def _unusable(path: Path, why: str) -> AetherError:
