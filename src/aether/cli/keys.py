@@ -10,7 +10,7 @@ from typing import Annotated, Final
 import typer
 
 from aether.cli.session import Session, command
-from aether.cli.tickets import Allow, Expires, Labels, Quiet, Role, Spend, narrowing
+from aether.cli.tickets import Allow, Expires, Labels, Quiet, Role, Spend, lifetime_ms, narrowing
 
 _CREATE: Final = """Make an API key, no wider than you are. Its text is shown this once.
 
@@ -47,12 +47,12 @@ def _create(
     quiet: Quiet = False,
 ) -> None:
     from aether.cli.output import show_fields, show_json
-    from aether.cli.parse import duration_ms
     from aether.contract.errors import AetherError
     from aether.contract.limits import KEY_MS_DEFAULT
 
     asked = narrowing(role, budget, allow, label)
-    expires_ms = duration_ms(expires) if expires is not None else KEY_MS_DEFAULT
+    said_ms = lifetime_ms(expires, budget)
+    expires_ms = KEY_MS_DEFAULT if said_ms is None else said_ms
     with session.client() as client:
         made = client.keys.create(name, expires_ms=expires_ms, **asked)
     if made.key is None:  # the first answer was lost on the way

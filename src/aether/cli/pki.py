@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from aether.cli.session import Session, command
-from aether.cli.tickets import Allow, Expires, Labels, Role, Spend, narrowing
+from aether.cli.tickets import Allow, Expires, Labels, Role, Spend, lifetime_ms, narrowing
 
 if TYPE_CHECKING:
     from aether.contract.identitycalls import PkiView
@@ -81,11 +81,11 @@ def _issue(
     label: Labels = None,
 ) -> None:
     from aether.cli.output import show_fields, show_json
-    from aether.cli.parse import duration_ms
     from aether.contract.limits import CERTIFICATE_MS_DEFAULT
 
     asked = narrowing(role, budget, allow, label)
-    expires_ms = duration_ms(expires) if expires is not None else CERTIFICATE_MS_DEFAULT
+    said_ms = lifetime_ms(expires, budget)
+    expires_ms = CERTIFICATE_MS_DEFAULT if said_ms is None else said_ms
     directory = out or Path(name.rpartition("/")[2])
     with session.client() as client:
         if csr is not None:
